@@ -1,6 +1,6 @@
 """The HTTP API: `create_app` joins the routes, the services and the error handling."""
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from functools import partial
@@ -9,6 +9,7 @@ from typing import Any
 
 from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
+from sqlalchemy import Engine
 from starlette.routing import Route
 
 from nightpress.api import once, pages, problems
@@ -33,6 +34,7 @@ from nightpress.api.routes import (
     recipes,
     results,
     schedules,
+    studies,
     webhooks,
     workers,
 )
@@ -40,7 +42,8 @@ from nightpress.api.tail import Tail
 from nightpress.core.database import make_engine
 from nightpress.core.errors import ErrorCode
 from nightpress.core.service.compose import Resources
-from nightpress.core.service.jobs.positions import read_positions
+from nightpress.core.service.jobs.positions import Position, read_positions
+from nightpress.core.service.studies.store import read_positions as study_positions
 from nightpress.core.settings import Settings
 from nightpress.core.wire.base import Problem
 
@@ -49,6 +52,7 @@ _ROUTES = (
     history,
     results,
     schedules,
+    studies,
     models,
     promotions,
     datasets,
@@ -67,7 +71,7 @@ _DESCRIPTION = """
 Nightpress compresses Transformer models overnight and proves what it did.
 
 Add a model (`/v1/models`), choose a recipe (`/v1/recipes`), submit a job (`/v1/jobs`), follow it (`…/events`), fetch its artifacts (`…/artifacts`)
-and read the comparison (`…/report`). Every error is a problem document (RFC 9457) with a `code` from a closed set.
+and read the comparison (`…/report`). A study (`/v1/studies`) tries many recipes and finds the best that keeps your gates. Every error is a problem document (RFC 9457) with a `code` from a closed set.
 """
 
 
@@ -114,9 +118,17 @@ def open_services(settings: Settings) -> Services:
         database_probe=DatabaseProbe(settings.sql_url),
         limiter=RateLimiter(settings.celery_url),
         ringer=Ringer(settings),
-        tail=Tail(partial(read_positions, engine), threads),
+        tail=Tail(partial(_positions, engine), threads),
         metrics=ApiMetrics(),
     )
+
+
+def _positions(engine: Engine, ids: Sequence[str]) -> dict[str, Position]:
+    """The positions of jobs and studies."""
+    of_studies = [name for name in ids if name.startswith("std_")]
+    of_jobs = [name for name in ids if not name.startswith("std_")]
+    found = read_positions(engine, of_jobs) if of_jobs else {}
+    return found | (study_positions(engine, of_studies) if of_studies else {})
 
 
 @asynccontextmanager

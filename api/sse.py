@@ -1,9 +1,9 @@
-"""Server-sent events: a job's events or log lines after a given number, until the job ends. No line is skipped or repeated."""
+"""Server-sent events: the events or log lines of a job or a study after a given number, until it ends. No line is skipped or repeated."""
 
 import asyncio
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 from fastapi import Request
 from starlette.responses import Response, StreamingResponse
@@ -12,7 +12,7 @@ from nightpress.api.deps import Services
 from nightpress.core.errors import ErrorCode, NightpressError
 from nightpress.core.numbers import whole_number
 from nightpress.core.service.jobs.positions import Position
-from nightpress.core.service.jobs.records import Event, Job, LogLine
+from nightpress.core.service.jobs.records import Event, LogLine
 from nightpress.core.wire.jobs import TERMINAL_STATES
 
 MEDIA_TYPE = "text/event-stream"
@@ -23,6 +23,15 @@ _HEADERS = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
 
 
 Line = TypeVar("Line", Event, LogLine)
+
+
+class Subject(Protocol):
+    """What has the lines: a job or a study."""
+
+    @property
+    def id(self) -> str: ...
+    @property
+    def state(self) -> str: ...
 
 
 def wants_stream(request: Request) -> bool:
@@ -49,42 +58,42 @@ def resume_point(request: Request, after: int) -> int:
 async def stream(
     request: Request,
     services: Services,
-    job: Job,
+    subject: Subject,
     *,
     after: int,
     read: Callable[..., Sequence[Line]],
     newest: Callable[[Position], int],
     frame: Callable[[Line], str],
 ) -> Response:
-    """The response with every line after number `after`, including lines that come later. It ends when the job has ended and all is sent.
+    """The response with every line after number `after`, including lines that come later. It ends when the subject has ended and all is sent.
 
     read: reads lines from SQL. newest: the number of the newest line at a position. frame: the SSE message of a line.
-    If the job has ended and nothing is left to send, the answer is 204: then an EventSource does not reconnect.
+    If the subject has ended and nothing is left to send, the answer is 204: then an EventSource does not reconnect.
     """
     request.scope["nightpress.stream"] = True
-    if job.state in TERMINAL_STATES and not await services.call(read, job.id, after=after, limit=1):
+    if subject.state in TERMINAL_STATES and not await services.call(read, subject.id, after=after, limit=1):
         return Response(status_code=204)
     return StreamingResponse(
-        _frames(services, job, after, read, newest, frame), headers=_HEADERS, media_type=MEDIA_TYPE
+        _frames(services, subject, after, read, newest, frame), headers=_HEADERS, media_type=MEDIA_TYPE
     )
 
 
 async def _frames(
     services: Services,
-    job: Job,
+    subject: Subject,
     after: int,
     read: Callable[..., Sequence[Line]],
     newest: Callable[[Position], int],
     frame: Callable[[Line], str],
 ) -> AsyncIterator[str]:
     ends_at = time.monotonic() + LONGEST_S
-    ended = job.state in TERMINAL_STATES
-    with services.tail.watch(job.id) as watch, services.metrics.streams.track_inprogress():
+    ended = subject.state in TERMINAL_STATES
+    with services.tail.watch(subject.id) as watch, services.metrics.streams.track_inprogress():
         yield "retry: 1000\n\n"
         unread = True
         while True:
             while unread:
-                lines = await services.call(read, job.id, after=after, limit=_PAGE)
+                lines = await services.call(read, subject.id, after=after, limit=_PAGE)
                 if lines:
                     after = lines[-1].seq
                     yield "".join(frame(line) for line in lines)
@@ -97,6 +106,6 @@ async def _frames(
                 yield ": still here\n\n"
             watch.changed.clear()
             if watch.position is not None:
-                # The last line is written in the transaction that ends the job, so the next read sees it.
+                # The last line is written in the transaction that ends the subject, so the next read sees it.
                 ended = watch.position.state in TERMINAL_STATES
                 unread = newest(watch.position) > after

@@ -1,6 +1,6 @@
 """The requests of the API as values: method, path, body, and how to read the answer. Nothing is sent here.
 
-`client.access` holds those about webhooks, keys and tenants. Both clients send them, and raise ApiError or UnreachableError.
+`client.access` holds those about webhooks, keys and tenants, `client.study_calls` those about studies. Both clients send them, and raise ApiError or UnreachableError.
 """
 
 import uuid
@@ -31,6 +31,7 @@ from nightpress.core.wire.models import DataSetCreate, DataSetView, ModelCreate,
 from nightpress.core.wire.promotions import LatestView, PromotionCreate, PromotionView
 from nightpress.core.wire.recipes import PassView, RecipeView, ValidateRequest, ValidateView
 from nightpress.core.wire.schedules import ScheduleCreate, ScheduleRunView, ScheduleUpdate, ScheduleView
+from nightpress.core.wire.studies import StudyRequest
 from nightpress.core.wire.system import QueueView, ReadyView, WorkerView
 
 Answer = TypeVar("Answer")
@@ -61,7 +62,7 @@ def reader(kind: Any) -> Callable[[httpx.Response], Any]:
     return lambda response: adapter.validate_json(response.content, context=CHECKED_ELSEWHERE)
 
 
-def _items(kind: Any) -> Callable[[httpx.Response], Any]:
+def items_reader(kind: Any) -> Callable[[httpx.Response], Any]:
     """A parser of the items of a page, for lists that fit on a single page."""
     adapter: TypeAdapter[Any] = TypeAdapter(Page[kind])
     return lambda response: adapter.validate_json(response.content).items
@@ -78,13 +79,13 @@ def _text(response: httpx.Response) -> str:
 _LATEST, _PROMOTION, _PROMOTIONS = reader(LatestView), reader(PromotionView), reader(Page[PromotionView])
 _MODEL, _MODELS = reader(ModelView), reader(Page[ModelView])
 _DATA_SET, _DATA_SETS = reader(DataSetView), reader(Page[DataSetView])
-_JOB, _JOBS, _JOB_LIST = reader(JobView), reader(Page[JobView]), _items(JobView)
+_JOB, _JOBS, _JOB_LIST = reader(JobView), reader(Page[JobView]), items_reader(JobView)
 _CANCELLED = reader(CancelledView)
-_UPLOADS = _items(UploadFile)
-_PASSES = _items(PassView)
-_RECIPE, _RECIPES = reader(RecipeView), _items(RecipeView)
-_ARTIFACTS, _WORKERS, _QUEUES = _items(ArtifactView), _items(WorkerView), _items(QueueView)
-_EVENTS, _LOGS = _items(EventView), _items(LogView)
+_UPLOADS = items_reader(UploadFile)
+_PASSES = items_reader(PassView)
+_RECIPE, _RECIPES = reader(RecipeView), items_reader(RecipeView)
+_ARTIFACTS, _WORKERS, _QUEUES = items_reader(ArtifactView), items_reader(WorkerView), items_reader(QueueView)
+_EVENTS, _LOGS = items_reader(EventView), items_reader(LogView)
 _REPORT, _READY = reader(ReportView), reader(ReadyView)
 _SCHEDULE, _SCHEDULES = reader(ScheduleView), reader(Page[ScheduleView])
 _RUN, _RUNS = reader(ScheduleRunView), reader(Page[ScheduleRunView])
@@ -301,16 +302,26 @@ def get_drawn_report(job_id: str, form: Literal["html", "md"]) -> Call[str]:
 
 
 def create_schedule(
-    name: str, cron: str, model: str, recipe: str | dict[str, Any], *, timezone: str = "UTC", **fields: Any
+    name: str,
+    cron: str,
+    model: str,
+    recipe: str | dict[str, Any] | None = None,
+    *,
+    study: Mapping[str, Any] | None = None,
+    timezone: str = "UTC",
+    **fields: Any,
 ) -> Call[ScheduleView]:
-    """Submit a job at each time that `cron` names.
+    """Submit a job at each time that `cron` names, or begin a study: give a recipe, or the fields of core.wire.studies.StudyRequest.
 
     `fields`: further fields of core.wire.schedules.ScheduleCreate (overlap, catch_up, only_if_changed, suspended) and of JobRequest.
     """
     own = {key: value for key, value in fields.items() if key in ScheduleCreate.model_fields}
     rest = {key: value for key, value in fields.items() if key not in own}
-    job = JobRequest(model=model, recipe=recipe, **rest)
-    return post("/v1/schedules", _SCHEDULE, ScheduleCreate(name=name, cron=cron, timezone=timezone, job=job, **own))
+    if study is not None:
+        own["study"] = StudyRequest.model_validate({"model": model, **study, **rest})
+    if recipe is not None:
+        own["job"] = JobRequest(model=model, recipe=recipe, **rest)
+    return post("/v1/schedules", _SCHEDULE, ScheduleCreate(name=name, cron=cron, timezone=timezone, **own))
 
 
 def get_schedule(schedule: str) -> Call[ScheduleView]:

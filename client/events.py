@@ -1,4 +1,4 @@
-"""Following a job's events or log over SSE: the parser, and the position that is kept from connection to connection."""
+"""Following the events or the log of a job or a study over SSE: the parser, and the position that is kept from connection to connection."""
 
 import time
 from collections.abc import Callable
@@ -10,6 +10,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from nightpress.client.calls import Call, list_events, list_logs
 from nightpress.client.errors import ApiError
+from nightpress.client.study_calls import list_study_events
 from nightpress.client.transport import Options, not_reachable
 from nightpress.core.wire.jobs import EventView, LogView
 
@@ -26,15 +27,17 @@ Item = TypeVar("Item", bound=Numbered)
 
 @dataclass(frozen=True)
 class Stream(Generic[Item]):
-    """A list that grows while a job runs: its events or its log lines."""
+    """A list that grows while a job or a study runs: its events or its log lines."""
 
+    root: str  #: what has the list: "jobs" or "studies"
     path: str
     kind: TypeAdapter[Item]
     page: Callable[..., Call[list[Item]]]
 
 
-EVENTS: Stream[EventView] = Stream("events", TypeAdapter(EventView), list_events)
-LOGS: Stream[LogView] = Stream("logs", TypeAdapter(LogView), list_logs)
+EVENTS: Stream[EventView] = Stream("jobs", "events", TypeAdapter(EventView), list_events)
+LOGS: Stream[LogView] = Stream("jobs", "logs", TypeAdapter(LogView), list_logs)
+STUDY_EVENTS: Stream[EventView] = Stream("studies", "events", TypeAdapter(EventView), list_study_events)
 
 
 class StreamPosition(Generic[Item]):
@@ -43,11 +46,11 @@ class StreamPosition(Generic[Item]):
     Feed it the lines of each connection. Items that were seen before are dropped.
     """
 
-    def __init__(self, options: Options, stream: Stream[Item], job_id: str, after: int, patience_s: float) -> None:
+    def __init__(self, options: Options, stream: Stream[Item], subject_id: str, after: int, patience_s: float) -> None:
         self.after = after
         self._options = options
         self._stream = stream
-        self._job_id = job_id
+        self._subject_id = subject_id
         self._patience_s = patience_s
         self._silent_since: float | None = None
         self._failures = 0
@@ -58,14 +61,14 @@ class StreamPosition(Generic[Item]):
         headers = {**self._options.headers(), "Accept": "text/event-stream", "Last-Event-ID": str(self.after)}
         return {
             "method": "GET",
-            "url": f"/v1/jobs/{self._job_id}/{self._stream.path}",
+            "url": f"/v1/{self._stream.root}/{self._subject_id}/{self._stream.path}",
             "headers": headers,
             "timeout": httpx.Timeout(60.0, connect=5.0),
         }
 
     def rest(self) -> Call[list[Item]]:
-        """A call for the items after the last, as a plain list. Send it when the job is over and the stream has ended."""
-        return self._stream.page(self._job_id, after=self.after)
+        """A call for the items after the last, as a plain list. Send it when the subject is over and the stream has ended."""
+        return self._stream.page(self._subject_id, after=self.after)
 
     def feed(self, line: str) -> Item | None:
         """Take a line of the stream, without its line end. Returns a new item where the line completes it, else None."""

@@ -5,23 +5,22 @@ from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import TypeVar
 
-import httpx
-
 from nightpress.client import access, calls
 from nightpress.client.calls import Call
 from nightpress.client.drivers import Blocking
 from nightpress.client.errors import ApiError, ClientError, UnreachableError
-from nightpress.client.events import EVENTS, LOGS, Numbered, Stream, StreamPosition
-from nightpress.client.flows import Flow, Listen, Listing, Pause, Yield
+from nightpress.client.events import EVENTS, LOGS
+from nightpress.client.flows import Flow, Listing, Pause
 from nightpress.client.folders import ModelFolder, plain_name, read_model_folder
 from nightpress.client.methods import Driver, Resource, ask, flow, listing, pages, transfer
+from nightpress.client.studies import Studies
+from nightpress.client.tailing import follow_lines, past_lines
 from nightpress.client.transfers import UNWATCHED, Meter, Transfers, choose_artifacts, target_of, url_of
 from nightpress.client.uploads import finish_upload
 from nightpress.client.waiting import Pace
 from nightpress.core.wire.jobs import TERMINAL_STATES, EventView, JobView, LogView
 from nightpress.core.wire.models import DataSetCreate, DataSetView, ModelCreate, ModelView
 
-NumberedItem = TypeVar("NumberedItem", bound=Numbered)
 Uploaded = TypeVar("Uploaded", ModelView, DataSetView)
 
 
@@ -221,13 +220,13 @@ class Jobs(Resource[Driver]):
                     on_update(job)
                 if job.state in TERMINAL_STATES:
                     return job
-                pause = pace.after(job)
+                pause = pace.after("Job", job.id, job.state)
             yield Pause(pause)
 
     @listing
     def past_events(self, job_id: str, *, after: int = 0) -> Listing[EventView]:
         """A job's events up to now, from number `after` + 1 on."""
-        yield from self._past(EVENTS, job_id, after)
+        yield from past_lines(self, EVENTS, job_id, after)
 
     @listing
     def events(self, job_id: str, *, after: int = 0, patience_s: float = 120.0) -> Listing[EventView]:
@@ -235,36 +234,15 @@ class Jobs(Resource[Driver]):
 
         Raises UnreachableError or ApiError where the server has been away for more than `patience_s`.
         """
-        yield from self._follow(EVENTS, job_id, after, patience_s)
+        yield from follow_lines(self, EVENTS, job_id, after, patience_s, lambda: calls.get_job(job_id))
 
     @listing
     def logs(self, job_id: str, *, after: int = 0, follow: bool = False, patience_s: float = 120.0) -> Listing[LogView]:
         """A job's log up to now; with `follow`, also the lines that come until the job is over, as `events` does."""
         if follow:
-            yield from self._follow(LOGS, job_id, after, patience_s)
+            yield from follow_lines(self, LOGS, job_id, after, patience_s, lambda: calls.get_job(job_id))
         else:
-            yield from self._past(LOGS, job_id, after)
-
-    def _past(self, stream: Stream[NumberedItem], job_id: str, after: int) -> Listing[NumberedItem]:
-        while items := (yield from self._ask(stream.page(job_id, after=after))):
-            for item in items:
-                yield Yield(item)
-            after = items[-1].seq
-
-    def _follow(
-        self, stream: Stream[NumberedItem], job_id: str, after: int, patience_s: float
-    ) -> Listing[NumberedItem]:
-        tail = StreamPosition(self._driver.options, stream, job_id, after, patience_s)
-        while True:
-            error: httpx.TransportError | ApiError | None = yield Listen(tail.request(), tail.feed)
-            if error is not None:
-                yield Pause(tail.pause_after(error))
-            elif (yield from self._ask(calls.get_job(job_id))).state in TERMINAL_STATES:
-                while rest := (yield from self._ask(tail.rest())):
-                    for item in rest:
-                        if tail.seen(item) is not None:
-                            yield Yield(item)
-                return
+            yield from past_lines(self, LOGS, job_id, after)
 
     @transfer
     def download(
@@ -358,6 +336,7 @@ class BaseClient(Resource[Driver]):
         self.recipes = Recipes(driver)
         self.jobs = Jobs(driver)
         self.schedules = Schedules(driver)
+        self.studies = Studies(driver)
         self.webhooks = Webhooks(driver)
         self.keys = Keys(driver)
         self.tenants = Tenants(driver)

@@ -1,13 +1,12 @@
-"""How often a client asks for a job that it waits for, and when it gives up."""
+"""How often a client asks for a job or a study that it waits for, and when it gives up."""
 
 import time
 
 from nightpress.client.errors import ApiError, UnreachableError
-from nightpress.core.wire.jobs import JobView
 
 
 class Pace:
-    """Seconds until the next request for a job: short at first, up to `poll_s` later, 1 s while the server is away."""
+    """Seconds until the next request: short at first, up to `poll_s` later, 1 s while the server is away."""
 
     def __init__(self, timeout_s: float | None, poll_s: float, patience_s: float) -> None:
         self._start = time.monotonic()
@@ -16,12 +15,12 @@ class Pace:
         self._patience_s = patience_s
         self._away_since: float | None = None
 
-    def after(self, job: JobView) -> float:
+    def after(self, noun: str, subject_id: str, state: str) -> float:
         """The pause after an answer. Raises TimeoutError when `timeout_s` is over."""
         self._away_since = None
         now = time.monotonic()
         if self._timeout_s is not None and now - self._start >= self._timeout_s:
-            raise TimeoutError(f"Job {job.id} is still {job.state} after {self._timeout_s:g} s; it goes on.")
+            raise TimeoutError(f"{noun} {subject_id} is still {state} after {self._timeout_s:g} s; it goes on.")
         return min(self._poll_s, max(0.1, (now - self._start) / 10))
 
     def after_error(self, error: UnreachableError | ApiError) -> float:

@@ -9,7 +9,7 @@ from tests.api import RunningApi
 
 # The path parameters by what they name. A new parameter must be classified here first.
 #: things of one tenant
-_TENANTS_OWN = {"job_id", "reference", "key_id", "webhook_id"}
+_TENANTS_OWN = {"job_id", "reference", "key_id", "webhook_id", "study_id"}
 #: only for administrators: see test_only_an_administrator…
 _ADMINS = {"tenant_id"}
 _COMMON = {"name"}
@@ -25,6 +25,7 @@ BODIES: dict[str, Any] = {
     "/v1/models/{reference}/promotions": {"job_id": "job_x"},
     "/v1/webhooks": {"url": "https://127.0.0.1/", "events": ["job.failed"]},
     "/v1/keys": {"name": "other", "scopes": ["keys:write"]},
+    "/v1/studies": {"model": "x", "gates": {"cosine": ">= 0.9"}},
     "/v1/schedules": {"name": "other", "cron": "0 2 * * *", "job": {"model": "x", "recipe": "x"}},
 }
 

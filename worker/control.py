@@ -19,6 +19,7 @@ from nightpress.core.service.jobs.roster import FLEET_MEMORY_S
 from nightpress.core.service.registry.intake import Intake
 from nightpress.core.service.schedules.bringing import Bringer
 from nightpress.core.service.schedules.firing import Firing
+from nightpress.core.service.studies.searching import Searching
 from nightpress.core.service.webhooks.courier import Courier
 from nightpress.core.settings import load_settings
 from nightpress.core.tracing import configure_tracing
@@ -78,7 +79,10 @@ class Control:
         self._registries = (resources.models, resources.datasets)
         self._ring = ring
         bringer = Bringer(resources.schedule_store, resources.models, resources.settings)
-        self._firing = Firing(resources.schedule_store, resources.jobs, resources.store, bringer, ring)
+        self._firing = Firing(
+            resources.schedule_store, resources.jobs, resources.store, resources.studies, bringer, ring
+        )
+        self._searching = Searching(resources.study_ledger, resources.jobs, resources.store, resources.models, ring)
         self._courier = Courier(resources.webhooks, resources.settings)
         self._intake = Intake(resources.engine, self._registries)
         self._slow = SlowSteps()
@@ -92,6 +96,7 @@ class Control:
             self._expire_queue_deadlines,
             self._fire_schedules,
             self._advance_runs,
+            self._advance_studies,
             self._take_in,
             self._deliver_webhooks,
             self._ring_queues,
@@ -127,6 +132,10 @@ class Control:
         """In its own thread: a source that does not answer delays schedules, but not the expiry of leases."""
         self._slow.start("advance_runs", self._firing.advance)
 
+    def _advance_studies(self) -> None:
+        """In its own thread: the sampler computes for some tenths of a second."""
+        self._slow.start("advance_studies", self._searching.advance)
+
     def _take_in(self) -> None:
         self._intake.advance()
 
@@ -147,6 +156,8 @@ class Control:
             count := self._resources.retention.prune_jobs(settings.keep_jobs_days * _DAY_S)
         ):
             log.info("%d old jobs were removed.", count)
+        if settings.keep_jobs_days:
+            self._resources.study_ledger.forget(settings.keep_jobs_days * _DAY_S)
         for registry in self._registries if settings.keep_fetched_days else ():
             if count := registry.forget_superseded(settings.keep_fetched_days * _DAY_S):
                 log.info("%d fetched %s were removed: there are newer ones.", count, registry.kind)

@@ -33,6 +33,15 @@ _EXAMPLES = {
         "value": {"name": "fresh", "cron": "0 */6 * * *", "overlap": "queue", "catch_up": "all", "job": _JOB},
     },
 }
+_EXAMPLES["a study"] = {
+    "summary": "A study every night, which first tries what was best the night before",
+    "value": {
+        "name": "nightly-study",
+        "cron": "0 1 * * *",
+        "only_if_changed": True,
+        "study": {"model": "all-minilm-l6-v2", "minimize": "latency", "gates": {"cosine": ">= 0.99"}, "hours": 6},
+    },
+}
 _REFUSALS = (
     ErrorCode.INVALID_REQUEST,
     ErrorCode.INVALID_SCHEDULE,

@@ -1,5 +1,6 @@
 """`nightpress schedule …`: jobs that are submitted again and again."""
 
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -8,6 +9,7 @@ from nightpress.client.cli import output
 from nightpress.client.cli.jobs import parse_labels
 from nightpress.client.cli.recipes import read_recipe
 from nightpress.client.cli.session import Session, takes_session
+from nightpress.client.cli.studies import read_study
 from nightpress.core.wire.schedules import ScheduleRunView, ScheduleView
 
 schedules = typer.Typer(invoke_without_command=True, help="Schedules: list, add, show, edit, suspend, resume, trigger.")
@@ -61,7 +63,16 @@ def add(
     model: Annotated[
         str, typer.Option("--model", "-m", help="A model's name: each fire takes its newest ready model.")
     ],
-    recipe: Annotated[str, typer.Option("--recipe", "-r", help="A built-in recipe's name, or a YAML file.")],
+    recipe: Annotated[
+        str | None, typer.Option("--recipe", "-r", help="A built-in recipe's name, or a YAML file.")
+    ] = None,
+    study: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="A YAML file with the fields of a study (minimize, gates, trials, …), in place of a recipe: each fire begins one.",
+        ),
+    ] = None,
     timezone: Zone = "UTC",
     source: Annotated[
         str | None,
@@ -87,12 +98,16 @@ def add(
         bool, typer.Option("--no-promote", help="Don't let accepted results become the model's latest.")
     ] = False,
 ) -> None:
-    """Make a schedule that submits a job again and again, e.g. every night."""
+    """Make a schedule that submits a job, or begins a study, again and again, e.g. every night."""
+    if (recipe is None) == (study is None):
+        raise typer.BadParameter("give a recipe or a study, and not both", param_hint="--recipe / --study")
     fields: dict[str, Any] = {"overlap": overlap, "catch_up": catch_up, "only_if_changed": only_if_changed}
     fields |= {"source": source} if source else {}
     fields |= {"priority": priority, "labels": parse_labels(label or []), "promote": not no_promote}
     with session.client() as client:
-        made = client.schedules.create(name, cron, model, read_recipe(recipe), timezone=timezone, **fields)
+        chosen = None if recipe is None else read_recipe(recipe)
+        wanted = None if study is None else read_study(study)
+        made = client.schedules.create(name, cron, model, chosen, study=wanted, timezone=timezone, **fields)
     _print(session, made)
 
 
@@ -108,7 +123,7 @@ def show(session: Session, name: Named, limit: Annotated[int, typer.Option("--li
         return
     _print(session, found)
     if runs:
-        output.print_table(("fire", "cause", "outcome", "job"), [_row(run) for run in runs])
+        output.print_table(("fire", "cause", "outcome", "job or study"), [_row(run) for run in runs])
 
 
 @schedules.command("edit")
@@ -195,7 +210,7 @@ def _print(session: Session, schedule: ScheduleView) -> None:
             ("schedule", schedule.name),
             ("cron", f"{schedule.cron} {schedule.timezone}"),
             ("state", "suspended" if schedule.suspended else "active"),
-            ("job", f"{_recipe_name(schedule)} on {schedule.job.model}"),
+            ("study" if schedule.study else "job", f"{_recipe_name(schedule)} on {schedule.job.model}"),
             ("source", schedule.source),
             ("overlap", schedule.overlap),
             ("catch up", schedule.catch_up),
@@ -206,12 +221,15 @@ def _print(session: Session, schedule: ScheduleView) -> None:
 
 
 def _recipe_name(schedule: ScheduleView) -> str:
+    if schedule.study is not None:
+        return f"least {schedule.study.minimize}"
     return schedule.job.recipe if isinstance(schedule.job.recipe, str) else str(schedule.job.recipe.get("name", ""))
 
 
 def _row(run: ScheduleRunView) -> tuple[str, ...]:
-    outcome: str = run.job_state or run.state
+    outcome: str = run.job_state or run.study_state or run.state
     if run.reason or run.error:
         outcome += f": {run.reason or (run.error or {}).get('message')}"
-    verdict = f" ({run.job_verdict})" if run.job_verdict else ""
-    return f"{run.scheduled_for:%Y-%m-%d %H:%M}Z", run.cause, outcome + verdict, run.job_id or ""
+    ended = run.job_verdict or run.study_verdict
+    verdict = f" ({ended})" if ended else ""
+    return f"{run.scheduled_for:%Y-%m-%d %H:%M}Z", run.cause, outcome + verdict, run.job_id or run.study_id or ""

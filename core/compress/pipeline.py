@@ -16,7 +16,7 @@ from nightpress.core.compress.evaluate import gates, quality
 from nightpress.core.compress.evaluate.finite import check_weights
 from nightpress.core.compress.lineage import read_lineage
 from nightpress.core.compress.model.checkpoint import disk_errors, write_file
-from nightpress.core.compress.stages import folder, graph, measure
+from nightpress.core.compress.stages import folder, graph, measure, screen
 from nightpress.core.compress.stages.clock import Emit
 from nightpress.core.compress.stages.job import PressJob, State
 from nightpress.core.handoff.manifest import MANIFEST_FILE, ArtifactEntry, Manifest, describe_file, describe_folder
@@ -28,7 +28,8 @@ from nightpress.core.recipes.models import Quality
 from nightpress.core.recipes.plan import make_plan
 
 #: The stages in their order. A pass runs in the stage that its options name. Passes of the stage `runtime` run when a graph is exported.
-STAGES = (folder.run, graph.run, measure.run)
+#: A screening that finds that a gate is surely missed ends them.
+STAGES = (folder.run, screen.run, graph.run, measure.run)
 
 
 def run(job_dir: Path, emit: Emit) -> Manifest:
@@ -56,6 +57,8 @@ def _press(job: PressJob) -> Manifest:
     state = _begin(job)
     for stage in STAGES:
         stage(job, state)
+        if state.screening is not None:
+            break
     manifest = _conclude(job, state)
     shutil.rmtree(job.scratch, ignore_errors=True)
     job.clock.at(1.0, manifest.verdict)
@@ -106,7 +109,8 @@ def _conclude(job: PressJob, state: State) -> Manifest:
         artifacts=artifacts,
         passes=tuple(state.records),
         gates=found,
-        verdict="accepted" if all(result.passed for result in found) else "rejected",
+        verdict="accepted" if state.screening is None and all(result.passed for result in found) else "rejected",
+        screening=state.screening,
         phases={phase: round(seconds, 3) for phase, seconds in job.clock.seconds.items()},
         notes=_notes(job, state),
         profiles=tuple(state.profiles),
@@ -175,7 +179,12 @@ def _data_used(job: PressJob) -> tuple[DataUsed, ...]:
 
 def _notes(job: PressJob, state: State) -> tuple[str, ...]:
     header = state.source_header
-    notes = [*make_plan(job.recipe, header).warnings, *(text for record in state.records for text in record.warnings)]
+    screened = [] if state.screening is None else [state.screening.reason]
+    notes = [
+        *screened,
+        *make_plan(job.recipe, header).warnings,
+        *(text for record in state.records for text in record.warnings),
+    ]
     source_dtypes = {tensor.dtype for tensor in header.tensors} - {"F32", "I64"}
     place = state.source.measured_on
     if source_dtypes and (place is None or place.device == "cpu"):

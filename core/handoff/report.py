@@ -218,6 +218,13 @@ class GateResult(_Model):
     explanation: str
 
 
+class Screening(_Model):
+    """Why a job ended right after its passes: on few texts, even the favourable end of an interval misses a gate."""
+
+    reason: str
+    gates: tuple[GateResult, ...]  #: `observed` is the favourable end of the interval
+
+
 class DataUsed(_Model):
     """A data set that the job read."""
 
@@ -245,6 +252,7 @@ class Report(_Model):
     verdict: Literal["accepted", "rejected"]
     phases: dict[str, float]  #: phase → seconds
     notes: tuple[str, ...] = ()
+    screening: Screening | None = None  #: set if the job ended before its exports; then it has no artifacts
     profiles: tuple[Profile, ...] = ()  #: of the source and of the pressed model, if the recipe has the pass `profile`
 
 

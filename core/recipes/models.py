@@ -59,6 +59,11 @@ class Quality(_Model):
         description="For perplexity: tokens that are scored in each window, after `length − stride` tokens of context; null: all.",
     )
     new_tokens: int = Field(32, ge=1, le=4096, description="For generation: tokens that the source writes.")
+    part: Literal["all", "choose", "judge"] = Field(
+        "all",
+        exclude_if=lambda value: value == "all",  # workers of earlier versions refuse a field that they don't know
+        description="Half of the data, the same for every recipe: studies choose with one half and judge with the other.",
+    )
 
     @model_validator(mode="after")
     def _stride_fits(self) -> "Quality":
@@ -157,6 +162,11 @@ class Recipe(_Model):
     )
     gates: dict[str, str] = Field(
         default_factory=dict, max_length=32, description='e.g. {"perplexity": "<= +3%", "size": "<= 35%"}'
+    )
+    screen: bool = Field(
+        False,
+        exclude_if=lambda value: not value,
+        description="End right after the passes that change the model's files, before exports, where few texts show that the result surely misses a gate.",
     )
     device: Literal["auto", "cpu", "gpu"] = Field(
         "auto",

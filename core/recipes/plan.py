@@ -225,6 +225,8 @@ def _check_model(recipe: Recipe, header: ModelHeader) -> None:
         export.check(header)
     for wanted in recipe.evaluate:
         if isinstance(wanted, Quality):
+            if header.sees_images and wanted.part != "all":
+                raise invalid("evaluate: images are not divided into parts.", "Leave `part` out.")
             _check_metric(wanted, header)
         elif isinstance(wanted, GenerationSpeed):
             _check_generation(wanted, header)

@@ -23,6 +23,9 @@ from nightpress.core.service.registry.datasets import DataSetRegistry
 from nightpress.core.service.registry.models import ModelRegistry
 from nightpress.core.service.schedules.service import ScheduleService
 from nightpress.core.service.schedules.store import ScheduleStore
+from nightpress.core.service.studies.ledger import StudyLedger
+from nightpress.core.service.studies.service import StudyService
+from nightpress.core.service.studies.store import StudyStore
 from nightpress.core.service.webhooks.signing import open_keeper
 from nightpress.core.service.webhooks.store import WebhookStore
 from nightpress.core.settings import Settings
@@ -85,7 +88,15 @@ class Resources:
 
     @cached_property
     def schedules(self) -> ScheduleService:
-        return ScheduleService(self.schedule_store, self.jobs, self.settings)
+        return ScheduleService(self.schedule_store, self.jobs, self.studies, self.settings)
+
+    @cached_property
+    def study_ledger(self) -> StudyLedger:
+        return StudyLedger(self.engine)
+
+    @cached_property
+    def studies(self) -> StudyService:
+        return StudyService(StudyStore(self.engine), self.study_ledger, self.jobs, self.store, self.models)
 
     @cached_property
     def promotions(self) -> PromotionStore:

@@ -66,6 +66,7 @@ class JobView(View):
     retry_of: str | None
     promote: bool = True
     created_by: str | None = None  #: the key's id
+    study_id: str | None = None  #: the study that it is a trial of
     reused_from: str | None  #: the job whose result this one was given instead of running
     worker_id: str | None
     created_at: dt.datetime

@@ -1,15 +1,14 @@
 """Schedules and their runs on the wire."""
 
 import datetime as dt
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import (
-    Field,
-)
+from pydantic import Field, model_validator
 
 from nightpress.core.recipes.models import Name
 from nightpress.core.wire.base import Request, View
 from nightpress.core.wire.jobs import JobRequest, JobState
+from nightpress.core.wire.studies import StudyRequest, StudyState
 
 Overlap = Literal["skip", "queue", "replace"]
 CatchUp = Literal["none", "latest", "all"]
@@ -18,7 +17,9 @@ ZoneText = Annotated[str, Field(max_length=64, examples=["Europe/Berlin"])]
 
 
 class ScheduleCreate(Request):
-    """A job to submit again and again.
+    """A job to submit, or a study to begin, again and again.
+
+    `study`: in place of `job`. Each fire begins a study, which first tries the best recipes of the study before.
 
     `overlap`: what to do where the run before is not over: skip this one, queue it behind, or replace (cancel) the other.
     `catch_up`: after the service was down, run none of the missed fires, the latest alone, or all.
@@ -31,12 +32,19 @@ class ScheduleCreate(Request):
     name: Name
     cron: CronText
     timezone: ZoneText = "UTC"
-    job: JobRequest
+    job: JobRequest | None = None
+    study: StudyRequest | None = None
     source: str | None = Field(None, min_length=1, max_length=1024, examples=["s3://models/released/minilm"])
     overlap: Overlap = "skip"
     catch_up: CatchUp = "latest"
     only_if_changed: bool = False
     suspended: bool = False
+
+    @model_validator(mode="after")
+    def _says_what(self) -> Self:
+        if (self.job is None) == (self.study is None):
+            raise ValueError("give a `job` or a `study`, and not both")
+        return self
 
 
 class ScheduleUpdate(Request):
@@ -49,19 +57,29 @@ class ScheduleUpdate(Request):
     cron: CronText | None = None
     timezone: ZoneText | None = None
     job: JobRequest | None = None
+    study: StudyRequest | None = None
     source: str | None = Field(None, min_length=1, max_length=1024)
     overlap: Overlap | None = None
     catch_up: CatchUp | None = None
     only_if_changed: bool | None = None
     suspended: bool | None = None
 
+    @model_validator(mode="after")
+    def _not_both(self) -> Self:
+        if self.job is not None and self.study is not None:
+            raise ValueError("give a `job` or a `study`, and not both")
+        return self
+
 
 class ScheduleView(View):
+    """A schedule. `job`: what is submitted; of a schedule with a `study`, its model and the word `study` as the recipe."""
+
     id: str
     name: str
     cron: str
     timezone: str
     job: JobRequest
+    study: StudyRequest | None = None
     source: str | None = None
     overlap: Overlap
     catch_up: CatchUp
@@ -75,7 +93,7 @@ class ScheduleView(View):
 
 
 class ScheduleRunView(View):
-    """One fire and its outcome. `skipped` has a `reason`, `failed` an `error`, `submitted` a job."""
+    """One fire and its outcome. `skipped` has a `reason`, `failed` an `error`, `submitted` a job or a study."""
 
     id: str
     schedule_id: str
@@ -87,6 +105,9 @@ class ScheduleRunView(View):
     job_id: str | None
     job_state: JobState | None
     job_verdict: Literal["accepted", "rejected"] | None
+    study_id: str | None = None
+    study_state: StudyState | None = None
+    study_verdict: Literal["accepted", "rejected"] | None = None
     model_id: str | None = None  #: what was fetched for it, where the schedule has a source
     revision: str | None = None  #: of the source
     created_at: dt.datetime

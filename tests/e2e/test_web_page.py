@@ -13,10 +13,22 @@ from nightpress.core.service.jobs.records import Worker
 from tests.browser import DESKTOP, Browser, overflows, signed_in, violations
 from tests.face import RECIPE, Face
 from tests.jobs import GB
+from tests.studies import StudyWorld
 
 HOSTILE = "<img src=x onerror=\"document.title='taken'\"> nightly"
 NARROW = {"width": 360, "height": 740}
-VIEWS = ("/jobs", "/jobs/new", "/models", "/schedules", "/workers", "/webhooks", "/access", "/tenants", "/compare")
+VIEWS = (
+    "/jobs",
+    "/jobs/new",
+    "/models",
+    "/studies",
+    "/schedules",
+    "/workers",
+    "/webhooks",
+    "/access",
+    "/tenants",
+    "/compare",
+)
 
 
 @pytest.fixture(scope="module")
@@ -62,6 +74,35 @@ def test_every_view_is_usable_by_all_and_asks_no_other_origin(
         client.webhooks.delete(wide.id)
         assert {url.split("/")[2] for url in seen.requests if url.startswith("http")} == {face.url.split("/")[2]}
         assert seen.complaints == []
+
+
+def test_a_study_shows_its_front_while_it_grows_and_then_what_it_found(browser: Browser, face: Face, bert_tiny: Path):
+    world = StudyWorld(face.settings.data_dir, face.settings.sql_url, bert_tiny)
+    study = world.create(trials=8, parallel=2, name=HOSTILE)
+    control = world.replica()
+    with signed_in(browser, face, "/studies") as seen:
+        page = seen.page
+        page.get_by_role("link", name=HOSTILE).click()
+        page.wait_for_selector("text=No trial has a result yet.")
+        for _ in range(3):
+            control.advance()
+            world.claim_all()
+            world.end(world.held[0])
+        control.advance()
+        page.wait_for_selector("svg.chart circle")
+        assert violations(page) == []
+        assert overflows(page) == []
+        world.run(study)
+        page.wait_for_selector("text=What was found")
+        report = world.studies.store.report("default", study.id)
+        assert report.winner is not None
+        assert f"nightpress pull {report.winner.job_id}" in page.inner_text("main")
+        assert page.locator("tbody tr").count() >= 8 + len(report.front)
+        assert page.locator("text=cosine >= 0.95").first.is_visible()
+        assert violations(page) == []
+        assert page.title() == f"{HOSTILE} · Nightpress"
+        assert seen.complaints == []
+    world.engine.dispose()
 
 
 def test_a_worker_shows_how_much_of_its_gpus_memory_is_in_use(browser: Browser, face: Face):

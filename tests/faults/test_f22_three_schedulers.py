@@ -6,14 +6,8 @@ from pathlib import Path
 import pytest
 from sqlalchemy import func, select, update
 
-from nightpress.core.artifacts.open import open_store
 from nightpress.core.database import transaction
-from nightpress.core.service.access.quotas import QuotaBook
-from nightpress.core.service.jobs.service import JobService
-from nightpress.core.service.registry.datasets import DataSetRegistry
-from nightpress.core.service.registry.models import ModelRegistry
-from nightpress.core.service.schedules.service import ScheduleService
-from nightpress.core.service.schedules.store import ScheduleStore
+from nightpress.core.service.compose import Resources
 from nightpress.core.service.tables.jobs import jobs
 from nightpress.core.service.tables.schedules import schedule_runs, schedules
 from nightpress.core.wire.jobs import JobRequest
@@ -31,18 +25,9 @@ def test_every_fire_happens_once_with_three_control_processes(
 ):
     service = Service(tmp_path, sql_url, tick_s=0.05, model_roots=[bert_tiny.parent])
     try:
-        settings, objects = service.settings, open_store(service.settings)
-        models = ModelRegistry(service.engine, objects, settings)
-        models.create(TENANT, ModelCreate(name="tiny", path=str(bert_tiny)))
-        store = ScheduleStore(service.engine)
-        job_service = JobService(
-            service.store,
-            models,
-            DataSetRegistry(service.engine, objects, settings),
-            QuotaBook(service.engine, settings),
-            settings,
-        )
-        people = ScheduleService(store, job_service, settings)
+        resources = Resources(service.settings, service.engine)
+        resources.models.create(TENANT, ModelCreate(name="tiny", path=str(bert_tiny)))
+        store, people = resources.schedule_store, resources.schedules
         for number in range(SCHEDULES):
             job = JobRequest(model="tiny", recipe="int8-encoder")
             wanted = ScheduleCreate(name=f"s{number}", cron="*/5 * * * *", catch_up="all", overlap="replace", job=job)

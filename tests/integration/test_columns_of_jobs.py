@@ -65,6 +65,7 @@ GIVEN: dict[str, Any] = {
     "promote": False,
     "created_by": "key12345",
     "fingerprint": "3" * 64,
+    "study_id": "std_of-the-job",
     "traceparent": "00-" + "4" * 32 + "-" + "5" * 16 + "-01",
 }
 

@@ -61,6 +61,7 @@ def resolved(world: World, rows: Rows, **more: Any) -> dict[str, Any]:
         "retry_of": None,
         "created_by": "key12345",
         "traceparent": None,
+        "study_id": None,
         "stall_s": world.settings.stall_s,
         "created_at": rows.now,
         "run_after": rows.now,

@@ -28,9 +28,11 @@ from nightpress.core.service.webhooks.store import WebhookStore
 from nightpress.core.settings import Settings
 from nightpress.core.wire.access import QuotaChange
 from nightpress.core.wire.jobs import JobRequest
+from nightpress.core.wire.schedules import ScheduleUpdate
+from nightpress.core.wire.studies import StudyRequest
 from nightpress.core.wire.webhooks import WebhookCreate
-from tests.columns import MAPPING, WORDS, Chosen, Rows, identifier
-from tests.integration import test_columns_of_jobs, test_columns_of_models
+from tests.columns import DIGEST, MAPPING, WORDS, Chosen, Rows, identifier, whole_id
+from tests.integration import test_columns_of_jobs, test_columns_of_models, test_columns_of_studies
 from tests.integration.test_schedules import TENANT, World, utc
 from tests.jobs import age, claim, submit, succeeded
 
@@ -59,7 +61,8 @@ def world(tmp_path: Path, sql_url: str, bert_tiny: Path) -> Iterator[World]:
 
 
 def test_every_table_is_covered() -> None:
-    assert set(metadata.tables.values()) == COVERED | test_columns_of_jobs.COVERED | test_columns_of_models.COVERED
+    others = test_columns_of_jobs.COVERED | test_columns_of_models.COVERED | test_columns_of_studies.COVERED
+    assert set(metadata.tables.values()) == COVERED | others
 
 
 # Access --------------------------------------------------------------------------------------------------------------
@@ -268,6 +271,7 @@ def test_schedules_and_their_runs(world: World, tmp_path: Path) -> None:
         "suspended": False,
         "job": job.model_dump(mode="json", exclude_none=True),
         "source": str(source),
+        "study": None,
         "version": 1,
         "next_at": utc("2026-11-23T02:00"),
         "created_by": "key12345",
@@ -290,6 +294,7 @@ def test_schedules_and_their_runs(world: World, tmp_path: Path) -> None:
         "reason": None,
         "error": None,
         "job_id": submitted.job_id,
+        "study_id": None,
         "model_id": pressed.model_id,
         "revision": WORDS,
         "digest": pressed.model_digest,
@@ -306,4 +311,14 @@ def test_schedules_and_their_runs(world: World, tmp_path: Path) -> None:
     broken = {"id": failed.id, "scheduled_for": utc("2026-11-23T04:00"), "state": "failed", "error": MAPPING}
     broken |= {"revision": None}
     rows.check(schedule_runs, {**run, **nothing, **broken}, schedule_runs.c.id == failed.id)
+    study = StudyRequest(model="tiny", gates={"cosine": ">= 0.9"}, hours=3.0)
+    world.service.edit(TENANT, "nightly", ScheduleUpdate(study=study))
+    said = {"study": study.model_dump(mode="json", exclude_unset=True), "job": {"model": "tiny", "recipe": "study"}}
+    rows.check(schedules, {**row, **said, "version": 2, "next_at": utc("2026-11-23T05:00")})
+    (source / "model.safetensors").write_bytes((world.model / "model.safetensors").read_bytes())
+    world.settle("2026-11-23T05:00")
+    begun = world.runs()[-1]
+    searched = {"id": begun.id, "scheduled_for": utc("2026-11-23T05:00"), "study_id": identifier("std"), "job_id": None}
+    searched |= {"fingerprint": whole_id(64), "model_id": identifier("mdl"), "digest": DIGEST}
+    rows.check(schedule_runs, {**run, **searched}, schedule_runs.c.id == begun.id)
     rows.all_seen(schedules, schedule_runs)

@@ -11,9 +11,12 @@ from typing import Any, NamedTuple
 
 import httpx
 import pytest
+from sqlalchemy import update
 
 from nightpress import migrations
+from nightpress.core.database import transaction
 from nightpress.core.service.access.keys import ALL_SCOPES, create_key, revoke
+from nightpress.core.service.tables.studies import studies
 from nightpress.core.settings import Settings
 from tests.api import RunningApi, serve
 from tests.operations import BODIES, OPEN, on_things, operations
@@ -26,6 +29,7 @@ class Owned(NamedTuple):
     models: str
     datasets: str
     schedules: str
+    studies: str
     keys: str
     webhooks: str
 
@@ -73,7 +77,12 @@ def owned(api: RunningApi, owner: httpx.Client, bert_tiny: Path) -> Owned:
     ]
     nightly = {"name": "nightly", "cron": "0 2 * * *", "job": {"model": "tiny", "recipe": "int8-encoder"}}
     schedule = owner.post("/v1/schedules", json=nightly).json()["id"]
-    return Owned(jobs=job, models=model, datasets=data, schedules=schedule, keys=key, webhooks=hook)
+    study = owner.post("/v1/studies", json={"model": "tiny", "gates": {"cosine": ">= 0.9"}}).json()["id"]
+    told = {"winner": None, "chosen_again": False, "front": [], "runner_up": None, "sensitivity": [], "counts": {}}
+    told |= {"reasons": {}, "cpu_seconds": 1.0, "gpu_seconds": 0.0, "seconds": 2.0, "split": "secret words"}
+    with transaction(api.services.resources.engine) as connection:
+        connection.execute(update(studies).where(studies.c.id == study).values(report=told))
+    return Owned(studies=study, jobs=job, models=model, datasets=data, schedules=schedule, keys=key, webhooks=hook)
 
 
 def told(response: httpx.Response, identifier: str) -> dict[str, Any]:
@@ -240,6 +249,7 @@ DONE: dict[str, Any] = {
     "/v1/jobs": {"model": "tiny", "recipe": "int8-encoder"},
     "/v1/jobs:batch": {"jobs": [{"model": "tiny", "recipe": "int8-encoder", "name": "one of a batch"}]},
     "/v1/webhooks": {"url": "http://127.0.0.1:1/", "events": ["job.failed"]},
+    "/v1/studies": {"model": "tiny", "gates": {"cosine": ">= 0.9"}},
     "/v1/schedules": {"name": "once", "cron": "0 2 * * *", "job": {"model": "tiny", "recipe": "int8-encoder"}},
     "/v1/keys": {"name": "other", "scopes": ["jobs:read"]},
 }

@@ -10,6 +10,7 @@ import { jobs } from "./views/jobs.js";
 import { model, models } from "./views/models.js";
 import { fresh } from "./views/new.js";
 import { schedule, schedules } from "./views/schedules.js";
+import { studies, study } from "./views/studies.js";
 import { tenants } from "./views/tenants.js";
 import { webhook, webhooks } from "./views/webhooks.js";
 import { workers } from "./views/workers.js";
@@ -23,13 +24,15 @@ const VIEWS = [
   [/^\/models\/([^/]+)$/, model, "Model"],
   [/^\/schedules$/, schedules, "Schedules"],
   [/^\/schedules\/([^/]+)$/, schedule, "Schedule"],
+  [/^\/studies$/, studies, "Studies"],
+  [/^\/studies\/([^/]+)$/, study, "Study"],
   [/^\/workers$/, workers, "Workers"],
   [/^\/webhooks$/, webhooks, "Webhooks"],
   [/^\/webhooks\/([^/]+)$/, webhook, "Webhook"],
   [/^\/access$/, access, "Keys"],
   [/^\/tenants$/, tenants, "Tenants"],
 ];
-const NAVIGATION = [["#/jobs", "Jobs"], ["#/models", "Models"], ["#/schedules", "Schedules"], ["#/workers", "Workers"], ["#/webhooks", "Webhooks"], ["#/access", "Keys"]];
+const NAVIGATION = [["#/jobs", "Jobs"], ["#/models", "Models"], ["#/studies", "Studies"], ["#/schedules", "Schedules"], ["#/workers", "Workers"], ["#/webhooks", "Webhooks"], ["#/access", "Keys"]];
 const THEME = "nightpress.theme";
 const main = document.getElementById("main");
 let leave = new AbortController();

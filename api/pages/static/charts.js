@@ -23,8 +23,9 @@ export function bars(title, items) {
     h("figcaption", {}, title));
 }
 
-/** A scatter plot of points {x, y, label, source, dominated}. */
-export function scatter(title, xTitle, yTitle, points) {
+/** A scatter plot of points {x, y, label, says, source, dominated}. A point without a label shows `says` under the pointer.
+ *  line: points to join; rule: the y of a line across the whole width. */
+export function scatter(title, xTitle, yTitle, points, { line = [], rule = null } = {}) {
   const width = span();
   const height = 380;
   const box = { left: 64, right: 20, top: 18, bottom: 46 };
@@ -35,15 +36,17 @@ export function scatter(title, xTitle, yTitle, points) {
     return { at: (value) => from + ((value - low + spare) / (high - low + 2 * spare)) * (to - from), ticks: ticks(low - spare, high + spare) };
   };
   const x = scale(points.map((point) => point.x), box.left, width - box.right);
-  const y = scale(points.map((point) => point.y), height - box.bottom, box.top);
+  const y = scale([...points.map((point) => point.y), ...(rule === null ? [] : [rule])], height - box.bottom, box.top);
   return h("figure", {},
-    h("svg", { viewBox: `0 0 ${width} ${height}`, role: "img", "aria-label": `${title}. ${points.map((point) => `${point.label}: ${xTitle} ${figure(point.x)}, ${yTitle} ${figure(point.y)}${point.dominated ? ", dominated" : ""}`).join("; ")}`, class: "chart" },
+    h("svg", { viewBox: `0 0 ${width} ${height}`, role: "img", "aria-label": `${title}. ${points.filter((point) => point.label).map((point) => `${point.says ?? point.label}: ${xTitle} ${figure(point.x)}, ${yTitle} ${figure(point.y)}${point.dominated ? ", dominated" : ""}`).join("; ")}`, class: "chart" },
       x.ticks.map((tick) => [h("line", { x1: x.at(tick), x2: x.at(tick), y1: box.top, y2: height - box.bottom, class: "grid" }), h("text", { x: x.at(tick), y: height - box.bottom + 16, class: "value", "text-anchor": "middle" }, figure(tick))]),
       y.ticks.map((tick) => [h("line", { x1: box.left, x2: width - box.right, y1: y.at(tick), y2: y.at(tick), class: "grid" }), h("text", { x: box.left - 8, y: y.at(tick) + 4, class: "value", "text-anchor": "end" }, figure(tick))]),
       h("text", { x: (box.left + width - box.right) / 2, y: height - 8, class: "head", "text-anchor": "middle" }, xTitle),
       h("text", { x: 12, y: (height - box.bottom + box.top) / 2, class: "head", "text-anchor": "middle", transform: `rotate(-90 12 ${(height - box.bottom + box.top) / 2})` }, yTitle),
+      rule === null ? null : h("line", { x1: box.left, x2: width - box.right, y1: y.at(rule), y2: y.at(rule), class: "curve curve-3" }),
+      line.length > 1 ? h("polyline", { points: line.map((point) => `${x.at(point.x)},${y.at(point.y)}`).join(" "), class: "curve curve-0" }) : null,
       points.map((point) => h("g", { class: point.dominated ? "dominated" : "" },
-        h("circle", { cx: x.at(point.x), cy: y.at(point.y), r: point.source ? 5 : 6, class: point.source ? "pale" : "solid" }, h("title", {}, `${point.label}: ${figure(point.x)}, ${figure(point.y)}`)),
+        h("circle", { cx: x.at(point.x), cy: y.at(point.y), r: point.source ? 5 : 6, class: point.source ? "pale" : "solid" }, h("title", {}, `${point.says ?? point.label}: ${figure(point.x)}, ${figure(point.y)}`)),
         h("text", { x: x.at(point.x) + (x.at(point.x) > width * 0.7 ? -10 : 10), y: y.at(point.y) - 8, "text-anchor": x.at(point.x) > width * 0.7 ? "end" : "start" }, point.label)))),
     h("figcaption", {}, title));
 }

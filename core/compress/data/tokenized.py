@@ -12,6 +12,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from nightpress.core.compress.data.halves import RUN, Part, half
 from nightpress.core.compress.data.rows import Row, builtin_bytes, has_columns, read_records, read_rows
 from nightpress.core.errors import ErrorCode, NightpressError
 from nightpress.core.recipes.datafile import invalid
@@ -61,15 +62,17 @@ class DataSource:
     ref: str
     file: Path | None
     model_dir: Path | None = None  #: the model whose chat template renders conversations
+    part: Part = "all"
 
     def rows(self) -> list[Row]:
-        return read_rows(self.ref, self.file, model_dir=self.model_dir)
+        rows = read_rows(self.ref, self.file, model_dir=self.model_dir)
+        return half(rows, self.part, ref=self.ref, run=1 if any(row.label is not None for row in rows) else RUN)
 
     def records(self) -> list[dict[str, Any]]:
         """The rows with all their columns. Raises NightpressError(invalid_data) for fewer than two rows, or for prose without columns."""
         if self.ref.startswith("builtin:"):
             raise invalid(self.ref, "it is prose, without the columns that this metric reads", "Bring a data set.")
-        found = read_records(self.ref, self.file)
+        found = half(read_records(self.ref, self.file), self.part, ref=self.ref)
         if len(found) < 2:
             raise invalid(self.ref, "it has fewer than two rows: no interval can be given", "Bring more rows.")
         return found

@@ -1,6 +1,6 @@
 """Prepares the examples that a recipe evaluates every model of a job on, and turns the models' outputs into measurements."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from nightpress.core.compress.data import tokenized
 from nightpress.core.compress.data.images import read_images
 from nightpress.core.compress.evaluate import embeddings, fidelity, labels, language
+from nightpress.core.compress.evaluate.screening import SAMPLES
 from nightpress.core.compress.evaluate.view import OutputPair, Scorer, ScorerRequest
 from nightpress.core.compress.export.consumer import Observed
 from nightpress.core.compress.export.task import Task, TimedGeneration, TimedShape, TokenSet
@@ -52,6 +53,18 @@ class Trial:
     evaluations: tuple[Evaluation, ...]
     seed: int
     by_turns: bool  #: whether source and artifact may be timed by turns; the plan's estimate assumes the same
+    screen: tuple[Evaluation, ...] = ()  #: evaluations on few texts, for a screening right after the passes
+
+    @property
+    def source_task(self) -> Task:
+        """What runs on the source: also the texts of the screening, so that the source is loaded once."""
+        return replace(self.task, sets=(*self.task.sets, *(entry.scorer.examples for entry in self.screen)))
+
+    @property
+    def screen_task(self) -> Task:
+        """What runs on the pressed model in a screening: nothing is timed."""
+        sets = (self.task.sets[0], *(entry.scorer.examples for entry in self.screen))
+        return replace(self.task, sets=sets, shapes=(), writings=())
 
 
 def prepare(
@@ -74,7 +87,7 @@ def prepare(
     sets: list[TokenSet] = [_check_set(prose, tokenizer, header)]
     evaluations = []
     for at, quality in enumerate(qualities):
-        source = tokenized.DataSource(quality.data, data_files.get(quality.data), model_dir)
+        source = tokenized.DataSource(quality.data, data_files.get(quality.data), model_dir, quality.part)
         request = ScorerRequest(f"quality{at}", quality, source, tokenizer, header, recipe.seed)
         scorer = _SCORERS[_metric(quality, header, source)](request)
         if len(scorer.examples.sequences.ids) < 2:
@@ -83,6 +96,7 @@ def prepare(
             )
         sets.append(scorer.examples)
         evaluations.append(Evaluation(quality.data, scorer))
+    screen = _screen(recipe, qualities, header, model_dir, data_files, tokenizer)
     longest = max([*(shape.length for shape in shapes), *(writing.prompt for writing in writings)], default=16)
     timing = tokenized.text_windows(
         prose, tokenizer, samples=8, length=min(longest, 512), ref="builtin:prose"
@@ -103,7 +117,29 @@ def prepare(
         evaluations=tuple(evaluations),
         seed=_SEED + recipe.seed,
         by_turns=timed_by_turns(recipe, header),
+        screen=screen,
     )
+
+
+def _screen(
+    recipe: Recipe,
+    qualities: list[Quality],
+    header: ModelHeader,
+    model_dir: Path,
+    data_files: dict[str, Path],
+    tokenizer: tokenized.Tokenizer,
+) -> tuple[Evaluation, ...]:
+    """The evaluations of a screening: those on at least twice as many texts, but fewer. Generated text is left out, because it takes long."""
+    found: list[Evaluation] = []
+    for at, wanted in enumerate(qualities if recipe.screen else []):
+        if wanted.samples >= 2 * SAMPLES and wanted.metric != "generation":
+            few = wanted.model_copy(update={"samples": SAMPLES})
+            source = tokenized.DataSource(few.data, data_files.get(few.data), model_dir, few.part)
+            request = ScorerRequest(f"screen{at}", few, source, tokenizer, header, recipe.seed)
+            scorer = _SCORERS[_metric(few, header, source)](request)
+            if len(scorer.examples.sequences.ids) >= 2:
+                found.append(Evaluation(few.data, scorer))
+    return tuple(found)
 
 
 def _shapes(recipe: Recipe) -> tuple[TimedShape, ...]:
@@ -216,10 +252,17 @@ def _check_set(prose: list[tokenized.Row], tokenizer: tokenized.Tokenizer, heade
 
 def measurements(trial: Trial, source: Observed, artifact: Observed | None) -> tuple[Measurement, ...]:
     """All measurements of an artifact compared with the source, or of the source alone if `artifact` is None."""
+    return figures_of(trial.evaluations, trial.seed, source, artifact)
+
+
+def figures_of(
+    evaluations: Sequence[Evaluation], seed: int, source: Observed, artifact: Observed | None
+) -> tuple[Measurement, ...]:
+    """The measurements of some evaluations, as in `measurements`."""
     return tuple(
         figure
-        for evaluation in trial.evaluations
+        for evaluation in evaluations
         for figure in evaluation.scorer.figures(
-            OutputPair(evaluation.scorer.examples.name, evaluation.ref, source, artifact, trial.seed)
+            OutputPair(evaluation.scorer.examples.name, evaluation.ref, source, artifact, seed)
         )
     )

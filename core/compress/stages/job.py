@@ -16,7 +16,7 @@ from nightpress.core.compress.graph.tracing import Traced
 from nightpress.core.compress.stages.clock import Clock, Emit, Report
 from nightpress.core.errors import ErrorCode, NightpressError
 from nightpress.core.handoff.frames import Checkpoint, Log, Metric, Span
-from nightpress.core.handoff.report import PassRecord, Subject
+from nightpress.core.handoff.report import PassRecord, Screening, Subject
 from nightpress.core.handoff.spec import DATA_DIR, OUT_DIR, SOURCE_DIR, WORK_DIR, JobSpec
 from nightpress.core.recipes.exports import Export
 from nightpress.core.recipes.header import ModelHeader
@@ -125,6 +125,7 @@ class State:
     exported: list[Exported] = dataclasses.field(default_factory=list)
     artifacts: list[Subject] = dataclasses.field(default_factory=list)
     profiles: list[Profile] = dataclasses.field(default_factory=list)
+    screening: Screening | None = None  #: set if the job ends right after its passes
     versions: dict[str, str] = dataclasses.field(default_factory=dict)  #: of the libraries in the consumers' processes
 
 

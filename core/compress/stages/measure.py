@@ -33,7 +33,7 @@ def measure_source(job: PressJob, header: ModelHeader, trial: Trial) -> tuple[Su
     observed = run_consumer(
         safetensors.CONSUMER,
         job.source,
-        trial.task,
+        trial.source_task,
         name="source",
         scratch=job.scratch,
         device=job.device_of(None),

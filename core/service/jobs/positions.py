@@ -7,13 +7,12 @@ from sqlalchemy import Engine, select
 
 from nightpress.core.database import transaction
 from nightpress.core.service.tables.jobs import jobs
-from nightpress.core.wire.jobs import JobState
 
 
 class Position(NamedTuple):
     """A job's state, and the numbers of its newest event and its newest log line."""
 
-    state: JobState
+    state: str
     event_seq: int
     log_seq: int
 

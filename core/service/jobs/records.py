@@ -39,6 +39,7 @@ class NewJob:
     #: digest of all that decides the result; jobs of one tenant with the same fingerprint may share a result
     fingerprint: str | None = None
     traceparent: str | None = None  #: the span that submitted the job, as a W3C `traceparent`
+    study_id: str | None = None  #: the study that the job is a trial of
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +84,7 @@ class Job:
     promote: bool
     created_by: str | None
     traceparent: str | None
+    study_id: str | None  #: the study that the job is a trial of
     reused_from: str | None  #: the job whose result this job shares
     worker_id: str | None  #: the current or last worker
     lease_id: str | None

@@ -1,8 +1,8 @@
 """Removes old jobs and their artifacts in small batches: they are hidden first, then their files are deleted, then their rows.
 
 This order is safe: artifacts that a reader can see have their files, and if a process is killed halfway, the rows are still there for
-the next try. Some artifacts are kept whatever their age: those that are promoted, those of a schedule's last job, and those that
-another job reuses.
+the next try. Some artifacts are kept whatever their age: those that are promoted, those of a schedule's last job, those of a
+study's winner, and those that another job reuses.
 """
 
 from sqlalchemy import ColumnElement, Engine, and_, delete, exists, or_, select, tuple_, update
@@ -13,6 +13,7 @@ from nightpress.core.database import db_now, transaction
 from nightpress.core.service.tables.jobs import job_artifacts, jobs
 from nightpress.core.service.tables.promotions import promotions
 from nightpress.core.service.tables.schedules import schedule_runs
+from nightpress.core.service.tables.studies import studies, study_trials
 from nightpress.core.wire.jobs import TERMINAL_STATES
 
 _BATCH = 100
@@ -101,9 +102,14 @@ def _is_kept() -> ColumnElement[bool]:
         later.c.job_id.is_not(None),
     )
     scheduled = exists().where(schedule_runs.c.job_id == _columns.id, schedule_runs.c.state == "submitted", ~followed)
+    won = exists().where(
+        study_trials.c.job_id == _columns.id,
+        studies.c.id == study_trials.c.study_id,
+        studies.c.winner == study_trials.c.number,
+    )
     given = jobs.alias("given")
     reused = exists().where(
         given.c.reused_from == _columns.id,
         and_(given.c.reused_from.is_not(None), or_(given.c.artifacts_state == "kept", given.c.finished_at.is_(None))),
     )
-    return or_(promoted, scheduled, reused)
+    return or_(promoted, scheduled, won, reused)

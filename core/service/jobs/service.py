@@ -102,6 +102,14 @@ class JobService:
             job = self._store.requests.reuse(job)
         return job, created
 
+    def prepare(self, tenant_id: str, wanted: JobCreate, *, key_id: str | None = None) -> tuple[NewJob, int]:
+        """A job that the caller inserts in its own transaction, and the most jobs that the tenant may have queued.
+
+        Raises what `submit` raises.
+        """
+        new = self._resolve(tenant_id, wanted, key_id)
+        return new, self._max_queued(new)
+
     def submit_all(self, tenant_id: str, wanted: Sequence[JobCreate], *, key_id: str | None = None) -> list[Job]:
         """Submit all jobs or none. Raises what `submit` raises; `faults` in its details lists the fault of each job by its index."""
         news: list[NewJob] = []
@@ -192,16 +200,18 @@ class JobService:
         )
         return self._admit(new)[0]
 
-    def _admit(self, new: NewJob, idempotency: Idempotency | None = None) -> tuple[Job, bool]:
-        quotas = self._quotas.of(new.tenant_id)
+    def _max_queued(self, new: NewJob) -> int:
+        """The most jobs that the tenant may have queued. Raises quota_exceeded if the storage or the GPU time is used up."""
         self._quotas.check_storage(new.tenant_id)
         if new.queue == "gpu":
             self._quotas.check_gpu(new.tenant_id)
+        return self._quotas.of(new.tenant_id).max_queued_jobs or NO_BOUND
+
+    def _admit(self, new: NewJob, idempotency: Idempotency | None = None) -> tuple[Job, bool]:
+        max_queued = self._max_queued(new)
         with span("submit", {"nightpress.tenant": new.tenant_id, "nightpress.queue": new.queue}) as here:
             traced = replace(new, traceparent=traceparent())
-            job, created = self._store.submission.submit(
-                traced, idempotency=idempotency, max_queued=quotas.max_queued_jobs or NO_BOUND
-            )
+            job, created = self._store.submission.submit(traced, idempotency=idempotency, max_queued=max_queued)
             here.set_attributes({"nightpress.job_id": job.id})
         return job, created
 

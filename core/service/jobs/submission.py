@@ -69,6 +69,7 @@ _GIVEN = (
     "created_by",
     "fingerprint",
     "traceparent",
+    "study_id",
     "queue_limit_s",
     "run_limit_s",
     "stall_s",
@@ -188,14 +189,19 @@ class JobSubmission:
 
     def submit_all(self, news: Sequence[NewJob], *, max_queued: int) -> list[Job]:
         """Write queued jobs of one tenant, all or none. Raises NightpressError(quota_exceeded)."""
-        rows = [(new, _bound(new, None, max_queued)) for new in news]
         with transaction(self._engine) as connection:
-            _lock_quota(connection, news[0].tenant_id)
-            queued = connection.execute(_queued_count(), rows[0][1]).scalar_one()
-            if queued + len(rows) > max_queued:
-                raise _quota_used_up(max_queued)
-            made = [(new, values, _insert_with_event(connection, values)) for new, values in rows]
-        return [_fresh(new, values, row.created_at, row.run_after) for new, values, row in made]
+            return insert_jobs(connection, news, max_queued=max_queued)
+
+
+def insert_jobs(connection: Connection, news: Sequence[NewJob], *, max_queued: int) -> list[Job]:
+    """Write queued jobs of one tenant as part of the caller's transaction. Raises NightpressError(quota_exceeded)."""
+    rows = [(new, _bound(new, None, max_queued)) for new in news]
+    _lock_quota(connection, news[0].tenant_id)
+    queued = connection.execute(_queued_count(), rows[0][1]).scalar_one()
+    if queued + len(rows) > max_queued:
+        raise _quota_used_up(max_queued)
+    made = [(new, values, _insert_with_event(connection, values)) for new, values in rows]
+    return [_fresh(new, values, row.created_at, row.run_after) for new, values, row in made]
 
 
 def _far_from(max_queued: int) -> int:
@@ -375,6 +381,7 @@ def _fresh(new: NewJob, values: dict[str, Any], created_at: dt.datetime, run_aft
         promote=new.promote,
         created_by=new.created_by,
         traceparent=new.traceparent,
+        study_id=new.study_id,
         reused_from=None,
         worker_id=None,
         lease_id=None,

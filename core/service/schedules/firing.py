@@ -1,4 +1,4 @@
-"""The control process's work for schedules: record the fires that are due, then submit a job for each, or record why not.
+"""The control process's work for schedules: record the fires that are due, then submit a job or begin a study for each, or record why not.
 
 Any number of replicas may do this at the same time. A unique constraint makes sure that a fire is recorded once. A run's job is
 submitted under an idempotency key of the run. So two replicas, or a replica that dies between the steps, make only one job.
@@ -13,7 +13,9 @@ from nightpress.core.service.jobs.service import JobService
 from nightpress.core.service.jobs.store import JobStore
 from nightpress.core.service.schedules.bringing import Bringer
 from nightpress.core.service.schedules.store import DueSchedule, LastRun, PendingRun, ScheduleStore
+from nightpress.core.service.studies.service import StudyService
 from nightpress.core.wire.jobs import JobCreate
+from nightpress.core.wire.studies import StudyRequest
 
 ON_TIME_S = 300.0  #: a fire recorded up to this many seconds late is not missed: the control process may have restarted
 _REACH_S = 31 * 24 * 3600.0  #: longest time that catching up looks back
@@ -34,11 +36,13 @@ class Firing:
         schedules: ScheduleStore,
         jobs: JobService,
         store: JobStore,
+        studies: StudyService,
         bringer: Bringer,
         ring: Callable[[str], None],
     ) -> None:
         self._schedules = schedules
         self._jobs = jobs
+        self._studies = studies
         self._store = store
         self._bringer = bringer
         self._ring = ring
@@ -94,10 +98,15 @@ class Firing:
         if last is not None and fingerprint == last.fingerprint:
             self._schedules.settle(run.id, "skipped", reason="unchanged")
             return
-        for earlier, job_id in going:
+        for earlier, job_id, study_id in going:
             self._schedules.settle(earlier, "skipped", reason="replaced")
             if job_id is not None:
                 self._store.requests.request_cancel(run.tenant_id, job_id)
+            if study_id is not None:
+                self._studies.cancel(run.tenant_id, study_id)
+        if run.study is not None:
+            self._begin_study(run, run.study.model_copy(update={"model": model}), fingerprint)
+            return
         # Clients' idempotency keys have no spaces, so that none of them can equal this key.
         # By default a cron run reuses the result of an identical job; a run that a user triggers does not.
         reuse = run.cause == "cron" if run.job.reuse is None else run.job.reuse
@@ -112,6 +121,19 @@ class Firing:
             # A later run replaced this one while it submitted.
             self._store.requests.request_cancel(run.tenant_id, job.id)
 
+    def _begin_study(self, run: PendingRun, wanted: StudyRequest, fingerprint: str) -> None:
+        """Begin a study that first tries the front of the schedule's last study. Its id is made of the run's, so that there is only one."""
+        last = self._schedules.last(run.schedule_id)
+        if last is not None and last.study_id is not None:
+            wanted = wanted.model_copy(update={"start_from": last.study_id})
+        study_id = f"std_{run.id.partition('_')[2]}"
+        study = self._studies.create(run.tenant_id, wanted, key_id=run.created_by, study_id=study_id)
+        made = {"study_id": study.id, "digest": study.model_digest, "fingerprint": fingerprint}
+        if self._schedules.settle(run.id, "submitted", **made):
+            log.info("Schedule %s began study %s.", run.schedule_id, study.id)
+        elif self._schedules.run(run.id).study_id != study.id:
+            self._studies.cancel(run.tenant_id, study.id)  # a later run replaced this one
+
     def _is_same_work(self, run: PendingRun, last: LastRun) -> bool:
         """Whether a job for the model of the last run would be identical to the last job."""
         try:
@@ -122,6 +144,8 @@ class Firing:
             return False  # the model was deleted: it is fetched again
 
     def _fingerprint(self, run: PendingRun, model: str) -> str:
+        if run.study is not None:
+            return self._studies.fingerprint(run.tenant_id, run.study.model_copy(update={"model": model}))
         return self._jobs.fingerprint(run.tenant_id, run.job.model_copy(update={"model": model}))
 
 

@@ -7,19 +7,20 @@ from nightpress.core.errors import ErrorCode, NightpressError
 from nightpress.core.service.jobs.service import JobService
 from nightpress.core.service.schedules.cron import Cron, parse_cron
 from nightpress.core.service.schedules.store import ScheduleStore
+from nightpress.core.service.studies.service import StudyService
 from nightpress.core.settings import Settings
 from nightpress.core.sources.address import check_source
 from nightpress.core.versions import changed_since
-from nightpress.core.wire.jobs import JobRequest
 from nightpress.core.wire.schedules import ScheduleCreate, ScheduleRunView, ScheduleUpdate, ScheduleView
 
 
 class ScheduleService:
     """Checks requests, and writes through the store. Safe to share between threads."""
 
-    def __init__(self, store: ScheduleStore, jobs: JobService, settings: Settings) -> None:
+    def __init__(self, store: ScheduleStore, jobs: JobService, studies: StudyService, settings: Settings) -> None:
         self.store = store
         self._jobs = jobs
+        self._studies = studies
         self._settings = settings
 
     def create(self, tenant_id: str, wanted: ScheduleCreate, *, key_id: str | None = None) -> ScheduleView:
@@ -29,11 +30,10 @@ class ScheduleService:
         """
         now = self.store.now()
         cron = self._cron(wanted.cron, wanted.timezone, now)
-        self._check_job(tenant_id, wanted.job)
+        self._check(tenant_id, wanted)
         self._check_source(wanted.source)
         next_at = None if wanted.suspended else _first(cron, now)
-        job = wanted.job.model_dump(mode="json", exclude_none=True)
-        values = wanted.model_dump(mode="json") | {"cron": cron.expression, "next_at": next_at, "job": job}
+        values = wanted.model_dump(mode="json") | {"cron": cron.expression, "next_at": next_at} | _what(wanted)
         return self.store.create(tenant_id, values, key_id=key_id)
 
     def edit(
@@ -46,8 +46,8 @@ class ScheduleService:
         values: dict[str, Any] = wanted.model_dump(mode="json", exclude_none=True)
         if "source" in wanted.model_fields_set:  # null removes the source
             values["source"] = wanted.source
-        if wanted.job is not None:
-            self._check_job(tenant_id, wanted.job)
+        self._check(tenant_id, wanted)
+        values |= _what(wanted)
         self._check_source(wanted.source)
         suspended = schedule.suspended if wanted.suspended is None else wanted.suspended
         now = self.store.now()
@@ -74,13 +74,29 @@ class ScheduleService:
         if source is not None:
             check_source(source, self._settings)
 
-    def _check_job(self, tenant_id: str, job: JobRequest) -> None:
+    def _check(self, tenant_id: str, wanted: ScheduleCreate | ScheduleUpdate) -> None:
         try:
-            self._jobs.check(tenant_id, job)
+            if wanted.job is not None:
+                self._jobs.check(tenant_id, wanted.job)
+            if wanted.study is not None:
+                self._studies.check(tenant_id, wanted.study)
         except NightpressError as error:
             # A missing model may exist by the time of the fire, but a wrong recipe stays wrong.
             if error.code not in {ErrorCode.NOT_FOUND, ErrorCode.CONFLICT, ErrorCode.CANNOT_FIT}:
                 raise
+
+
+def _what(wanted: ScheduleCreate | ScheduleUpdate) -> dict[str, Any]:
+    """The columns that say what a fire submits; none if an edit doesn't change it.
+
+    A schedule with a study still has a job, because control processes of earlier versions read it. They refuse its recipe.
+    """
+    if wanted.study is not None:
+        study = wanted.study.model_dump(mode="json", exclude_unset=True)
+        return {"job": {"model": wanted.study.model, "recipe": "study"}, "study": study}
+    if wanted.job is not None:
+        return {"job": wanted.job.model_dump(mode="json", exclude_none=True), "study": None}
+    return {}
 
 
 def _first(cron: Cron, now: dt.datetime) -> dt.datetime:

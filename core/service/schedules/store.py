@@ -17,9 +17,11 @@ from nightpress.core.paging import newest_first
 from nightpress.core.service.schedules.cron import Cron
 from nightpress.core.service.tables.jobs import jobs
 from nightpress.core.service.tables.schedules import schedule_runs, schedules
+from nightpress.core.service.tables.studies import studies
 from nightpress.core.versions import changed_since
 from nightpress.core.wire.jobs import TERMINAL_STATES, JobRequest
 from nightpress.core.wire.schedules import ScheduleRunView, ScheduleView
+from nightpress.core.wire.studies import StudyRequest
 
 _MAX_SCHEDULES = 1000  #: per tenant
 _UPCOMING = 5
@@ -51,6 +53,7 @@ class PendingRun:
     overlap: str
     only_if_changed: bool
     job: JobRequest
+    study: StudyRequest | None  #: what the fire begins in place of the job
     created_by: str | None
     source: str | None
     model_id: str | None  #: the model that is fetched for the run
@@ -64,6 +67,7 @@ class LastRun:
     model_id: str | None  #: None if the schedule has no source
     revision: str | None
     fingerprint: str | None
+    study_id: str | None
 
 
 class ScheduleStore:
@@ -240,6 +244,7 @@ class ScheduleStore:
                 columns.overlap,
                 columns.only_if_changed,
                 columns.job,
+                columns.study,
                 columns.created_by,
                 columns.source,
                 _runs.model_id,
@@ -252,34 +257,41 @@ class ScheduleStore:
         )
         with transaction(self._engine, read_only=True) as connection:
             rows = connection.execute(query).mappings().all()
-        return [PendingRun(**{**row, "job": JobRequest.model_validate(row["job"])}) for row in rows]
+        return [
+            PendingRun(**{**row, "job": JobRequest.model_validate(row["job"]), "study": _study_of(row["study"])})
+            for row in rows
+        ]
 
-    def going(self, run: PendingRun) -> list[tuple[str, str | None]]:
-        """Earlier runs of the same schedule that have not ended: (run's id, job's id)."""
+    def going(self, run: PendingRun) -> list[tuple[str, str | None, str | None]]:
+        """Earlier runs of the same schedule that have not ended: (run's id, job's id, study's id)."""
         earlier = or_(
             _runs.scheduled_for < run.scheduled_for, (_runs.scheduled_for == run.scheduled_for) & (_runs.id < run.id)
         )
         is_going = or_(
             _runs.state == "pending",
             (_runs.state == "submitted") & jobs.c.state.not_in(sorted(TERMINAL_STATES)),
+            (_runs.state == "submitted") & studies.c.finished_at.is_(None) & studies.c.id.is_not(None),
         )
         query = (
-            select(_runs.id, _runs.job_id)
+            select(_runs.id, _runs.job_id, _runs.study_id)
             .join_from(schedule_runs, jobs, jobs.c.id == _runs.job_id, isouter=True)
+            .join(studies, studies.c.id == _runs.study_id, isouter=True)
             .where(_runs.schedule_id == run.schedule_id, earlier, is_going)
         )
         with transaction(self._engine, read_only=True) as connection:
-            return [(row.id, row.job_id) for row in connection.execute(query)]
+            return [(row.id, row.job_id, row.study_id) for row in connection.execute(query)]
 
     def last(self, schedule_id: str) -> LastRun | None:
-        """The schedule's last run that submitted a job. Runs whose job failed or was cancelled are left out."""
+        """The schedule's last run that submitted something. Runs whose job or study failed or was cancelled are left out."""
         query = (
-            select(_runs.model_id, _runs.revision, _runs.fingerprint)
+            select(_runs.model_id, _runs.revision, _runs.fingerprint, _runs.study_id)
             .join_from(schedule_runs, jobs, jobs.c.id == _runs.job_id, isouter=True)
+            .join(studies, studies.c.id == _runs.study_id, isouter=True)
             .where(
                 _runs.schedule_id == schedule_id,
                 _runs.state == "submitted",
                 or_(jobs.c.state.is_(None), jobs.c.state.not_in(("failed", "cancelled"))),
+                or_(studies.c.state.is_(None), studies.c.state.not_in(("failed", "cancelled"))),
             )
             .order_by(_runs.scheduled_for.desc())
             .limit(1)
@@ -314,9 +326,21 @@ def _named(tenant_id: str, reference: str) -> tuple[ColumnElement[bool], ...]:
 
 
 def _select_runs() -> Select[Any]:
-    return select(schedule_runs, jobs.c.state.label("job_state"), jobs.c.verdict.label("job_verdict")).join_from(
-        schedule_runs, jobs, jobs.c.id == _runs.job_id, isouter=True
+    columns = (
+        jobs.c.state.label("job_state"),
+        jobs.c.verdict.label("job_verdict"),
+        studies.c.state.label("study_state"),
+        studies.c.verdict.label("study_verdict"),
     )
+    return (
+        select(schedule_runs, *columns)
+        .join_from(schedule_runs, jobs, jobs.c.id == _runs.job_id, isouter=True)
+        .join(studies, studies.c.id == _runs.study_id, isouter=True)
+    )
+
+
+def _study_of(raw: Mapping[str, Any] | None) -> StudyRequest | None:
+    return None if raw is None else StudyRequest.model_validate(raw)
 
 
 def _view(row: Row[Any], now: dt.datetime) -> ScheduleView:
@@ -328,7 +352,8 @@ def _view(row: Row[Any], now: dt.datetime) -> ScheduleView:
             if len(upcoming) >= _UPCOMING:
                 break
             upcoming.append(fire)
-    return ScheduleView(**{**values, "job": JobRequest.model_validate(row.job)}, upcoming=upcoming)
+    read = {"job": JobRequest.model_validate(row.job), "study": _study_of(row.study)}
+    return ScheduleView(**{**values, **read}, upcoming=upcoming)
 
 
 def _run_view(row: Row[Any]) -> ScheduleRunView:

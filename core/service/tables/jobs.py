@@ -68,6 +68,8 @@ jobs = Table(
     Column("created_by", String(8)),
     #: the span that submitted it; the spans of its attempts belong to the same trace, on any machine and at any later time
     Column("traceparent", String(55)),
+    #: the study that the job is a trial of; no foreign key: jobs and studies are pruned each in their time
+    Column("study_id", String(40)),
     Column("worker_id", String(80)),
     Column("lease_id", String(40)),
     Column("lease_expires_at", UtcDateTime),

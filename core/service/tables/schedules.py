@@ -28,6 +28,7 @@ schedules = Table(
     Column("only_if_changed", Boolean, nullable=False),
     Column("suspended", Boolean, nullable=False),
     Column("job", JsonType, nullable=False),  #: core.wire.jobs.JobRequest
+    Column("study", JsonType),  #: core.wire.studies.StudyRequest; then a fire starts a study in place of the job
     Column("source", String(1024)),  #: the source that each fire reads the model from
     Column("version", Integer, nullable=False),  #: number of edits; serves as the ETag
     #: the next fire that is not recorded yet; NULL while suspended
@@ -55,6 +56,7 @@ schedule_runs = Table(
     Column("reason", String(16)),  #: why it was skipped
     Column("error", JsonType),
     Column("job_id", ForeignKey("jobs.id", ondelete="SET NULL"), index=True),
+    Column("study_id", String(40)),  #: the study that it started
     Column("model_id", String(40)),  #: the model that was fetched for it, if the schedule has a source
     Column("revision", String(100)),  #: of the source
     Column("digest", String(80)),  #: of the job's model

@@ -84,6 +84,7 @@ function about(now) {
     ["Took", now.started_at ? duration((end - Date.parse(now.started_at)) / 1000) : null],
     ["Attempt", now.attempt ? `${now.attempt}, ${now.failures} of ${now.max_failures} failures` : null],
     ["Worker", now.worker_id ? h("code", {}, now.worker_id) : null],
+    ["Trial of", now.study_id ? h("a", { href: `#/studies/${now.study_id}` }, now.study_id) : null],
     ["Retry of", now.retry_of ? h("a", { href: `#/jobs/${now.retry_of}` }, now.retry_of) : null],
     ["Reused from", now.reused_from ? h("a", { href: `#/jobs/${now.reused_from}` }, now.reused_from) : null],
     ["Labels", Object.keys(now.labels).length === 0 ? null : Object.entries(now.labels).map(([name, value]) => h("span", { class: "label" }, `${name}=${value}`))],

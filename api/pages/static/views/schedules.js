@@ -30,7 +30,7 @@ function draw(schedule, go) {
     badge(schedule.suspended ? "suspended" : "active"),
     h("span", {}, h("code", {}, schedule.cron), h("small", {}, schedule.timezone)),
     next(schedule),
-    pressed(schedule.job),
+    pressed(schedule),
     actions(schedule, () => go("#/schedules")),
   ]);
 }
@@ -40,7 +40,8 @@ function next(schedule) {
   return first ? h("time", { datetime: first, title: moment(first) }, age(first)) : "–";
 }
 
-function pressed(job) {
+function pressed({ job, study }) {
+  if (study) return `${study.model} · least ${words(study.minimize ?? "size")} with ${Object.entries(study.gates).map(([name, bound]) => `${words(name)} ${bound}`).join(", ")}`;
   return `${job.model} · ${typeof job.recipe === "string" ? job.recipe : job.recipe.name}`;
 }
 
@@ -83,7 +84,7 @@ export async function schedule(main, { signal, go }, id) {
           ["State", badge(schedule.suspended ? "suspended" : "active")],
           ["When", h("span", {}, h("code", {}, schedule.cron), " ", schedule.timezone)],
           ["Next", schedule.upcoming.length ? schedule.upcoming.slice(0, 3).map((at) => h("div", {}, h("time", { datetime: at }, `${moment(at)} (${age(at)})`))) : null],
-          ["Presses", pressed(schedule.job)],
+          ["Presses", pressed(schedule)],
           ["Fetched from", schedule.source ? h("code", {}, schedule.source) : null],
           ["If the last job still runs", words(schedule.overlap)],
           ["Missed fires", schedule.catch_up === "none" ? "left out" : schedule.catch_up === "latest" ? "the latest is made up for" : "all are made up for"],
@@ -93,7 +94,7 @@ export async function schedule(main, { signal, go }, id) {
     fill(runs, page.items.length === 0 ? empty("It has not fired yet.") : table("Fires, newest first", RUNS, page.items.map((run) => row(RUNS, [
       h("time", { datetime: run.scheduled_for }, moment(run.scheduled_for)),
       h("span", {}, badge(run.state), run.reason ? ` ${words(run.reason)}` : "", run.error ? h("small", {}, run.error.message) : null),
-      run.job_id ? h("span", {}, h("a", { href: `#/jobs/${run.job_id}` }, run.job_id), " ", run.job_state ? badge(run.job_verdict ?? run.job_state) : null) : "–", run.cause]))));
+      run.job_id ? h("span", {}, h("a", { href: `#/jobs/${run.job_id}` }, run.job_id), " ", run.job_state ? badge(run.job_verdict ?? run.job_state) : null) : run.study_id ? h("span", {}, h("a", { href: `#/studies/${run.study_id}` }, run.study_id), " ", run.study_state ? badge(run.study_verdict ?? run.study_state) : null) : "–", run.cause]))));
   }, (error) => fill(notice, trouble(error)));
 }
 
@@ -102,6 +103,7 @@ async function form(signal, go, existing = null) {
   const [recipes, models] = await Promise.all([get("/v1/recipes", {}, signal), get("/v1/models", { limit: 200 }, signal)]);
   const job = existing?.job ?? {};
   const own = typeof job.recipe === "object";
+  const study = existing?.study ?? null;
   const name = h("input", { required: true, pattern: "[a-z0-9][a-z0-9._\\-]{0,63}", value: existing?.name ?? "nightly" });
   const cron = h("input", { required: true, value: existing?.cron ?? "0 2 * * *" });
   const zone = h("input", { required: true, value: existing?.timezone ?? Intl.DateTimeFormat().resolvedOptions().timeZone });
@@ -120,11 +122,11 @@ async function form(signal, go, existing = null) {
         field("If the last job still runs", overlap), field("Missed fires", catchUp)),
       h("div", {}, field("Model", model, "Each fire takes the newest model of this name."), h("datalist", { id: "known-models" }, names.map((known) => h("option", { value: known }))),
         field("Fetched from", source, "s3://, hf:// or a folder of the server. Each fire looks there first and fetches what is new under the model's name. Empty: only the models of the service."),
-        h("p", { class: "check" }, onlyIfChanged, h("label", { for: "only-if-changed" }, "Only if something changed")), field("Recipe", recipe))),
+        h("p", { class: "check" }, onlyIfChanged, h("label", { for: "only-if-changed" }, "Only if something changed")), study ? h("p", { class: "quiet" }, "Each fire begins a study. Its goal and gates are changed on the command line or over the API.") : field("Recipe", recipe))),
     h("div", { class: "row" }, h("button", { class: "primary" }, existing ? "Save" : "Create"), h("button", { type: "button", onclick: () => element.remove() }, "Cancel")));
   element.addEventListener("submit", async (event) => {
     event.preventDefault();
-    const wanted = { name: name.value.trim(), cron: cron.value.trim(), timezone: zone.value.trim(), overlap: overlap.value, catch_up: catchUp.value, only_if_changed: onlyIfChanged.checked, source: source.value.trim() || null, job: { ...job, model: model.value.trim(), recipe: recipe.value || job.recipe } };
+    const wanted = { name: name.value.trim(), cron: cron.value.trim(), timezone: zone.value.trim(), overlap: overlap.value, catch_up: catchUp.value, only_if_changed: onlyIfChanged.checked, source: source.value.trim() || null, ...(study ? { study: { ...study, model: model.value.trim() } } : { job: { ...job, model: model.value.trim(), recipe: recipe.value || job.recipe } }) };
     try {
       const saved = existing
         ? await change("PATCH", `/v1/schedules/${existing.id}`, wanted, existing.etag)
