@@ -61,13 +61,11 @@ def propose(
 def _study(space: Space, known: Sequence[Trial], pending: Sequence[Params]) -> optuna.Study:
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     study = optuna.create_study()
-    for trial in _seen([trial for trial in known if trial.state != "cancelled" and space.holds(trial.params)]):
+    for trial in _seen([trial for trial in known if trial.state != "cancelled"]):
         study.add_trial(_ended(space, trial))
     for params in pending[-_NEWEST:]:
-        if space.holds(params):
-            study.add_trial(
-                create_trial(state=TrialState.RUNNING, params=dict(params), distributions=_distributions(space, params))
-            )
+        running = {"params": dict(params), "distributions": _distributions(space, params)}
+        study.add_trial(create_trial(state=TrialState.RUNNING, **running))
     return study
 
 

@@ -29,7 +29,7 @@ from nightpress.core.wire.jobs import JobCreate
 from nightpress.core.wire.studies import Reason
 
 #: Seconds after which a step asks for no more trials: the next step goes on. Studies take turns, and a step stays short.
-_ASKING_S = 0.1
+_ASKING_S = 0.07
 _HOPELESS = 5  #: a search ends if so many first trials have failed and none had a result
 #: Errors after which a trial can be asked for again later.
 _PATIENT = {ErrorCode.QUOTA_EXCEEDED, ErrorCode.SOURCE_UNAVAILABLE}
