@@ -142,25 +142,25 @@ def test_a_replica_that_dies_before_its_commit_leaves_nothing(world: StudyWorld,
 def test_a_slow_trial_keeps_no_other_from_starting_for_a_round(quick: StudyWorld):
     study = quick.create(trials=20, parallel=3)
     control = quick.replica()
-    control.advance()
+    quick.fill(control)
     quick.claim_all()
     slow = quick.held[0]
     for _ in range(10):
         quick.claim_all()
         for claimed in [claimed for claimed in quick.held if claimed is not slow]:
             quick.end(claimed)
-        control.advance()
+        quick.fill(control)
     assert quick.get(study).proposed == 7  # trial 7 is made from the result of trial 0, and waits for it
     assert [trial.known for trial in quick.trials(study)] == [0] * 7
     quick.end(slow)
-    control.advance()
+    quick.fill(control)
     assert [trial.known for trial in quick.trials(study)[7:]] == [1, 2, 3]
 
 
 def test_cancelling_a_study_ends_its_trials(world: StudyWorld):
     study = world.create(parallel=3)
     control = world.replica()
-    control.advance()
+    world.fill(control)
     world.claim_all()
     control.advance()
     assert world.studies.cancel(TENANT, study.id).state == "cancelling"
@@ -188,7 +188,7 @@ def test_budgets_and_the_deadline_end_a_search_and_its_running_trials(quick: Stu
     spent = quick.create(trials=40, parallel=2, cpu_hours=1.0)
     late = quick.create(trials=40, parallel=2, space=[{**SPACE[0], "seed": 5}])
     control = quick.replica()
-    control.advance()
+    quick.fill(control)
     quick.claim_all()
     assert len(quick.held) == 4
     for claimed in list(quick.held)[::2]:
@@ -254,7 +254,7 @@ def test_a_trial_that_fails_is_told_and_the_search_goes_on(quick: StudyWorld):
 def test_trials_wait_for_the_quota_and_go_on(tmp_path: Path, sqlite_url: str, bert_tiny: Path):
     world = StudyWorld(tmp_path, sqlite_url, bert_tiny, max_queued_jobs=2)
     study = world.create(trials=6, parallel=4)
-    world.replica().advance()
+    world.fill(world.replica())
     assert world.get(study).proposed == 2
     assert world.run(study).counts == {"kept": 6} or sum(world.get(study).counts.values()) == 6
     world.engine.dispose()

@@ -64,8 +64,8 @@ def _study(space: Space, known: Sequence[Trial], pending: Sequence[Params]) -> o
     for trial in _seen([trial for trial in known if trial.state != "cancelled"]):
         study.add_trial(_ended(space, trial))
     for params in pending[-_NEWEST:]:
-        running = {"params": dict(params), "distributions": _distributions(space, params)}
-        study.add_trial(create_trial(state=TrialState.RUNNING, **running))
+        known_domains = _distributions(space, params)
+        study.add_trial(create_trial(state=TrialState.RUNNING, params=dict(params), distributions=known_domains))
     return study
 
 
