@@ -1,14 +1,21 @@
 """Studies with a real database: what is tried, in which order, what wins, and what happens when processes race or die."""
 
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from sqlalchemy import update
 
+from nightpress.core.database import db_now, transaction
 from nightpress.core.errors import ErrorCode, NightpressError
 from nightpress.core.service.studies import ledger
+from nightpress.core.service.tables.jobs import job_artifacts, job_attempts, jobs
+from nightpress.core.service.tables.studies import studies
 from nightpress.core.wire.studies import StudyView
+from tests.service import ROOT
 from tests.studies import GATES, SPACE, TENANT, StudyWorld, bits_of
 
 
@@ -179,12 +186,6 @@ def test_cancelling_a_study_ends_its_trials(world: StudyWorld):
 
 
 def test_budgets_and_the_deadline_end_a_search_and_its_running_trials(quick: StudyWorld):
-    from sqlalchemy import update
-
-    from nightpress.core.database import db_now, transaction
-    from nightpress.core.service.tables.jobs import job_attempts
-    from nightpress.core.service.tables.studies import studies
-
     spent = quick.create(trials=40, parallel=2, cpu_hours=1.0)
     late = quick.create(trials=40, parallel=2, space=[{**SPACE[0], "seed": 5}])
     control = quick.replica()
@@ -303,3 +304,47 @@ def test_an_automatic_space_of_an_encoder_proposes_only_what_can_work(quick: Stu
     quick.run(study, lambda recipe: (0.01 * len(str(recipe["passes"])) / 10, 0.99))
     names = {trial.choices["recipe"] for trial in quick.trials(study)[: len(study.space)]}
     assert names == {recipe["name"] for recipe in study.space}  # each recipe of the space is tried first, once
+
+
+def test_the_winners_artifacts_outlive_those_of_other_trials_until_the_study_is_forgotten(world: StudyWorld):
+    study = world.create(trials=3, parallel=1, promote=False)
+    ended = world.run(study, lambda recipe: (recipe["passes"][0]["bits"] / 32, 0.99))
+    assert ended.winner_job_id is not None
+    year = 366 * 24 * 3600.0
+    with transaction(world.engine) as connection:
+        for trial in world.trials(study):
+            row = {
+                "id": f"art_{trial.number}",
+                "job_id": trial.job_id,
+                "attempt": 1,
+                "format": "f",
+                "path": "f",
+                "size": 1,
+            }
+            connection.execute(job_artifacts.insert().values(**row, digest="d", consumer="c", files=[]))
+        connection.execute(update(jobs).values(finished_at=db_now(-year - 60)))
+        connection.execute(update(studies).values(finished_at=db_now(-year - 60)))
+    world.resources.retention.prune_artifacts(year)
+    left = [
+        trial.job_id for trial in world.trials(study) if trial.job_id and world.store.reader.artifacts(trial.job_id)
+    ]
+    assert left == [ended.winner_job_id]
+    assert world.ledger.forget(year) == 1
+    with pytest.raises(NightpressError):
+        world.get(study)
+    world.resources.retention.prune_artifacts(year)
+    assert world.store.reader.artifacts(ended.winner_job_id) == []
+
+
+def test_an_accepted_winner_becomes_the_models_latest_and_no_other_trial_does(world: StudyWorld):
+    kept = world.create(trials=3, promote=False)
+    world.run(kept, lambda _recipe: (0.5, 0.99))
+    with pytest.raises(NightpressError):
+        world.resources.promotions.latest(TENANT, "tiny")
+    ended = world.run(world.create(trials=3, seed=1), lambda _recipe: (0.5, 0.99))
+    assert world.resources.promotions.latest(TENANT, "tiny").job_id == ended.winner_job_id
+
+
+def test_only_a_process_that_proposes_trials_imports_the_sampler():
+    program = "import sys, nightpress.api.app, nightpress.worker.control; sys.exit('optuna' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=False).returncode == 0
