@@ -348,3 +348,43 @@ def test_an_accepted_winner_becomes_the_models_latest_and_no_other_trial_does(wo
 def test_only_a_process_that_proposes_trials_imports_the_sampler():
     program = "import sys, nightpress.api.app, nightpress.worker.control; sys.exit('optuna' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=False).returncode == 0
+
+
+def test_ranges_are_proposed_within_their_ends_and_by_their_steps(quick: StudyWorld):
+    rounding = {
+        "pass": "gptq",
+        "bits": {"range": [3, 8], "step": 2},
+        "group_size": {"range": [32, 100], "step": 32},
+        "damping": {"range": [0.001, 0.5], "log": True},
+        "sparsity": {"range": [0.05, 0.52], "step": 0.1, "start": 0.15},
+    }
+    space = [{"name": "ranges", "passes": [rounding], "exports": ["compressed-tensors"]}]
+    study = quick.create(space=space, trials=16, parallel=1)
+    ended = quick.run(study, lambda recipe: (recipe["passes"][0]["damping"], 0.99))
+    assert ended.state == "succeeded", ended.error
+    trials = [trial for trial in quick.trials(study) if trial.role == "search"]
+    options = [trial.recipe["passes"][0] for trial in trials]
+    assert options[0]["sparsity"] == 0.15
+    assert {option["bits"] for option in options} <= {3, 5, 7}
+    assert {option["group_size"] for option in options} <= {32, 64}
+    assert all(0.001 <= option["damping"] <= 0.5 for option in options)
+    assert {round(option["sparsity"], 6) for option in options} <= {0.05, 0.15, 0.25, 0.35, 0.45}
+    assert len({option["damping"] for option in options}) > 8
+
+
+def test_an_unexpected_error_ends_its_study_and_no_other(quick: StudyWorld, monkeypatch: pytest.MonkeyPatch):
+    broken = quick.create(trials=2)
+    whole = quick.create(trials=2, seed=1)
+    control = quick.replica()
+    advance = control._advance
+
+    def fails(study: Any) -> None:
+        if study.id == broken.id:
+            raise ZeroDivisionError
+        advance(study)
+
+    monkeypatch.setattr(control, "_advance", fails)
+    control.advance()
+    found = quick.get(broken)
+    assert (found.state, (found.error or {}).get("code")) == ("failed", "internal")
+    assert quick.get(whole).proposed > 0

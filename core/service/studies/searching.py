@@ -63,6 +63,14 @@ class Searching:
                     raise
                 log.warning("Study %s: %s", study.id, error)
                 self._fail(study, error)
+            except Exception:  # whatever is wrong with a study, the others must go on
+                log.exception("Study %s: an unexpected error", study.id)
+                fault = NightpressError(
+                    ErrorCode.INTERNAL,
+                    "The control process met an unexpected error in this study.",
+                    hint="Its log has the traceback; please report it.",
+                )
+                self._fail(study, fault)
 
     def _fail(self, study: Study, error: NightpressError, reason: Reason | None = None) -> None:
         self._cancel(study, self._ledger.progress(study.id))
