@@ -26,6 +26,7 @@ BENCHES = {
     "startup": Bench("How long a job, a worker and the API take to start, and the memory of an idle service.", 2),
     "submit": Bench("Submissions a second over HTTP, beside a bare endpoint with one INSERT.", 2),
     "many_jobs": Bench("Claims, pages and ticks with a million jobs in PostgreSQL, beside ten thousand.", 3),
+    "studies": Bench("A study of 2,000 trials that are only rows: steps of the control process, 64 workers.", 15),
     "event_streams": Bench("Five hundred readers of event streams on one API process.", 0.5),
     "attacks": Bench("`GET /v1/me` while the API is attacked in ten ways.", 5),
     "web": Bench("Milliseconds until the web page shows a list, with ten thousand jobs.", 2),
@@ -41,6 +42,7 @@ BENCHES = {
     "generation_cache": Bench("Decoding with each kind of key/value cache.", 24),
     "estimates": Bench("What a plan estimates of memory, size and time, beside what is measured.", 25),
     "larger_than_memory": Bench("A model four times as large as the memory that it may use; needs root.", 4),
+    "search": Bench("What a study finds, beside the best built-in recipe at the same gate.", 300),
     "blocks_cpu": Bench("CPU time, memory and perplexity of calibrated passes, beside llm-compressor.", 60),
     "quality": Bench(
         "Size and perplexity of every method on a small language model; hours without a GPU.", 15, "a GPU"

@@ -110,6 +110,13 @@ class StudyWorld:
         resources = self.resources
         return Searching(self.ledger, resources.jobs, self.store, resources.models, self.rung.append)
 
+    def fill(self, control: Searching) -> None:
+        """Advance until no more trials are begun: on a busy machine, one step may begin only some."""
+        before = -1
+        while before != (now := sum(study.proposed for study in self.ledger.active())):
+            before = now
+            control.advance()
+
     def create(self, tenant_id: str = TENANT, key_id: str | None = None, **changes: Any) -> StudyView:
         wanted = {"model": "tiny", "gates": GATES, "space": SPACE, "trials": 12, "parallel": 2} | changes
         return self.studies.create(tenant_id, StudyRequest.model_validate(wanted), key_id=key_id)

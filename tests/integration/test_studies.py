@@ -1,14 +1,21 @@
 """Studies with a real database: what is tried, in which order, what wins, and what happens when processes race or die."""
 
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from sqlalchemy import update
 
+from nightpress.core.database import db_now, transaction
 from nightpress.core.errors import ErrorCode, NightpressError
 from nightpress.core.service.studies import ledger
+from nightpress.core.service.tables.jobs import job_artifacts, job_attempts, jobs
+from nightpress.core.service.tables.studies import studies
 from nightpress.core.wire.studies import StudyView
+from tests.service import ROOT
 from tests.studies import GATES, SPACE, TENANT, StudyWorld, bits_of
 
 
@@ -142,25 +149,25 @@ def test_a_replica_that_dies_before_its_commit_leaves_nothing(world: StudyWorld,
 def test_a_slow_trial_keeps_no_other_from_starting_for_a_round(quick: StudyWorld):
     study = quick.create(trials=20, parallel=3)
     control = quick.replica()
-    control.advance()
+    quick.fill(control)
     quick.claim_all()
     slow = quick.held[0]
     for _ in range(10):
         quick.claim_all()
         for claimed in [claimed for claimed in quick.held if claimed is not slow]:
             quick.end(claimed)
-        control.advance()
+        quick.fill(control)
     assert quick.get(study).proposed == 7  # trial 7 is made from the result of trial 0, and waits for it
     assert [trial.known for trial in quick.trials(study)] == [0] * 7
     quick.end(slow)
-    control.advance()
+    quick.fill(control)
     assert [trial.known for trial in quick.trials(study)[7:]] == [1, 2, 3]
 
 
 def test_cancelling_a_study_ends_its_trials(world: StudyWorld):
     study = world.create(parallel=3)
     control = world.replica()
-    control.advance()
+    world.fill(control)
     world.claim_all()
     control.advance()
     assert world.studies.cancel(TENANT, study.id).state == "cancelling"
@@ -179,16 +186,10 @@ def test_cancelling_a_study_ends_its_trials(world: StudyWorld):
 
 
 def test_budgets_and_the_deadline_end_a_search_and_its_running_trials(quick: StudyWorld):
-    from sqlalchemy import update
-
-    from nightpress.core.database import db_now, transaction
-    from nightpress.core.service.tables.jobs import job_attempts
-    from nightpress.core.service.tables.studies import studies
-
     spent = quick.create(trials=40, parallel=2, cpu_hours=1.0)
     late = quick.create(trials=40, parallel=2, space=[{**SPACE[0], "seed": 5}])
     control = quick.replica()
-    control.advance()
+    quick.fill(control)
     quick.claim_all()
     assert len(quick.held) == 4
     for claimed in list(quick.held)[::2]:
@@ -254,7 +255,7 @@ def test_a_trial_that_fails_is_told_and_the_search_goes_on(quick: StudyWorld):
 def test_trials_wait_for_the_quota_and_go_on(tmp_path: Path, sqlite_url: str, bert_tiny: Path):
     world = StudyWorld(tmp_path, sqlite_url, bert_tiny, max_queued_jobs=2)
     study = world.create(trials=6, parallel=4)
-    world.replica().advance()
+    world.fill(world.replica())
     assert world.get(study).proposed == 2
     assert world.run(study).counts == {"kept": 6} or sum(world.get(study).counts.values()) == 6
     world.engine.dispose()
@@ -303,3 +304,87 @@ def test_an_automatic_space_of_an_encoder_proposes_only_what_can_work(quick: Stu
     quick.run(study, lambda recipe: (0.01 * len(str(recipe["passes"])) / 10, 0.99))
     names = {trial.choices["recipe"] for trial in quick.trials(study)[: len(study.space)]}
     assert names == {recipe["name"] for recipe in study.space}  # each recipe of the space is tried first, once
+
+
+def test_the_winners_artifacts_outlive_those_of_other_trials_until_the_study_is_forgotten(world: StudyWorld):
+    study = world.create(trials=3, parallel=1, promote=False)
+    ended = world.run(study, lambda recipe: (recipe["passes"][0]["bits"] / 32, 0.99))
+    assert ended.winner_job_id is not None
+    year = 366 * 24 * 3600.0
+    with transaction(world.engine) as connection:
+        for trial in world.trials(study):
+            row = {
+                "id": f"art_{trial.number}",
+                "job_id": trial.job_id,
+                "attempt": 1,
+                "format": "f",
+                "path": "f",
+                "size": 1,
+            }
+            connection.execute(job_artifacts.insert().values(**row, digest="d", consumer="c", files=[]))
+        connection.execute(update(jobs).values(finished_at=db_now(-year - 60)))
+        connection.execute(update(studies).values(finished_at=db_now(-year - 60)))
+    world.resources.retention.prune_artifacts(year)
+    left = [
+        trial.job_id for trial in world.trials(study) if trial.job_id and world.store.reader.artifacts(trial.job_id)
+    ]
+    assert left == [ended.winner_job_id]
+    assert world.ledger.forget(year) == 1
+    with pytest.raises(NightpressError):
+        world.get(study)
+    world.resources.retention.prune_artifacts(year)
+    assert world.store.reader.artifacts(ended.winner_job_id) == []
+
+
+def test_an_accepted_winner_becomes_the_models_latest_and_no_other_trial_does(world: StudyWorld):
+    kept = world.create(trials=3, promote=False)
+    world.run(kept, lambda _recipe: (0.5, 0.99))
+    with pytest.raises(NightpressError):
+        world.resources.promotions.latest(TENANT, "tiny")
+    ended = world.run(world.create(trials=3, seed=1), lambda _recipe: (0.5, 0.99))
+    assert world.resources.promotions.latest(TENANT, "tiny").job_id == ended.winner_job_id
+
+
+def test_only_a_process_that_proposes_trials_imports_the_sampler():
+    program = "import sys, nightpress.api.app, nightpress.worker.control; sys.exit('optuna' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=False).returncode == 0
+
+
+def test_ranges_are_proposed_within_their_ends_and_by_their_steps(quick: StudyWorld):
+    rounding = {
+        "pass": "gptq",
+        "bits": {"range": [3, 8], "step": 2},
+        "group_size": {"range": [32, 100], "step": 32},
+        "damping": {"range": [0.001, 0.5], "log": True},
+        "sparsity": {"range": [0.05, 0.52], "step": 0.1, "start": 0.15},
+    }
+    space = [{"name": "ranges", "passes": [rounding], "exports": ["compressed-tensors"]}]
+    study = quick.create(space=space, trials=16, parallel=1)
+    ended = quick.run(study, lambda recipe: (recipe["passes"][0]["damping"], 0.99))
+    assert ended.state == "succeeded", ended.error
+    trials = [trial for trial in quick.trials(study) if trial.role == "search"]
+    options = [trial.recipe["passes"][0] for trial in trials]
+    assert options[0]["sparsity"] == 0.15
+    assert {option["bits"] for option in options} <= {3, 5, 7}
+    assert {option["group_size"] for option in options} <= {32, 64}
+    assert all(0.001 <= option["damping"] <= 0.5 for option in options)
+    assert {round(option["sparsity"], 6) for option in options} <= {0.05, 0.15, 0.25, 0.35, 0.45}
+    assert len({option["damping"] for option in options}) > 8
+
+
+def test_an_unexpected_error_ends_its_study_and_no_other(quick: StudyWorld, monkeypatch: pytest.MonkeyPatch):
+    broken = quick.create(trials=2)
+    whole = quick.create(trials=2, seed=1)
+    control = quick.replica()
+    advance = control._advance
+
+    def fails(study: Any) -> None:
+        if study.id == broken.id:
+            raise ZeroDivisionError
+        advance(study)
+
+    monkeypatch.setattr(control, "_advance", fails)
+    control.advance()
+    found = quick.get(broken)
+    assert (found.state, (found.error or {}).get("code")) == ("failed", "internal")
+    assert quick.get(whole).proposed > 0

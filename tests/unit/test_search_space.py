@@ -85,6 +85,8 @@ def test_rising_numbers_are_ordered_and_names_are_not():
         {"range": [0, 2], "log": True},
         {"range": [1, 2], "start": 3},
         {"range": [1, float("inf")]},
+        {"range": [0, 10**400]},
+        {"range": [1, float("nan")]},
     ],
 )
 def test_what_is_no_choice_and_no_range_is_refused_with_its_place(wrong: dict[str, Any]):

@@ -6,7 +6,6 @@ chosen in a list leaves the entry out, and a list that is chosen there stands fo
 
 import hashlib
 import json
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +14,7 @@ from nightpress.core.recipes.linears import invalid
 
 MAX_RECIPES = 32
 _MAX_OPTIONS = 100
+_LARGEST = 1e12  #: of the numbers of a range
 RECIPE = "recipe"  #: the parameter that chooses one of the space's recipes
 
 #: A parameter's value: the index of a chosen option, or a number of a range.
@@ -54,7 +54,7 @@ class Range:
         return isinstance(self.low, int) and isinstance(self.high, int) and isinstance(self.step, int | None)
 
     def said(self, value: Value) -> Value:
-        return int(value) if self.whole else round(float(value), 6)
+        return int(value) if self.whole else float(f"{value:.6g}")
 
 
 Domain = Choice | Range
@@ -201,7 +201,7 @@ def _flaw(marked: Mapping[str, Any]) -> str | None:
         return "a range has `range` and, if wanted, `step`, `log` and `start`, and nothing else"
     ends = marked["range"]
     if not isinstance(ends, list | tuple) or len(ends) != 2 or not all(map(_is_number, ends)) or ends[0] >= ends[1]:
-        return "a range is two numbers, the smaller first"
+        return f"a range is two numbers up to {_LARGEST:g}, the smaller first"
     step, log, start = marked.get("step"), marked.get("log", False), marked.get("start", ends[0])
     if not _is_number(start) or not ends[0] <= start <= ends[1]:
         return "`start` is a number of the range"
@@ -213,4 +213,4 @@ def _flaw(marked: Mapping[str, Any]) -> str | None:
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= _LARGEST

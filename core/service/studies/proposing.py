@@ -61,13 +61,11 @@ def propose(
 def _study(space: Space, known: Sequence[Trial], pending: Sequence[Params]) -> optuna.Study:
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     study = optuna.create_study()
-    for trial in _seen([trial for trial in known if trial.state != "cancelled" and space.holds(trial.params)]):
+    for trial in _seen([trial for trial in known if trial.state != "cancelled"]):
         study.add_trial(_ended(space, trial))
     for params in pending[-_NEWEST:]:
-        if space.holds(params):
-            study.add_trial(
-                create_trial(state=TrialState.RUNNING, params=dict(params), distributions=_distributions(space, params))
-            )
+        known_domains = _distributions(space, params)
+        study.add_trial(create_trial(state=TrialState.RUNNING, params=dict(params), distributions=known_domains))
     return study
 
 
@@ -111,11 +109,11 @@ def _distribution(domain: Domain) -> BaseDistribution:
         if domain.ordered:
             return IntDistribution(0, len(domain.options) - 1)
         return CategoricalDistribution(tuple(range(len(domain.options))))
-    step = domain.step
-    if domain.whole:
-        return IntDistribution(int(domain.low), int(domain.high), log=domain.log, step=int(step or 1))
+    step = (1 if domain.whole else None) if domain.step is None else domain.step
     # Optuna warns where the step does not divide the range.
     high = domain.high if step is None else domain.low + int((domain.high - domain.low) / step + 1e-9) * step
+    if domain.whole:
+        return IntDistribution(int(domain.low), int(high), log=domain.log, step=int(step or 1))
     return FloatDistribution(domain.low, high, log=domain.log, step=step)
 
 

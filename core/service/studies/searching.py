@@ -29,7 +29,7 @@ from nightpress.core.wire.jobs import JobCreate
 from nightpress.core.wire.studies import Reason
 
 #: Seconds after which a step asks for no more trials: the next step goes on. Studies take turns, and a step stays short.
-_ASKING_S = 0.1
+_ASKING_S = 0.07
 _HOPELESS = 5  #: a search ends if so many first trials have failed and none had a result
 #: Errors after which a trial can be asked for again later.
 _PATIENT = {ErrorCode.QUOTA_EXCEEDED, ErrorCode.SOURCE_UNAVAILABLE}
@@ -63,6 +63,14 @@ class Searching:
                     raise
                 log.warning("Study %s: %s", study.id, error)
                 self._fail(study, error)
+            except Exception:  # whatever is wrong with a study, the others must go on
+                log.exception("Study %s: an unexpected error", study.id)
+                fault = NightpressError(
+                    ErrorCode.INTERNAL,
+                    "The control process met an unexpected error in this study.",
+                    hint="Its log has the traceback; please report it.",
+                )
+                self._fail(study, fault)
 
     def _fail(self, study: Study, error: NightpressError, reason: Reason | None = None) -> None:
         self._cancel(study, self._ledger.progress(study.id))

@@ -34,12 +34,13 @@ class StudyStore:
         self, tenant_id: str, values: Mapping[str, Any], *, hours: float, study_id: str | None = None
     ) -> StudyView:
         """Insert a study. `values`: columns of the row. Returns the study with this id, if there is one. Raises quota_exceeded."""
-        study_id = study_id or new_id("std")
+        new = study_id or new_id("std")
         try:
-            self._insert(tenant_id, study_id, values, hours)
+            self._insert(tenant_id, new, values, hours)
         except IntegrityError:
-            return self.get(tenant_id, study_id)  # another replica was faster
-        return self.get(tenant_id, study_id)
+            if study_id is None:
+                raise
+        return self.get(tenant_id, new)
 
     def _insert(self, tenant_id: str, study_id: str, values: Mapping[str, Any], hours: float) -> None:
         mine = (studies.c.tenant_id == tenant_id, studies.c.finished_at.is_(None))
