@@ -24,6 +24,7 @@ from nightpress.core.recipes.pooling import read_pooling
 from nightpress.core.recipes.remote_code import code_flaw
 from nightpress.core.recipes.safetensors import MAX_TENSORS, read_safetensors_header
 from nightpress.core.recipes.selection import Selection, select_files
+from nightpress.core.recipes.stored_forms import float_view
 
 MAX_FILES = 2000
 _MAX_LISTED = 50_000  #: number of names in a folder, whatever they are
@@ -184,14 +185,18 @@ def inspect_model(files: ModelFiles) -> ModelHeader:
     budget = JsonBudget()
     config = _read_config(files, sizes, budget)
     raise_all(islice(_code_in(files, sizes, budget), _MOST_ERRORS))
-    tensors = _read_tensors(files, sizes, budget)
+    tensors, offsets = _read_tensors(files, sizes, budget)
+    view = float_view(config, tensors, lambda name: files.read(*offsets[name]))
+    if view is not None:
+        tensors = list(view.tensors)
     architectures = config.get("architectures") or [""]
     header = ModelHeader(
         model_type=config["model_type"],
         architecture=class_of(architectures[0], config["model_type"], tensors),
-        config=config,
+        config={key: value for key, value in config.items() if key != "quantization_config"},
         tensors=tuple(tensors),
         has_tokenizer=not TOKENIZER_FILES.isdisjoint(sizes),
+        brought=None if view is None else view.brought,
     )
     if header.task != "embedding" or header.sees_images:
         return header
@@ -230,13 +235,6 @@ def _read_config(files: ModelFiles, sizes: Mapping[str, int], budget: JsonBudget
             ErrorCode.UNSUPPORTED_ARCHITECTURE,
             "config.json names no `model_type`, so nobody knows how to build the model.",
             hint="Save the model with a current transformers, which writes it.",
-            file="config.json",
-        )
-    if config.get("quantization_config") is not None:
-        raise NightpressError(
-            ErrorCode.UNSUPPORTED_FORMAT,
-            "config.json says that the model is quantized already.",
-            hint="Bring the float model it was made from.",
             file="config.json",
         )
     return config
@@ -298,7 +296,11 @@ def _read_json(files: ModelFiles, path: str, size: int, limit: int, budget: Json
     return parse_json(path, data)
 
 
-def _read_tensors(files: ModelFiles, sizes: Mapping[str, int], budget: JsonBudget) -> list[TensorInfo]:
+#: tensor → its file, offset in it, and size in bytes
+Places = dict[str, tuple[str, int, int]]
+
+
+def _read_tensors(files: ModelFiles, sizes: Mapping[str, int], budget: JsonBudget) -> tuple[list[TensorInfo], Places]:
     weights = [path for path in sizes if path.endswith(".safetensors")]
     if not weights:
         raise NightpressError(
@@ -314,8 +316,13 @@ def _read_tensors(files: ModelFiles, sizes: Mapping[str, int], budget: JsonBudge
         raise malformed(weights[0], f"there is neither {WEIGHTS_FILE} nor {INDEX_FILE} to say which tensors lie where")
     used = {WEIGHTS_FILE} if weight_map is None else set(weight_map.values())
     tensors: list[TensorInfo] = []
+    places: Places = {}
     for path in sorted(used):
-        for tensor in read_safetensors_header(files, path, sizes[path]):
+        found = read_safetensors_header(files, path, sizes[path])
+        offset = sizes[path] - sum(tensor.size for tensor in found)
+        for tensor in found:
+            places[tensor.name] = (path, offset, tensor.size)
+            offset += tensor.size
             if weight_map is not None and weight_map.pop(tensor.name, None) != path:
                 raise malformed(path, f"{INDEX_FILE} does not place the tensor {tensor.name[:200]} here, and only here")
             tensors.append(tensor)
@@ -323,7 +330,7 @@ def _read_tensors(files: ModelFiles, sizes: Mapping[str, int], budget: JsonBudge
             raise malformed(path, f"the model has more than {MAX_TENSORS} tensors")
     if weight_map:
         raise malformed(INDEX_FILE, f"it names the tensor {next(iter(weight_map))[:200]}, which no shard has")
-    return tensors
+    return tensors, places
 
 
 def _read_index(files: ModelFiles, sizes: Mapping[str, int], budget: JsonBudget) -> dict[str, str]:
