@@ -163,7 +163,8 @@ def _gptq(weight: StoredWeight, parts: Parts, first: int, count: int) -> Tensor:
     scale = _need(parts, "scale")[:, first : first + count].float()
     index = parts.whole("group_index")
     groups = index.long() if index is not None else _groups(inputs, len(scale))
-    return (codes - zeros.t()[:, groups]) * scale.t()[:, groups]
+    floats: Tensor = (codes - zeros.t()[:, groups]) * scale.t()[:, groups]
+    return floats
 
 
 def _awq(weight: StoredWeight, parts: Parts, first: int, count: int) -> Tensor:
