@@ -5,8 +5,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from nightpress.core.errors import ErrorCode, NightpressError
+from nightpress.core.recipes.adapters import ADAPTER_DIR, adapter_files
 from nightpress.core.recipes.header import ModelHeader
-from nightpress.core.recipes.inspect import FolderFiles, inspect_model
+from nightpress.core.recipes.inspect import FolderFiles, check_adapter, inspect_model
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,23 @@ def read_model_folder(folder: Path, name: str | None = None) -> ModelFolder:
         files={path: files.path(path) for path in chosen.files},
         left_out=chosen.left_out,
         header=inspect_model(files),
+    )
+
+
+def read_adapter_folder(folder: Path, base: ModelFolder, name: str | None = None) -> ModelFolder:
+    """Choose an adapter's files, and check that it fits its base. The result has the base's files, and the adapter's below `adapter/`.
+
+    Raises NightpressError: unsupported_format for what is no adapter of peft in safetensors, or can't be merged exactly; malformed_model if
+    it does not fit the base.
+    """
+    files = FolderFiles(folder)
+    chosen = adapter_files(files.listing())
+    check_adapter(files, base.header)
+    return ModelFolder(
+        name=name or plain_name(files.root.name),
+        files=base.files | {f"{ADAPTER_DIR}/{path}": files.path(path) for path in chosen},
+        left_out=base.left_out,
+        header=base.header,
     )
 
 

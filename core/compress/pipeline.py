@@ -79,7 +79,7 @@ def _begin(job: PressJob) -> State:
     for warning in make_plan(job.recipe, header).warnings:
         job.warn(warning)
     job.log(f"{header.architecture}, {header.parameters:,} parameters, {job.spec.threads} threads")
-    records = source.run(job, header)
+    header, records = source.run(job, header)
     check_weights(job.source)
     job.clock.at(0.02, "reading the data")
     trial = quality.prepare(job.recipe, header, job.source, job.data_files, threads=job.spec.threads)
@@ -154,6 +154,7 @@ def _describe_model(job: PressJob, state: State) -> dict[str, object]:
         "task": header.task,
         "parameters": header.parameters,
         "size_bytes": state.source.size_bytes,
+        **({} if job.adapter is None else {"adapter": job.adapter}),
         **read_lineage(job.source),
     }
 

@@ -15,8 +15,9 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from nightpress.core.errors import ErrorCode, NightpressError
+from nightpress.core.recipes.adapters import Adapter, adapter_files, read_adapter
 from nightpress.core.recipes.bounds import kind_flaw, size_flaw
-from nightpress.core.recipes.filenames import INDEX_FILE, WEIGHTS_FILE, raise_all
+from nightpress.core.recipes.filenames import ADAPTER_FILE, ADAPTER_WEIGHTS, INDEX_FILE, WEIGHTS_FILE, raise_all
 from nightpress.core.recipes.header import ModelHeader, TensorInfo, class_of
 from nightpress.core.recipes.jsonfile import JsonBudget, malformed, parse_json, walk
 from nightpress.core.recipes.model_files import ModelFiles
@@ -69,7 +70,7 @@ class FolderFiles:
 
     def selection(self) -> Selection:
         """The model's files, and what is left out. Raises what `select_files` raises, and path_not_allowed for a needed link that leads out."""
-        found = select_files(self._listing(), self._read_small)
+        found = select_files(self.listing(), self._read_small)
         if len(found.files) > MAX_FILES:
             raise malformed(found.files[-1], f"its folder has more than {MAX_FILES} files; one model is one folder")
         return found
@@ -132,7 +133,7 @@ class FolderFiles:
                 return folder, real.relative_to(folder)
         raise _not_a_file(name, "leads out of its folder")
 
-    def _listing(self) -> list[str]:
+    def listing(self) -> list[str]:
         """The names of all files at the top and one folder below it. Deeper folders, links to folders and hidden folders end with `/`."""
         found: list[str] = []
         for entry in _entries(self.root):
@@ -205,6 +206,17 @@ def inspect_model(files: ModelFiles) -> ModelHeader:
         return _read_json(files, path, sizes[path], _CONFIG_BYTES, budget) if path in sizes else None
 
     return header.model_copy(update={"pooling": read_pooling(read)})
+
+
+def check_adapter(files: FolderFiles, base: ModelHeader) -> Adapter:
+    """Validate an adapter's folder and match it with its base. Raises NightpressError as `read_adapter`, and for damaged files."""
+    budget = JsonBudget()
+    sizes = {name: files.path(name).stat().st_size for name in adapter_files(files.listing())}
+    config = _read_json(files, ADAPTER_FILE, sizes[ADAPTER_FILE], _CONFIG_BYTES, budget)
+    jsons = {name: size for name, size in sizes.items() if not name.endswith(".safetensors")}
+    raise_all(islice(_code_in(files, jsons, budget), _MOST_ERRORS))
+    tensors = read_safetensors_header(files, ADAPTER_WEIGHTS, sizes[ADAPTER_WEIGHTS])
+    return read_adapter(config, tensors, base.tensors)
 
 
 def _read_config(files: ModelFiles, sizes: Mapping[str, int], budget: JsonBudget) -> dict[str, Any]:

@@ -53,7 +53,7 @@ class FloatView:
 
     tensors: tuple[TensorInfo, ...]  #: float weights and all other tensors, without the parts of codes
     weights: Mapping[str, StoredWeight]  #: by the float weight's name
-    brought: Brought
+    brought: Brought | None  #: None: it is stored as floats, and config.json says nothing else
 
 
 def float_view(config: Mapping[str, Any], tensors: Sequence[TensorInfo], read: ReadTensor) -> FloatView | None:

@@ -33,6 +33,7 @@ class PressJob:
         self.recipe = self.spec.recipe
         self.brought = job_dir / SOURCE_DIR  #: the model as it was brought
         self.source = self.brought  #: the model that everything reads: a folder of floats
+        self.adapter: str | None = None  #: the adapter that was merged into it, e.g. "lora of rank 16 on 64 weights"
         self.work, self.out = job_dir / WORK_DIR, job_dir / OUT_DIR
         self.scratch = self.work / "measured"  #: the folder for the consumers' outputs
         self.data = job_dir / DATA_DIR
