@@ -157,8 +157,10 @@ def _low_rank(
         raise _does_not_fit(f"its parts of {module[:200]} are incomplete, or are of a kind that is not merged here")
     a, b = found[parts["a"]], found[parts["b"]]
     transposed = bool(config.get("fan_in_fan_out")) and not embedding
+    if len(a.shape) != 2 or len(b.shape) != 2:
+        raise _does_not_fit(f"its parts of {module[:200]} are no matrices: convolutions are not merged here")
     change = (b.shape[0], a.shape[1]) if not (transposed or embedding) else (a.shape[1], b.shape[0])
-    fits = len(a.shape) == len(b.shape) == 2 and a.shape[0] == b.shape[1] and change == stored.shape
+    fits = a.shape[0] == b.shape[1] > 0 and change == stored.shape
     if fits and "magnitude" in parts:
         fits = math.prod(found[parts["magnitude"]].shape) == b.shape[0]
     if not fits:

@@ -155,7 +155,7 @@ def _find_compressed(
 
 def _find_gptq(given: Mapping[str, Any], found: Mapping[str, TensorInfo], _read: ReadTensor) -> Iterator[StoredWeight]:
     bits = given.get("bits", 4)
-    if bits not in {2, 3, 4, 8}:
+    if not isinstance(bits, int) or bits not in {2, 3, 4, 8}:
         raise _unsupported(
             f"config.json says that its weights have {str(bits)[:20]} bits; of GPTQ, 2, 3, 4 and 8 are read"
         )

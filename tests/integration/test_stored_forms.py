@@ -342,6 +342,7 @@ def test_a_config_left_over_beside_floats_is_noticed(tmp_path: Path) -> None:
         ({WEIGHT: torch.ones(4, 64).to(torch.int8)}, {"quant_method": "quanto"}, ErrorCode.UNSUPPORTED_FORMAT, "'quanto', which is not read"),
         ({WEIGHT: torch.ones(4, 64).to(torch.int8)}, {"quant_method": "fp8"}, ErrorCode.UNSUPPORTED_FORMAT, "none of its tensors"),
         ({f"{MODULE}.qweight": torch.ones(8, 8).int()}, {"quant_method": "gptq", "bits": 5}, ErrorCode.UNSUPPORTED_FORMAT, "2, 3, 4 and 8"),
+        ({f"{MODULE}.qweight": torch.ones(8, 8).int()}, {"quant_method": "gptq", "bits": [4]}, ErrorCode.UNSUPPORTED_FORMAT, "2, 3, 4 and 8"),
         ({f"{MODULE}.qweight": torch.ones(8, 8).int()}, {"quant_method": "gptq", "bits": 4}, ErrorCode.MALFORMED_MODEL, "scales is not there"),
         ({f"{MODULE}.qweight": torch.ones(8, 8).int()}, {"quant_method": "awq", "version": "gemv"}, ErrorCode.UNSUPPORTED_FORMAT, "layout `gemm`"),
         (
@@ -368,7 +369,7 @@ def test_what_is_not_read_is_told(tmp_path: Path, tensors: Any, quantization: An
     assert error.value.hint
 
 
-@pytest.mark.parametrize("scale", [(3, 2), (5,), (2, 2, 2)])
+@pytest.mark.parametrize("scale", [(3, 2), (5,), (2, 2, 2), (4, 0)])
 def test_scales_that_do_not_fit_are_refused_when_they_are_read(tmp_path: Path, scale: tuple[int, ...]) -> None:
     tensors = {WEIGHT: torch.ones(4, 64).to(torch.float8_e4m3fn), f"{WEIGHT}_scale_inv": torch.ones(scale)}
     folder = write_checkpoint(tmp_path / "m", tensors, {"quant_method": "fp8"})

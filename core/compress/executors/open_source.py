@@ -101,6 +101,8 @@ def _changes(outputs: list[TensorInfo], merging: "_Merging | None") -> bool:
 def _write(
     info: TensorInfo, weight: StoredWeight | None, merger: Merger | None, tensors: SourceTensors, writer: ShardWriter
 ) -> None:
+    if not info.size:
+        return
     if weight is None and merger is None:
         for at, piece in tensors.pieces(info.name):
             writer.write(info.name, at, piece)

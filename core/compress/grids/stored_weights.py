@@ -36,7 +36,7 @@ def decode_rows(weight: StoredWeight, parts: Parts, first: int, count: int) -> T
     """Decode rows of a weight, seen as a matrix: float32 [count, in]. Raises NightpressError(malformed_model) if its parts don't fit."""
     try:
         return _DECODERS[weight.coding](weight, parts, first, count)
-    except (RuntimeError, IndexError, ValueError, TypeError) as error:
+    except (RuntimeError, IndexError, ValueError, TypeError, ArithmeticError) as error:
         raise NightpressError(
             ErrorCode.MALFORMED_MODEL,
             f"The stored form of {weight.name} can't be read: {str(error)[:200]}",
