@@ -24,6 +24,7 @@ class Bench:
 #: In the order of running: first those that measure milliseconds, while the machine is cool and idle.
 BENCHES = {
     "startup": Bench("How long a job, a worker and the API take to start, and the memory of an idle service.", 2),
+    "headers": Bench("Reading a model of 1,000 shards and 700 GB from its headers.", 0.5),
     "submit": Bench("Submissions a second over HTTP, beside a bare endpoint with one INSERT.", 2),
     "many_jobs": Bench("Claims, pages and ticks with a million jobs in PostgreSQL, beside ten thousand.", 3),
     "studies": Bench("A study of 2,000 trials that are only rows: steps of the control process, 64 workers.", 15),

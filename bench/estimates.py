@@ -24,6 +24,7 @@ from typing import Any
 from bench.processes import cpu_seconds
 from bench.record import Figure, finish, make_parser
 from nightpress.client.cli.press import write_job
+from nightpress.client.folders import read_model_folder
 from nightpress.core.handoff.frames import Progress, Result, parse_frame
 from nightpress.core.handoff.report import REPORT_FILE, Report
 from nightpress.core.handoff.spec import OUT_DIR
@@ -111,7 +112,7 @@ def press(name: str, source: Path, root: Path, threads: int, device: str) -> lis
     child = ChildProcess(root, threads=threads, network=True)
     try:
         sets = {"words": words(root / "words.txt", samples * length)} if on_gpu else {}
-        write_job(child.job_dir, source, recipe, sets, device=device, threads=threads)
+        write_job(child.job_dir, read_model_folder(source), recipe, sets, device=device, threads=threads)
         measured = watch(child)
         folder = child.job_dir / OUT_DIR / export
         measured["size"] = sum(path.stat().st_size for path in folder.rglob("*") if path.suffix in _WEIGHTS)

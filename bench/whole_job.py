@@ -16,6 +16,7 @@ from pathlib import Path
 from bench.estimates import random_llama, watch, words
 from bench.record import Figure, finish, make_parser
 from nightpress.client.cli.press import write_job
+from nightpress.client.folders import read_model_folder
 from nightpress.core.handoff.report import REPORT_FILE, Report
 from nightpress.core.handoff.spec import OUT_DIR
 from nightpress.core.recipes.builtins import get_recipe
@@ -53,7 +54,7 @@ def measure(source: Path, root: Path, recipe: Recipe) -> tuple[dict[str, float],
     child = ChildProcess(root, threads=_THREADS, network=True)
     try:
         sets = {"words": words(root / "words.txt", recipe.calibration.samples * recipe.calibration.length)}
-        write_job(child.job_dir, source, recipe, sets, device="cuda", threads=_THREADS)
+        write_job(child.job_dir, read_model_folder(source), recipe, sets, device="cuda", threads=_THREADS)
         measured = watch(child)
         return measured, Report.model_validate_json((child.job_dir / OUT_DIR / REPORT_FILE).read_bytes())
     finally:

@@ -9,6 +9,7 @@ from pydantic import ValidationError
 
 from nightpress.client.cli import (
     audit,
+    convert,
     datasets,
     demo,
     doctor,
@@ -65,6 +66,7 @@ for part in (
     servers,
     web,
     press,
+    convert,
     profile,
     doctor,
     demo,

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from nightpress.client.cli import output
-from nightpress.client.cli.registration import name_of_source, print_registered, progress_notes
+from nightpress.client.cli.registration import left_out_text, name_of_source, print_registered, progress_notes
 from nightpress.client.cli.session import Session, takes_session
 from nightpress.client.client import Client
 from nightpress.client.errors import ApiError
@@ -38,7 +38,7 @@ def send_model(client: Client, model: str, name: str | None, *, quiet: bool) -> 
     if (registered := _register_in_place(client, folder.resolve(), chosen.name)) is not None:
         return registered.id
     if chosen.left_out and not quiet:
-        output.note(f"Not sent: {', '.join(chosen.left_out)}.", "dim")
+        output.note(left_out_text(chosen.left_out), "dim")
     with output.transfer_meter(f"sending {output.clean(chosen.name)}", quiet=quiet) as meter:
         return client.models.upload(chosen, meter=meter).id
 
@@ -99,6 +99,7 @@ def show_model(session: Session, model: Annotated[str, typer.Argument(metavar="M
             ("task", view.task),
             ("parameters", f"{view.parameters:,}" if view.parameters else None),
             ("source", view.source),
+            ("left out", ", ".join(view.left_out) or None),
             ("added", view.created_at),
             ("error", (view.error or {}).get("message")),
         ]

@@ -16,9 +16,10 @@ from nightpress.client.cli import output
 from nightpress.client.cli.comparison import print_report
 from nightpress.client.cli.exits import Exit
 from nightpress.client.cli.recipes import read_recipe
+from nightpress.client.cli.registration import left_out_text
 from nightpress.client.cli.session import Session, takes_session
 from nightpress.client.errors import ClientError
-from nightpress.client.folders import read_model_folder
+from nightpress.client.folders import ModelFolder, read_adapter_folder, read_model_folder
 from nightpress.core.handoff.frames import Checkpoint, Log, Metric, Progress, Result, Span
 from nightpress.core.handoff.manifest import FileEntry, Manifest, describe_file, digest_of
 from nightpress.core.handoff.report import REPORT_FILE, Report
@@ -57,6 +58,14 @@ def press(
     data: Annotated[
         list[str] | None, typer.Option(metavar="NAME=FILE", help="A data set that the recipe names; may be repeated.")
     ] = None,
+    base: Annotated[
+        Path | None,
+        typer.Option(
+            help="FOLDER is an adapter (LoRA): the folder of the model that it was trained for.",
+            exists=True,
+            file_okay=False,
+        ),
+    ] = None,
     threads: Annotated[int, typer.Option(min=0, help="CPU threads; 0: all that this process may use.")] = 0,
     device: Annotated[
         str, typer.Option(help="cpu, cuda, or auto: as the recipe says, else what is faster on this machine.")
@@ -67,7 +76,10 @@ def press(
         raise typer.BadParameter(f"{device!r} is not cpu, cuda or auto.", param_hint="--device")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise typer.BadParameter(f"{out} exists and is not empty.", param_hint="--out")
-    header = read_model_folder(model).header
+    chosen = read_folder(model, base)
+    header = chosen.header
+    if chosen.left_out and not session.json:
+        output.note(left_out_text(chosen.left_out), "dim")
     allow_passes()
     wanted = aim(_wanted(recipe, target), header)
     sets = read_data(wanted, data or [])
@@ -83,7 +95,7 @@ def press(
     # In the parent of the target, so that the finished result is moved by an atomic rename.
     with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent, ignore_cleanup_errors=True) as folder:
         job_dir = Path(folder)
-        write_job(job_dir, model, wanted, sets, device=device, threads=threads)
+        write_job(job_dir, chosen, wanted, sets, device=device, threads=threads)
         try:
             manifest = run_here(job_dir, quiet=session.json)
         except KeyboardInterrupt:
@@ -164,11 +176,17 @@ def read_data(recipe: Recipe, given: list[str]) -> dict[str, Path]:
     return {name: path for name, path in sets.items() if name in recipe.data_refs()}
 
 
+def read_folder(model: Path, base: Path | None) -> ModelFolder:
+    """The model in a folder; with `base`, the model that the adapter in it makes of its base."""
+    if base is None:
+        return read_model_folder(model)
+    return read_adapter_folder(model, read_model_folder(base))
+
+
 def write_job(
-    job_dir: Path, model: Path, recipe: Recipe, sets: dict[str, Path], *, device: str, threads: int
+    job_dir: Path, chosen: ModelFolder, recipe: Recipe, sets: dict[str, Path], *, device: str, threads: int
 ) -> JobSpec:
     """Write a job's folder as a worker's supervisor does, and return its spec. The model and data are linked, not copied."""
-    chosen = read_model_folder(model)
     for name in (SOURCE_DIR, DATA_DIR, WORK_DIR, OUT_DIR):
         (job_dir / name).mkdir(exist_ok=True)
     files: list[FileEntry] = []

@@ -14,6 +14,7 @@ from nightpress.client.cli.exits import Exit
 from nightpress.client.cli.press import allow_passes, read_data, require_core, run_here, write_job
 from nightpress.client.cli.session import Session, takes_session
 from nightpress.client.errors import ClientError
+from nightpress.client.folders import read_model_folder
 from nightpress.core.handoff.compare import Comparison, compare
 from nightpress.core.handoff.manifest import describe_file
 from nightpress.core.handoff.report import REPORT_FILE, Report, read_report
@@ -116,7 +117,7 @@ def reproduce(
     with tempfile.TemporaryDirectory(prefix="nightpress-", dir=out.absolute().parent if out else None) as folder:
         job_dir = Path(folder)
         device = str(before.environment.get("device") or "cpu")
-        spec = write_job(job_dir, model, recipe, sets, device=device, threads=threads)
+        spec = write_job(job_dir, read_model_folder(model), recipe, sets, device=device, threads=threads)
         if spec.model_digest != before.model.get("digest"):
             raise ClientError(
                 f"{model} is not the model of the report: its digest is {spec.model_digest}, the report's {before.model.get('digest')}.",

@@ -1,6 +1,6 @@
 """What `models add` and `datasets add` share: a name from a source's address, progress while the server fetches, and the result."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from nightpress.client.cli import output
 from nightpress.client.cli.session import Session
@@ -33,4 +33,14 @@ def print_registered(session: Session, view: ModelView | DataSetView) -> None:
     if view.state == "failed":
         error = view.error or {}
         raise ClientError(f"{view.name}: {error.get('message', 'it failed')}", hint=str(error.get("hint", "")))
-    output.print_json(view) if session.json else output.say(f"{view.id}  {output.clean(view.name)}  {view.state}")
+    if session.json:
+        output.print_json(view)
+        return
+    output.say(f"{view.id}  {output.clean(view.name)}  {view.state}")
+    if isinstance(view, ModelView) and view.left_out:
+        output.note(left_out_text(view.left_out), "dim")
+
+
+def left_out_text(names: Sequence[str]) -> str:
+    """A sentence that names what lies beside a model and is not needed."""
+    return f"Not needed, and left where it is: {output.clean(', '.join(names))}."

@@ -16,7 +16,7 @@ from nightpress.core.compress.evaluate import gates, quality
 from nightpress.core.compress.evaluate.finite import check_weights
 from nightpress.core.compress.lineage import read_lineage
 from nightpress.core.compress.model.checkpoint import disk_errors, write_file
-from nightpress.core.compress.stages import folder, graph, measure, screen
+from nightpress.core.compress.stages import folder, graph, measure, screen, source
 from nightpress.core.compress.stages.clock import Emit
 from nightpress.core.compress.stages.job import PressJob, State
 from nightpress.core.handoff.manifest import MANIFEST_FILE, ArtifactEntry, Manifest, describe_file, describe_folder
@@ -82,11 +82,12 @@ def _begin(job: PressJob) -> State:
     for warning in make_plan(job.recipe, header).warnings:
         job.warn(warning)
     job.log(f"{header.architecture}, {header.parameters:,} parameters, {job.spec.threads} threads")
+    header, records = source.run(job, header)
     check_weights(job.source)
     job.clock.at(0.02, "reading the data")
     trial = quality.prepare(job.recipe, header, job.source, job.data_files, threads=job.spec.threads)
-    source, observed = measure.measure_source(job, header, trial)
-    return State(header, trial, source, observed, folder=job.source, header=header)
+    measured, observed = measure.measure_source(job, header, trial)
+    return State(header, trial, measured, observed, folder=job.source, header=header, records=records)
 
 
 def _conclude(job: PressJob, state: State) -> Manifest:
@@ -157,6 +158,7 @@ def _describe_model(job: PressJob, state: State) -> dict[str, object]:
         "task": header.task,
         "parameters": header.parameters,
         "size_bytes": state.source.size_bytes,
+        **({} if job.adapter is None else {"adapter": job.adapter}),
         **read_lineage(job.source),
     }
 
@@ -185,7 +187,7 @@ def _notes(job: PressJob, state: State) -> tuple[str, ...]:
         *make_plan(job.recipe, header).warnings,
         *(text for record in state.records for text in record.warnings),
     ]
-    source_dtypes = {tensor.dtype for tensor in header.tensors} - {"F32", "I64"}
+    source_dtypes = {tensor.dtype for tensor in header.tensors} - {"F32", "I64"} if header.brought is None else set()
     place = state.source.measured_on
     if source_dtypes and (place is None or place.device == "cpu"):
         kinds = ", ".join(sorted(source_dtypes))

@@ -1,6 +1,8 @@
 """`out/manifest.json`: the files of each artifact, with sizes and SHA-256. It is written last: without it an attempt has no result."""
 
 import hashlib
+import os
+from io import BufferedReader
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Literal
 
@@ -73,14 +75,14 @@ def digest_of(files: tuple[FileEntry, ...] | list[FileEntry]) -> str:
 
 def describe_file(root: Path, path: Path) -> FileEntry:
     """Hash a file below `root`. The entry's path is relative to `root`."""
-    return describe_as(path.relative_to(root).as_posix(), path)
-
-
-def describe_as(name: str, path: Path) -> FileEntry:
-    """Hash a file. The entry's path is `name`, not `path`."""
     with path.open("rb") as stream:
-        digest = hashlib.file_digest(stream, "sha256").hexdigest()
-    return FileEntry(path=name, size=path.stat().st_size, sha256=digest)
+        return describe_stream(path.relative_to(root).as_posix(), stream)
+
+
+def describe_stream(name: str, stream: BufferedReader) -> FileEntry:
+    """Hash an open file. The entry's path is `name`."""
+    digest = hashlib.file_digest(stream, "sha256").hexdigest()
+    return FileEntry(path=name, size=os.fstat(stream.fileno()).st_size, sha256=digest)
 
 
 def describe_folder(root: Path) -> tuple[FileEntry, ...]:

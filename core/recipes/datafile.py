@@ -16,6 +16,7 @@ from typing import Any, Literal
 
 from nightpress.core.errors import ErrorCode, NightpressError
 from nightpress.core.recipes.jsonfile import is_text
+from nightpress.core.recipes.labels import Label, LabelError, label_of
 
 Kind = Literal["txt", "jsonl", "csv", "parquet"]
 
@@ -23,8 +24,6 @@ READ_BYTES = 64 * 1024**2  #: unpacked bytes of a data set that are read; a qual
 READ_LINES = 1_000_000  #: lines that are read, blank lines included; for prose, paragraphs
 MAX_LINE = 1024**2  #: characters of a row; a longer row is refused, and a longer paragraph is split
 _PIECE = 64 * 1024
-_MAX_LABEL = 99_999
-_MAX_LABEL_NAME = 200
 _MAX_MEMBERS = 10_000  #: members of a gzip file
 _MOST_UNPACKED = 200  #: largest unpacked size, in multiples of the packed size; text rarely reaches 20
 _RATIO_FROM = 8 * 1024**2  #: unpacked bytes up to which the ratio is not checked
@@ -43,7 +42,7 @@ class DataRow:
     values: Mapping[str, Any]  #: all columns; of a CSV only `text` and `label`
     text: str | None = None
     messages: tuple[Mapping[str, str], ...] = ()
-    label: int | str | None = None  #: the class's number or name
+    label: Label | None = None
 
 
 @dataclass
@@ -101,9 +100,9 @@ def row_of(ref: str, place: str, values: Mapping[str, Any]) -> DataRow | None:
     text = values.get("text")
     if not _OTHER_COLUMNS.isdisjoint(values):
         # Each metric checks these columns when it reads them.
-        label = values.get("label")
-        plain = isinstance(label, int | str) and not isinstance(label, bool)
-        return DataRow(place, values, text if isinstance(text, str) else None, label=label if plain else None)
+        found = values.get("label")
+        plain = found if isinstance(found, int | str) and not isinstance(found, bool) else None
+        return DataRow(place, values, text if isinstance(text, str) else None, label=plain)
     label = _label(ref, place, values.get("label"))
     if values.get("messages") is not None:
         messages = _messages(ref, place, values["messages"])
@@ -123,24 +122,11 @@ def invalid(ref: str, what: str, hint: str) -> NightpressError:
     return NightpressError(ErrorCode.INVALID_DATA, f"The data set {ref} can't be used: {what}.", hint=hint, data=ref)
 
 
-def _label(ref: str, place: str, label: object) -> int | str | None:
-    if isinstance(label, str):
-        label = label.strip() or None
-    if label is None:
-        return None
-    if isinstance(label, str):
-        if not (label.isascii() and label.isdigit()):
-            if len(label) > _MAX_LABEL_NAME:
-                raise invalid(ref, f"{place}: `label` is a text of {len(label)} characters", "Name the class shortly.")
-            return label
-        label = int(label) if len(label) <= len(str(_MAX_LABEL)) else _MAX_LABEL + 1
-    if type(label) is not int or not 0 <= label <= _MAX_LABEL:
-        raise invalid(
-            ref,
-            f"{place}: `label` is neither a class's name nor a whole number from 0 to {_MAX_LABEL}",
-            "Write the class's index or its name, as the model's `label2id` has it.",
-        )
-    return label
+def _label(ref: str, place: str, raw: object) -> Label | None:
+    try:
+        return label_of(raw)
+    except LabelError as error:
+        raise invalid(ref, f"{place}: `label` {error}", error.hint) from None
 
 
 def _messages(ref: str, place: str, raw: object) -> tuple[Mapping[str, str], ...]:
@@ -359,7 +345,7 @@ def _check_unpacked(ref: str, packed: int, unpacked: int) -> None:
 @dataclass(frozen=True)
 class DataFacts:
     rows: int | None  #: number of rows that jobs read; for prose, lines; None: unknown
-    #: Number of classes: the highest label plus 1, or the number of names; 0: no labels; None: unknown.
+    #: Number of classes: the highest label plus 1, or the number of names; 1 for numbers to be predicted; 0: no labels; None: unknown.
     labels: int | None
 
 
@@ -379,13 +365,14 @@ def examine_data(path: str, pieces: Iterable[bytes], window: Window | None = Non
         if labelled != (row.label is not None):
             why = f"{row.place} {'has no' if labelled else 'has a'} label, unlike those before it"
             raise invalid(path, why, "Give every row a label, or none.")
-        if isinstance(row.label, str):
-            names.add(row.label)
-        elif row.label is not None:
-            highest = max(highest, row.label + 1)
+        for label in row.label if isinstance(row.label, tuple) else (row.label,):
+            if isinstance(label, str):
+                names.add(label)
+            elif isinstance(label, int):
+                highest = max(highest, label + 1)
     if rows == 0:
         raise invalid(path, "no line of it says anything", f"A data set needs at least one line of text. {_HINT}")
-    return DataFacts(rows, max(highest, len(names)))
+    return DataFacts(rows, max(highest, len(names), int(bool(labelled))))
 
 
 def _look_at_parquet(path: str, pieces: Iterable[bytes]) -> DataFacts:

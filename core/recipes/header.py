@@ -5,6 +5,8 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from nightpress.core.recipes.brought import Brought
+
 Task = Literal["causal-lm", "classification", "token-classification", "masked-lm", "embedding", "seq2seq", "other"]
 
 _SUFFIXES: tuple[tuple[str, Task], ...] = (
@@ -111,6 +113,8 @@ class ModelHeader(BaseModel):
     tensors: tuple[TensorInfo, ...] = Field(repr=False)
     has_tokenizer: bool
     pooling: str = "mean"  #: pooling mode of an embedder; see core/recipes/pooling.py
+    #: the stored form of a source of codes, for which `tensors` are the floats that they stand for; None: it is stored as floats
+    brought: Brought | None = None
 
     @property
     def parameters(self) -> int:

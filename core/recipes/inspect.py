@@ -4,23 +4,31 @@ Only file names on an allow-list are accepted. Weights are safetensors, and thei
 template is rendered.
 """
 
+import errno
+import os
 import re
-from collections.abc import Iterator, Mapping, Sequence, Set
+import stat
+from collections.abc import Iterator, Mapping
+from io import BufferedReader
 from itertools import islice
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from nightpress.core.errors import ErrorCode, NightpressError
+from nightpress.core.recipes.adapters import Adapter, adapter_files, read_adapter
 from nightpress.core.recipes.bounds import kind_flaw, size_flaw
-from nightpress.core.recipes.filenames import INDEX_FILE, WEIGHTS_FILE, check_names, missing_shards, raise_all
+from nightpress.core.recipes.filenames import ADAPTER_FILE, ADAPTER_WEIGHTS, INDEX_FILE, WEIGHTS_FILE, raise_all
 from nightpress.core.recipes.header import ModelHeader, TensorInfo, class_of
 from nightpress.core.recipes.jsonfile import JsonBudget, malformed, parse_json, walk
 from nightpress.core.recipes.model_files import ModelFiles
 from nightpress.core.recipes.pooling import read_pooling
 from nightpress.core.recipes.remote_code import code_flaw
 from nightpress.core.recipes.safetensors import MAX_TENSORS, read_safetensors_header
+from nightpress.core.recipes.selection import Selection, select_files
+from nightpress.core.recipes.stored_forms import float_view
 
 MAX_FILES = 2000
+_MAX_LISTED = 50_000  #: number of names in a folder, whatever they are
 TOKENIZER_FILES = frozenset(
     {
         "tokenizer.json",
@@ -44,10 +52,11 @@ _DUNDER = re.compile(r"__\w+__")
 
 
 class FolderFiles:
-    """A local folder. Hidden files are ignored.
+    """The model in a local folder as it lies: `select_files` says which files belong to it, and no others are opened.
 
     A link to a file is followed if its target is in the folder. The Hub's cache keeps a repository's files in `blobs`, and each
-    `snapshots/<revision>` holds links to them: links of such a folder may also lead to `blobs`. All other links are refused.
+    `snapshots/<revision>` holds links to them: links of such a folder may also lead to `blobs`. Other links are refused if the model needs
+    them, and left out otherwise. Links to folders are never followed.
     """
 
     def __init__(self, root: Path) -> None:
@@ -57,14 +66,13 @@ class FolderFiles:
             self._within.append(self.root.parents[1] / "blobs")
 
     def names(self) -> Mapping[str, int]:
-        found: dict[str, int] = {}
-        for path in sorted(self.root.rglob("*")):
-            relative = path.relative_to(self.root)
-            if any(part.startswith(".") for part in relative.parts) or (path.is_dir() and not path.is_symlink()):
-                continue
-            found[relative.as_posix()] = self.path(relative.as_posix()).stat().st_size
-            if len(found) > MAX_FILES:
-                raise malformed(str(relative), f"its folder has more than {MAX_FILES} files; one model is one folder")
+        return {name: self.path(name).stat().st_size for name in self.selection().files}
+
+    def selection(self) -> Selection:
+        """The model's files, and what is left out. Raises what `select_files` raises, and path_not_allowed for a needed link that leads out."""
+        found = select_files(self.listing(), self._read_small)
+        if len(found.files) > MAX_FILES:
+            raise malformed(found.files[-1], f"its folder has more than {MAX_FILES} files; one model is one folder")
         return found
 
     def path(self, name: str) -> Path:
@@ -72,12 +80,8 @@ class FolderFiles:
 
         Raises NightpressError: path_not_allowed for a target outside the folder or one that is no plain file, not_found for a missing file.
         """
-        try:
-            real = (self.root / name).resolve()
-        except RuntimeError:  # a link to itself
-            raise _not_a_file(name, "is a link that leads to itself") from None
-        if not any(real.is_relative_to(folder) for folder in self._within):
-            raise _not_a_file(name, "leads out of its folder")
+        base, inside = self._place(name)
+        real = base / inside
         if real.is_dir():
             raise _not_a_file(name, "is a link to a folder")
         if not real.exists():
@@ -91,10 +95,74 @@ class FolderFiles:
             raise _not_a_file(name, "is no plain file")
         return real
 
+    def open(self, name: str) -> BufferedReader:
+        """Open a file for reading. A link that is exchanged between the check and the opening is not followed: no step follows links."""
+        base, inside = self._place(name)
+        self.path(name)  # its errors are clearer
+        handle = os.open(base, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        try:
+            for part in inside.parts[:-1]:
+                below = os.open(part, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=handle)
+                os.close(handle)
+                handle = below
+            file = os.open(inside.name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=handle)
+        except OSError as error:
+            if error.errno in {errno.ELOOP, errno.ENOTDIR, errno.ENXIO}:
+                raise _not_a_file(name, "was exchanged while it was opened") from error
+            raise
+        finally:
+            os.close(handle)
+        if not stat.S_ISREG(os.fstat(file).st_mode):
+            os.close(file)
+            raise _not_a_file(name, "is no plain file")
+        return os.fdopen(file, "rb")
+
     def read(self, path: str, offset: int, size: int) -> bytes:
-        with self.path(path).open("rb") as source:
+        with self.open(path) as source:
             source.seek(offset)
             return source.read(size)
+
+    def _place(self, name: str) -> tuple[Path, Path]:
+        """The allowed folder that holds the file, without links, and the file's path below it."""
+        try:
+            real = (self.root / name).resolve()
+        except (RuntimeError, OSError):  # a link to itself
+            raise _not_a_file(name, "is a link that leads to itself") from None
+        for folder in self._within:
+            if real != folder and real.is_relative_to(folder):
+                return folder, real.relative_to(folder)
+        raise _not_a_file(name, "leads out of its folder")
+
+    def listing(self) -> list[str]:
+        """The names of all files at the top and one folder below it. Deeper folders, links to folders and hidden folders end with `/`."""
+        found: list[str] = []
+        for entry in _entries(self.root):
+            below = entry.is_dir(follow_symlinks=False)
+            if not below or entry.name.startswith("."):
+                found.append(entry.name + "/" * _is_folder(entry))
+            else:
+                found += (f"{entry.name}/{file.name}" + "/" * _is_folder(file) for file in _entries(Path(entry.path)))
+            if len(found) > _MAX_LISTED:
+                raise malformed(entry.name, f"its folder has more than {_MAX_LISTED} files; one model is one folder")
+        return found
+
+    def _read_small(self, name: str) -> bytes:
+        size = self.path(name).stat().st_size
+        if size > _JSON_BYTES:
+            raise malformed(name, f"it has {size} bytes; at most {_JSON_BYTES} are read")
+        return self.read(name, 0, size)
+
+
+def _entries(folder: Path) -> list[os.DirEntry[str]]:
+    with os.scandir(folder) as entries:
+        return sorted(islice(entries, _MAX_LISTED + 1), key=lambda entry: entry.name)
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link to itself
+        return False
 
 
 def _not_a_file(name: str, why: str) -> NightpressError:
@@ -112,19 +180,24 @@ def inspect_model(files: ModelFiles) -> ModelHeader:
     Raises NightpressError: unsupported_format for files that are no safetensors model, malformed_model for damaged or inconsistent files,
     unsupported_architecture if config.json names no `model_type`. Each error names the file.
     """
-    sizes = files.names()
-    check_names(sizes)
+    every = files.names()
+    chosen = select_files(every, lambda path: _read_small(files, path, every[path]))
+    sizes = {path: every[path] for path in chosen.files}
     budget = JsonBudget()
     config = _read_config(files, sizes, budget)
     raise_all(islice(_code_in(files, sizes, budget), _MOST_ERRORS))
-    tensors = _read_tensors(files, sizes, budget)
+    tensors, offsets = _read_tensors(files, sizes, budget)
+    view = float_view(config, tensors, lambda name: files.read(*offsets[name]))
+    if view is not None:
+        tensors = list(view.tensors)
     architectures = config.get("architectures") or [""]
     header = ModelHeader(
         model_type=config["model_type"],
         architecture=class_of(architectures[0], config["model_type"], tensors),
-        config=config,
+        config={key: value for key, value in config.items() if key != "quantization_config"},
         tensors=tuple(tensors),
         has_tokenizer=not TOKENIZER_FILES.isdisjoint(sizes),
+        brought=None if view is None else view.brought,
     )
     if header.task != "embedding" or header.sees_images:
         return header
@@ -133,6 +206,17 @@ def inspect_model(files: ModelFiles) -> ModelHeader:
         return _read_json(files, path, sizes[path], _CONFIG_BYTES, budget) if path in sizes else None
 
     return header.model_copy(update={"pooling": read_pooling(read)})
+
+
+def check_adapter(files: FolderFiles, base: ModelHeader) -> Adapter:
+    """Validate an adapter's folder and match it with its base. Raises NightpressError as `read_adapter`, and for damaged files."""
+    budget = JsonBudget()
+    sizes = {name: files.path(name).stat().st_size for name in adapter_files(files.listing())}
+    config = _read_json(files, ADAPTER_FILE, sizes[ADAPTER_FILE], _CONFIG_BYTES, budget)
+    jsons = {name: size for name, size in sizes.items() if not name.endswith(".safetensors")}
+    raise_all(islice(_code_in(files, jsons, budget), _MOST_ERRORS))
+    tensors = read_safetensors_header(files, ADAPTER_WEIGHTS, sizes[ADAPTER_WEIGHTS])
+    return read_adapter(config, tensors, base.tensors)
 
 
 def _read_config(files: ModelFiles, sizes: Mapping[str, int], budget: JsonBudget) -> dict[str, Any]:
@@ -163,13 +247,6 @@ def _read_config(files: ModelFiles, sizes: Mapping[str, int], budget: JsonBudget
             ErrorCode.UNSUPPORTED_ARCHITECTURE,
             "config.json names no `model_type`, so nobody knows how to build the model.",
             hint="Save the model with a current transformers, which writes it.",
-            file="config.json",
-        )
-    if config.get("quantization_config") is not None:
-        raise NightpressError(
-            ErrorCode.UNSUPPORTED_FORMAT,
-            "config.json says that the model is quantized already.",
-            hint="Bring the float model it was made from.",
             file="config.json",
         )
     return config
@@ -217,6 +294,12 @@ def _check_template(path: str, template: str) -> None:
         raise malformed(path, f"its chat template uses {found[0][:40]}, which only an attack does")
 
 
+def _read_small(files: ModelFiles, path: str, size: int) -> bytes:
+    if size > _JSON_BYTES:
+        raise malformed(path, f"it has {size} bytes; at most {_JSON_BYTES} are read")
+    return files.read(path, 0, size)
+
+
 def _read_json(files: ModelFiles, path: str, size: int, limit: int, budget: JsonBudget) -> Any:
     if size > limit:
         raise malformed(path, f"it has {size} bytes; at most {limit} are read")
@@ -225,7 +308,11 @@ def _read_json(files: ModelFiles, path: str, size: int, limit: int, budget: Json
     return parse_json(path, data)
 
 
-def _read_tensors(files: ModelFiles, sizes: Mapping[str, int], budget: JsonBudget) -> list[TensorInfo]:
+#: tensor → its file, offset in it, and size in bytes
+Places = dict[str, tuple[str, int, int]]
+
+
+def _read_tensors(files: ModelFiles, sizes: Mapping[str, int], budget: JsonBudget) -> tuple[list[TensorInfo], Places]:
     weights = [path for path in sizes if path.endswith(".safetensors")]
     if not weights:
         raise NightpressError(
@@ -240,11 +327,14 @@ def _read_tensors(files: ModelFiles, sizes: Mapping[str, int], budget: JsonBudge
     else:
         raise malformed(weights[0], f"there is neither {WEIGHTS_FILE} nor {INDEX_FILE} to say which tensors lie where")
     used = {WEIGHTS_FILE} if weight_map is None else set(weight_map.values())
-    missing = list(missing_shards(used, weights))
-    raise_all([*missing, *_unused(used, weights, [WEIGHTS_FILE] if missing else [])])
     tensors: list[TensorInfo] = []
+    places: Places = {}
     for path in sorted(used):
-        for tensor in read_safetensors_header(files, path, sizes[path]):
+        found = read_safetensors_header(files, path, sizes[path])
+        offset = sizes[path] - sum(tensor.size for tensor in found)
+        for tensor in found:
+            places[tensor.name] = (path, offset, tensor.size)
+            offset += tensor.size
             if weight_map is not None and weight_map.pop(tensor.name, None) != path:
                 raise malformed(path, f"{INDEX_FILE} does not place the tensor {tensor.name[:200]} here, and only here")
             tensors.append(tensor)
@@ -252,21 +342,7 @@ def _read_tensors(files: ModelFiles, sizes: Mapping[str, int], budget: JsonBudge
             raise malformed(path, f"the model has more than {MAX_TENSORS} tensors")
     if weight_map:
         raise malformed(INDEX_FILE, f"it names the tensor {next(iter(weight_map))[:200]}, which no shard has")
-    return tensors
-
-
-def _unused(used: Set[str], present: Sequence[str], told: Sequence[str]) -> Iterator[NightpressError]:
-    """Yield an error for each weights file that the model does not use. It would not be pressed, but a loader might read it."""
-    for path in present:
-        if path in used or path in told:
-            continue
-        if path == WEIGHTS_FILE:
-            why = f"{INDEX_FILE} and its shards are the model already"
-            hint = f"Keep either {WEIGHTS_FILE}, or {INDEX_FILE} with its shards, and delete the other."
-        else:
-            model = WEIGHTS_FILE if WEIGHTS_FILE in used else f"what {INDEX_FILE} names"
-            why, hint = "the model does not use it", f"Leave it out: the model is {model}."
-        yield NightpressError(ErrorCode.MALFORMED_MODEL, f"{path}: {why}.", hint=hint, file=path)
+    return tensors, places
 
 
 def _read_index(files: ModelFiles, sizes: Mapping[str, int], budget: JsonBudget) -> dict[str, str]:

@@ -46,7 +46,7 @@ def malformed(path: str, why: str) -> NightpressError:
 def parse_json(path: str, data: bytes) -> Any:
     """Parse a file. Raises NightpressError(malformed_model) for anything but plain JSON in UTF-8."""
     try:
-        return json.loads(data.decode(), object_pairs_hook=unique_keys, parse_constant=_refuse)
+        return _DECODER.decode(data.decode())
     except (ValueError, RecursionError) as error:
         raise malformed(path, f"it is not plain JSON: {str(error)[:200] or 'nested too deep'}") from error
 
@@ -99,3 +99,6 @@ def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _refuse(constant: str) -> NoReturn:
     raise ValueError(f"{constant} is no JSON number")
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=unique_keys, parse_constant=_refuse)

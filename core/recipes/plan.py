@@ -130,6 +130,11 @@ def _check_order(recipe: Recipe) -> None:
                 f"passes.{index + 1}: nothing can follow `{options.name}`, because its result is no longer a float model.",
                 f"Move `{options.name}` to the end, or give the two their own recipes.",
             )
+    for index, options in enumerate(recipe.passes):
+        if options.stage == "source" and index:
+            raise invalid(
+                f"passes.{index + 1}: `{options.name}` says how the source is read.", "Make it the first pass."
+            )
     for options in recipe.passes:
         options.check_beside(recipe.passes, None)
 
@@ -178,6 +183,8 @@ def _chain(recipe: Recipe, header: ModelHeader) -> tuple[list[ModelHeader], Mode
 
 
 def _warnings(recipe: Recipe, header: ModelHeader | None) -> Iterable[str]:
+    if header is not None and header.brought is not None and not header.brought.weights:
+        yield f"config.json says that the model is quantized ({header.brought.method or 'without a method'}), but its weights are floats: the `quantization_config` is left over, and passed over."
     if recipe.target == "auto" and header is None:
         yield "`target: auto` looks at the model: name one to see the passes and exports."
     for index, options in enumerate(recipe.passes):
@@ -213,6 +220,15 @@ def _check_model(recipe: Recipe, header: ModelHeader) -> None:
             ErrorCode.MALFORMED_MODEL,
             "The model has no tokenizer, so nothing can be measured on text.",
             hint="Add tokenizer.json (and tokenizer_config.json) to its folder.",
+        )
+    if (
+        header.brought is not None
+        and header.brought.weights
+        and not any(options.stage == "source" for options in recipe.passes)
+    ):
+        raise invalid(
+            f"The model is quantized already: {header.brought.detail}.",
+            "Bring the float model it was made from. Or begin the recipe's `passes` with `{pass: requantize}`: it decodes the model, and everything is compared with what was brought.",
         )
     seen = header
     for options in recipe.passes:
@@ -352,7 +368,7 @@ def _estimate(
     need = _need(recipe, costs, queue, threads)
     return Estimate(
         memory_bytes=need.memory_bytes,
-        disk_bytes=header.size + 2 * sum(outputs.values()),
+        disk_bytes=header.size + 2 * sum(outputs.values()) + (header.brought.size if header.brought is not None else 0),
         seconds=round(need.seconds, 1),
         threads=threads,
         output_bytes=outputs,

@@ -1,33 +1,33 @@
-"""Selects the files of a source that belong to the model. A trainer's pickles and other frameworks' weights are never fetched."""
+"""Selects the files of a source that belong to the model. Nothing else is fetched."""
 
 from nightpress.core.errors import ErrorCode, NightpressError
-from nightpress.core.recipes.filenames import INDEX_FILE, WEIGHTS_FILE, check_names, choose_files
+from nightpress.core.recipes.filenames import INDEX_FILE, WEIGHTS_FILE
+from nightpress.core.recipes.jsonfile import malformed
+from nightpress.core.recipes.selection import select_files
 from nightpress.core.sources.source import Listing, RemoteFile, Source, read_steadily
 
-_MAX_INDEX = 16 * 1024**2
+_MAX_SMALL = 16 * 1024**2
 
 
-def choose_model_files(source: Source, listing: Listing) -> tuple[RemoteFile, ...]:
-    """The model's files among those of a listing.
+def choose_model_files(source: Source, listing: Listing) -> tuple[tuple[RemoteFile, ...], tuple[str, ...]]:
+    """The model's files among those of a listing, and the names of what is left out.
 
     Raises NightpressError: unsupported_format if there are no safetensors, malformed_model if the index names files that do not exist.
     """
-    listed = {file.path: file for file in listing.files if not _is_hidden(file.path)}
+    listed = {file.path: file for file in listing.files}
 
     def read(path: str) -> bytes:
         file = listed[path]
-        return b"".join(read_steadily(source, file, stop=lambda: False)) if file.size <= _MAX_INDEX else b""
+        if file.size > _MAX_SMALL:
+            raise malformed(path, f"it has {file.size} bytes; at most {_MAX_SMALL} are read")
+        return b"".join(read_steadily(source, file, stop=lambda: False))
 
-    chosen = choose_files(listed, read)
-    check_names(chosen)
-    if not any(path.endswith(".safetensors") for path in chosen):
+    chosen = select_files(listed, read)
+    if not any(path.endswith(".safetensors") for path in chosen.files):
         raise NightpressError(
             ErrorCode.UNSUPPORTED_FORMAT,
             "The source has no safetensors weights.",
             hint=f"Put {WEIGHTS_FILE} there, or its shards with {INDEX_FILE}.",
         )
-    return tuple(listed[path] for path in chosen)
-
-
-def _is_hidden(path: str) -> bool:
-    return any(part.startswith(".") and part not in {".", ".."} for part in path.split("/"))
+    files = set(chosen.files)
+    return tuple(file for file in listing.files if file.path in files), chosen.left_out

@@ -31,6 +31,7 @@ class FileAnnouncement(Request):
 class ModelCreate(Request):
     """Exactly one of `files` (an upload follows), `path` (a folder the operator allowed) and `source` (fetched from there).
 
+    The folder may hold more than the model: what the model doesn't need is not taken, and the answer names it under `left_out`.
     A source is `s3://bucket/folder`, or `hf://organisation/name@revision`, where the revision is a branch, tag or commit.
     """
 
@@ -94,6 +95,8 @@ class ModelView(View):
     task: str | None
     parameters: int | None
     files: list[FileView]
+    #: names beside the model that are not needed and were never opened; `name/` is a folder
+    left_out: list[str] = []
     error: dict[str, Any] | None = None
     created_at: dt.datetime
     uploads: list[UploadFile] = []  #: only in the answers to create and to GET …/uploads

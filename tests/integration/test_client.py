@@ -90,7 +90,7 @@ def test_what_is_no_model_is_refused_before_a_byte_is_sent(nightpress: Client, t
     with pytest.raises(NightpressError, match="pickle") as caught:
         nightpress.models.upload(tmp_path)
     assert caught.value.code == ErrorCode.UNSUPPORTED_FORMAT
-    assert "save_pretrained" in caught.value.hint
+    assert "nightpress convert" in caught.value.hint
 
 
 def test_a_data_set_is_sent_and_found(nightpress: Client, tmp_path: Path):

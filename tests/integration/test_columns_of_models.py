@@ -31,7 +31,14 @@ UNKNOWN: dict[str, Any] = {
     "deleted_at": None,
     "swept": False,
 }
-UNKNOWN_MODEL = {"architecture": None, "model_type": None, "task": None, "parameters": None, "header": None}
+UNKNOWN_MODEL = {
+    "architecture": None,
+    "model_type": None,
+    "task": None,
+    "parameters": None,
+    "header": None,
+    "left_out": None,
+}
 UNKNOWN_DATA = {"rows": None, "labels": None}
 FACTS: dict[str, Any] = {
     "architecture": "BertForMaskedLM",
@@ -39,6 +46,7 @@ FACTS: dict[str, Any] = {
     "task": "masked-lm",
     "parameters": Chosen("<parameters>", lambda value: value > 1_000_000),
     "header": MAPPING,
+    "left_out": [],
 }
 
 
@@ -59,7 +67,8 @@ def test_models_and_data_sets(
         announced = announced.model_copy(update={"path": "model.safetensors"})
         config = FileAnnouncement(path="config.json", size=0, sha256=hashlib.sha256(b"").hexdigest())
         placed = registry.create("tenant-a", ModelCreate(name="placed", path=str(bert_tiny)))
-        sent = registry.create("tenant-a", ModelCreate(name="sent", files=[announced, config]))
+        beside = announced.model_copy(update={"path": "run.py"})
+        sent = registry.create("tenant-a", ModelCreate(name="sent", files=[announced, config, beside]))
         unknown, facts, size = UNKNOWN_MODEL, FACTS, sum(file.stat().st_size for file in bert_tiny.iterdir())
         path, prefix = str(bert_tiny), "mdl"
     else:
@@ -79,7 +88,15 @@ def test_models_and_data_sets(
         alike=frozenset({"progress", "rows", "labels"}),
     )
 
-    waiting = {**base, "name": "sent", "state": "uploading", "source": "upload", "size": 7, "files": files}
+    waiting = {
+        **base,
+        **({"left_out": ["run.py"]} if kind == "models" else {}),
+        "name": "sent",
+        "state": "uploading",
+        "source": "upload",
+        "size": 7,
+        "files": files,
+    }
     rows.check(table, waiting, table.c.id == sent.id)
     part = {
         "id": identifier("up"),

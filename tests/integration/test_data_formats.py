@@ -24,7 +24,7 @@ _TEMPLATE = "{{ bos_token }}{% for m in messages %}<|{{ m.role }}|>{{ m.content 
 def _model(folder: Path, template: str) -> Path:
     folder.mkdir()
     (folder / "chat_template.jinja").write_text(template)
-    (folder / "tokenizer_config.json").write_text(json.dumps({"bos_token": {"content": "<s>"}}))
+    (folder / "tokenizer_config.json").write_text(json.dumps({"bos_token": {"content": "<s>"}, "eos_token": "</s>"}))
     return folder
 
 
@@ -143,8 +143,8 @@ def test_a_parquet_bomb_is_read_up_to_the_bound(rows: int, tmp_path: Path):
     [
         {"text": [1, 2]},
         {"text": [b"\xff", b"a"]},
-        {"text": ["a", "b"], "label": [1.5, 2.0]},
-        {"text": ["a", "b"], "label": [-1, 0]},
+        {"text": ["a", "b"], "label": [float("nan"), 2.0]},
+        {"text": ["a", "b"], "label": [100_000, 0]},
         {"words": ["a", "b"]},
         {"text": [None, None]},
     ],
@@ -155,6 +155,53 @@ def test_parquet_that_holds_no_rows_of_ours_is_refused(table: dict[str, list[obj
         read_rows("d", tmp_path / "a.parquet")
     assert caught.value.code is ErrorCode.INVALID_DATA
     assert caught.value.hint
+
+
+def test_parquet_with_lists_categories_and_nulls_is_read(tmp_path: Path):
+    labels = pa.array([["x", "y"], [], ["z"]])
+    pq.write_table(pa.table({"text": ["a", "b", "c"], "label": labels}), tmp_path / "lists.parquet")
+    assert read_rows("d", tmp_path / "lists.parquet") == [Row("a", ("x", "y")), Row("b", ()), Row("c", ("z",))]
+    named = pa.array(["good", "bad", "good"]).dictionary_encode()
+    pq.write_table(
+        pa.table({"text": pa.array(["a", "a", None]).dictionary_encode(), "label": named}), tmp_path / "c.parquet"
+    )
+    assert read_rows("d", tmp_path / "c.parquet") == [Row("a", "good"), Row("a", "bad")]
+    turns = [[{"role": "user", "content": "Hi"}, {"role": "assistant", "content": None}], None]
+    pq.write_table(pa.table({"messages": turns, "text": [None, "b"]}), tmp_path / "m.parquet")
+    model = _model(tmp_path / "model", _TEMPLATE)
+    assert [row.text for row in read_rows("d", tmp_path / "m.parquet", model_dir=model)] == [
+        "<s><|user|>Hi\n<|assistant|>\n",
+        "b",
+    ]
+    pq.write_table(pa.table({"text": ["a", "b"], "label": [1.5, None]}), tmp_path / "n.parquet")
+    assert read_rows("d", tmp_path / "n.parquet") == [Row("a", 1.5), Row("b")]
+
+
+#: Templates as this year's models have them, cut short: what is between the marks is trained on, tools are listed, roles must alternate.
+_TRAINED = """{{- bos_token }}{%- if tools is not none %}{{ tools | tojson(indent=2) }}{% endif %}
+{%- for message in messages %}
+{%- if loop.index0 % 2 != (message.role == 'assistant') %}{{ raise_exception('roles must alternate') }}{% endif %}
+{%- if message['role'] == 'assistant' %}{{- '<a>' }}{% generation %}{{ message['content'] + eos_token }}{% endgeneration %}
+{%- else %}{{- '<u>' + (message.content | trim) }}{% endif %}
+{%- if loop.last %}{% break %}{% endif %}
+{%- endfor %}{{- {'b': 1, 'a': ['é']} | tojson(ensure_ascii=False, sort_keys=True, separators=(',', ':')) }}"""
+
+
+def test_marks_of_what_a_model_writes_and_json_are_rendered_as_transformers_renders_them(
+    bert_tiny: Path, tmp_path: Path
+):
+    import transformers
+
+    model = _model(tmp_path / "model", _TRAINED)
+    (row,) = read_rows("d", _jsonl(tmp_path, {"messages": _TALK}), model_dir=model)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(bert_tiny)
+    tokenizer.bos_token, tokenizer.eos_token = "<s>", "</s>"
+    theirs = tokenizer.apply_chat_template(_TALK, chat_template=_TRAINED, tokenize=False)
+    assert row.text == theirs
+    assert "<a>Since dusk." in row.text
+    assert row.text.endswith('{"a":["é"],"b":1}')
+    with pytest.raises(NightpressError, match="roles must alternate"):
+        read_rows("d", _jsonl(tmp_path, {"messages": _TALK[:1] * 2}), model_dir=model)
 
 
 def test_parquet_is_as_lenient_as_jsonl(tmp_path: Path):

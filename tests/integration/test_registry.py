@@ -136,17 +136,17 @@ def test_a_link_to_a_folder_is_refused_where_its_files_would_be_missing(
     assert "cp -rL" in error.value.hint
 
 
-def test_all_that_is_wrong_with_a_server_folder_is_told_at_once(local_models: ModelRegistry, allowed: Path) -> None:
-    for name in ("optimizer.pt", "training_args.bin", "model.gguf"):
+def test_what_lies_beside_a_model_in_a_server_folder_is_left_there(local_models: ModelRegistry, allowed: Path) -> None:
+    before = local_models.create("t", ModelCreate(name="tiny", path=str(allowed / "tiny")))
+    for name in ("optimizer.pt", "training_args.bin", "model.gguf", ".DS_Store"):
         (allowed / "tiny" / name).touch()
-    with pytest.raises(NightpressError) as error:
-        local_models.create("t", ModelCreate(name="tiny", path=str(allowed / "tiny")))
-    assert code_of(error) is ErrorCode.UNSUPPORTED_FORMAT
-    assert {fault["at"] for fault in error.value.details["faults"]} == {
-        "optimizer.pt",
-        "training_args.bin",
-        "model.gguf",
-    }
+    (allowed / "tiny" / "onnx").mkdir()
+    (allowed / "tiny" / "onnx" / "config.json").write_text("{")
+    (allowed / "tiny" / "run.py").symlink_to("/etc/passwd")
+    view = local_models.create("t", ModelCreate(name="tiny", path=str(allowed / "tiny")))
+    assert (view.digest, view.files) == (before.digest, before.files)
+    assert view.left_out == [".DS_Store", "model.gguf", "onnx/", "optimizer.pt", "run.py", "training_args.bin"]
+    assert local_models.get("t", view.id).left_out == view.left_out
 
 
 def test_a_data_set_from_the_server(local_datasets: DataSetRegistry, allowed: Path) -> None:

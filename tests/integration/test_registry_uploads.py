@@ -1,6 +1,7 @@
 """Models and data sets that are uploaded, on both kinds of storage: sent in parts, verified, given up and swept."""
 
 import gzip
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from nightpress.core.handoff.manifest import describe_folder, digest_of
 from nightpress.core.service.registry.datasets import DataSetRegistry
 from nightpress.core.service.registry.models import ModelRegistry
 from nightpress.core.settings import Settings
-from nightpress.core.wire.models import DataSetCreate, UploadFile
+from nightpress.core.wire.models import DataSetCreate, ModelCreate, UploadFile
 from tests.registry import announce, announced, code_of, stored
 from tests.servers import S3
 
@@ -189,3 +190,25 @@ def test_a_data_set_is_uploaded_and_counted(datasets: DataSetRegistry, store: Ob
     assert stored(store) == [f"datasets/{view.id}/reviews.jsonl.gz"]
     datasets.delete("t", view.id)
     assert stored(store) == []
+
+
+def test_an_upload_is_cleared_of_what_the_model_does_not_need(
+    models: ModelRegistry, store: ObjectStore, bert_tiny: Path
+) -> None:
+    """Names that no model has are not asked for. Weights that the index doesn't name are deleted once the index can be read."""
+    contents = contents_of(bert_tiny)
+    weights = contents.pop("model.safetensors")
+    length = int.from_bytes(weights[:8], "little")
+    names = [name for name in json.loads(weights[8 : 8 + length]) if name != "__metadata__"]
+    index = json.dumps({"weight_map": dict.fromkeys(names, "m-1.safetensors")}).encode()
+    needed = contents | {"m-1.safetensors": weights, "model.safetensors.index.json": index}
+    contents = needed | {"model.safetensors": weights, "onnx/config.json": b"{", "run.py": b"import os", "x.bin": b"x"}
+    view = models.create("t", ModelCreate(name="m", files=[announced(*item) for item in contents.items()]))
+    assert view.left_out == ["run.py", "x.bin"]
+    assert {file.path for file in view.uploads} == contents.keys() - {"run.py", "x.bin"}
+    send(models, view.id, view.uploads, contents)
+    ready = models.complete("t", view.id)
+    assert {file.path for file in ready.files} == needed.keys()
+    assert ready.left_out == ["model.safetensors", "onnx/", "run.py", "x.bin"]
+    assert sorted(stored(store)) == sorted(f"models/{view.id}/{path}" for path in needed)
+    assert models.get("t", view.id) == ready

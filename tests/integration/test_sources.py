@@ -74,6 +74,7 @@ def test_a_model_in_a_bucket_is_fetched_whole_and_its_trainers_pickles_are_left(
 ):
     world = World(tmp_path, sql_url, **bucket_settings(s3_server, bucket))
     model = world.fetch(f"s3://{bucket}/released/tiny/")
+    assert model.left_out == [".gitattributes", "onnx/", "optimizer.pt", "pytorch_model.bin"]
     assert (model.state, model.source, model.progress) == ("ready", "s3", None), model.error
     assert model.source_url == f"s3://{bucket}/released/tiny"
     assert model.digest == digest_of(describe_folder(bert_tiny))
@@ -103,7 +104,7 @@ def test_what_a_bucket_lacks_or_refuses_is_said(tmp_path: Path, sqlite_url: str,
     s3_server.client().put_object(Bucket=bucket, Key="released/old/config.json", Body=b"{}")
     code, text = refusal(world.fetch(f"s3://{bucket}/released/old"))
     assert code == "unsupported_format"
-    assert "save_pretrained" in text
+    assert "nightpress convert" in text
     world.close()
     wrong = {**given, "source_s3_secret_access_key": SecretStr("wrong")}
     stranger = World(tmp_path, sqlite_url, **wrong)
@@ -128,6 +129,7 @@ def test_a_branch_of_the_hub_is_pinned_to_its_commit(hub_world: World, hub: Hub,
     hub_world.models._settings = opened
     hub.breaks = [3000, 5000]
     model = hub_world.fetch("hf://acme/tiny@main")
+    assert model.left_out == [".gitattributes", "onnx/", "optimizer.pt", "pytorch_model.bin"]
     assert (model.state, model.source, model.revision) == ("ready", "hub", commit), model.error
     assert model.digest == digest_of(describe_folder(bert_tiny))
     assert not hub.breaks, "the download broke off twice and went on where it was"

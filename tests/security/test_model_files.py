@@ -9,6 +9,7 @@ import sys
 import time
 import zipfile
 from collections.abc import Callable
+from io import BufferedReader
 from pathlib import Path
 from typing import Any
 
@@ -56,12 +57,22 @@ def test_a_pickle_is_never_opened(folder: Path, monkeypatch: pytest.MonkeyPatch,
 
     for function in ("load", "loads", "Unpickler"):
         monkeypatch.setattr(pickle, function, forbidden)
-    error = refused(folder, ErrorCode.UNSUPPORTED_FORMAT, ErrorCode.MALFORMED_MODEL)
-    assert error.details["file"] == name
     if name not in {"model.safetensors", "config.json"}:
-        assert error.code is ErrorCode.UNSUPPORTED_FORMAT
-        assert "save_pretrained" in error.hint
+        inspect_model(_Watched(folder))
+        assert FolderFiles(folder).selection().left_out == (name,)
+        (folder / "model.safetensors").unlink()
+        assert "nightpress convert" in refused(folder, ErrorCode.UNSUPPORTED_FORMAT).hint
+    else:
+        assert refused(folder, ErrorCode.UNSUPPORTED_FORMAT, ErrorCode.MALFORMED_MODEL).details["file"] == name
     assert not sentinel.exists()
+
+
+class _Watched(FolderFiles):
+    """Fails if a file is opened that is no part of a model."""
+
+    def open(self, name: str) -> BufferedReader:
+        assert name in {"config.json", "model.safetensors", "tokenizer.json"}
+        return super().open(name)
 
 
 # S2 ------------------------------------------------------------------------------------------------------------------
@@ -241,9 +252,18 @@ def test_a_folder_of_endless_files_is_refused(folder: Path) -> None:
     refused(folder, ErrorCode.MALFORMED_MODEL)
 
 
-@pytest.mark.parametrize(
-    "kind", ["link to a file", "link to a folder", "link up and back", "named pipe", "dangling link"]
-)
+def test_a_link_to_a_folder_is_not_followed(folder: Path) -> None:
+    outside = folder.parent / "outside"
+    outside.mkdir()
+    (outside / "config.json").write_text("secret")
+    (folder / "sub").symlink_to(outside)
+    assert FolderFiles(folder).selection().left_out == ("sub/",)
+    (folder / "modules.json").write_text('[{"type": "Pooling", "path": "sub"}]')
+    with pytest.raises(NightpressError, match="sub is a link to a folder"):
+        FolderFiles(folder).names()
+
+
+@pytest.mark.parametrize("kind", ["link to a file", "link up and back", "named pipe", "dangling link"])
 def test_nothing_leads_out_of_a_folder(folder: Path, kind: str) -> None:
     outside = folder.parent / "outside"
     outside.mkdir()
@@ -251,8 +271,6 @@ def test_nothing_leads_out_of_a_folder(folder: Path, kind: str) -> None:
     path = folder / "vocab.txt"
     if kind == "link to a file":
         path.symlink_to(outside / "vocab.txt")
-    elif kind == "link to a folder":
-        (folder / "sub").symlink_to(outside)
     elif kind == "link up and back":
         (outside / "back").symlink_to(folder)
         path.symlink_to(outside / "vocab.txt")

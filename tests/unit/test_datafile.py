@@ -62,6 +62,18 @@ TAKEN: dict[str, tuple[str, bytes, list[Row]]] = {
     ),
     "class names in CSV": ("a.csv", b"text,label\na,pos\nb,neg\n", [Row("a", "pos"), Row("b", "neg")]),
     "a class's number as text": ("a.jsonl", b'{"text": "a", "label": "3"}', [Row("a", 3)]),
+    "a number to be predicted": (
+        "a.jsonl",
+        b'{"text": "a", "label": 1.5}\n{"text": "b", "label": -2}\n{"text": "c", "label": 3.0}',
+        [Row("a", 1.5), Row("b", -2.0), Row("c", 3)],
+    ),
+    "a number to be predicted in CSV": ("a.csv", b"text,label\na,-0.25\nb,4.0\n", [Row("a", -0.25), Row("b", 4)]),
+    "several labels a row": (
+        "a.jsonl",
+        b'{"text": "a", "label": ["joy", " fear "]}\n{"text": "b", "label": []}\n{"text": "c", "label": [0, 1.0]}',
+        [Row("a", ("joy", "fear")), Row("b", ()), Row("c", (0, 1))],
+    ),
+    "yes and no": ("a.jsonl", b'{"text": "a", "label": true}\n{"text": "b", "label": false}', [Row("a", 1), Row("b", 0)]),
     "superscript as a class's name": ("a.csv", "text,label\na,²\n".encode(), [Row("a", "²")]),
     "digits that are not ASCII": ("a.csv", "text,label\na,٣\n".encode(), [Row("a", "٣")]),
     "a label that is null": ("a.jsonl", b'{"text": "a", "label": null}', [Row("a")]),
@@ -100,7 +112,10 @@ def test_what_registration_takes_a_job_reads(what: str, tmp_path: Path):
 @pytest.mark.parametrize(
     ("name", "data", "says"),
     [
-        ("a.jsonl", b'{"text": "a", "label": 1.5}', "line 1: `label`"),
+        ("a.jsonl", b'{"text": "a", "label": {"x": 1}}', "line 1: `label`"),
+        ("a.jsonl", b'{"text": "a", "label": NaN}', "line 1: `label`"),
+        ("a.jsonl", b'{"text": "a", "label": ["x", null]}', "line 1: `label`"),
+        ("a.jsonl", b'{"text": "a", "label": [["x"]]}', "line 1: `label`"),
         ("a.jsonl", b'{"text": "a", "label": 100000}', "line 1: `label`"),
         ("a.csv", b"text,label\na," + b"9" * 5000, "line 2: `label`"),
         ("a.jsonl", b'{"text": ["a"]}', "line 1 has a `text` that is no text"),
@@ -132,6 +147,8 @@ def test_what_registration_refuses_a_job_refuses_in_the_same_words(name: str, da
 def test_labels_are_counted_by_number_or_by_name():
     assert examine_data("a.jsonl", [b'{"text": "a", "label": 4}']).labels == 5
     assert examine_data("a.csv", [b"text,label\na,x\nb,y\nc,x\n"]).labels == 2
+    assert examine_data("a.jsonl", [b'{"text": "a", "label": ["x", "y"]}\n{"text": "b", "label": ["z"]}']).labels == 3
+    assert examine_data("a.jsonl", [b'{"text": "a", "label": 0.5}']).labels == 1
     with pytest.raises(NightpressError, match="line 3 has no label"):
         examine_data("a.csv", [b"text,label\na,x\nb,\n"])
 

@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 
 from nightpress.core.errors import ErrorCode, NightpressError
-from nightpress.core.recipes.filenames import choose_files, is_model_file
+from nightpress.core.recipes.filenames import is_model_file
 from nightpress.core.recipes.inspect import FolderFiles, inspect_model
+from nightpress.core.recipes.selection import select_files
 
 CONFIG = {"model_type": "bert", "architectures": ["BertModel"], "hidden_size": 4}
 
@@ -128,8 +129,8 @@ def test_shards_and_their_index_agree() -> None:
         ({"a": "m1.safetensors", "b": "m2.safetensors"}, "does not place the tensor c"),
         ({"a": "m1.safetensors", "b": "m2.safetensors", "c": "m1.safetensors"}, "does not place the tensor c"),
         ({"a": "m1.safetensors", "b": "m2.safetensors", "c": "m2.safetensors", "d": "m2.safetensors"}, "tensor d"),
-        ({"a": "m1.safetensors", "b": "m3.safetensors"}, "m3.safetensors, which is not there|does not use it"),
-        ({"a": "m1.safetensors"}, "m2.safetensors: the model does not use it"),
+        ({"a": "m1.safetensors", "b": "m3.safetensors"}, "m3.safetensors, which is not there"),
+        ({"a": "m1.safetensors", "b": "weights.bin"}, "weights.bin, which is no safetensors file"),
         ({"a": 1}, "no `weight_map`"),
         ({}, "no `weight_map`"),
         ([], "no `weight_map`"),
@@ -158,8 +159,8 @@ def test_an_index_that_does_not_fit_its_shards_is_malformed(weight_map: object, 
             "config.json",
         ),
         (
-            {"config__json": b'{"model_type": "bert", "quantization_config": {"bits": 4}}'},
-            ErrorCode.UNSUPPORTED_FORMAT,
+            {"config__json": b'{"model_type": "bert", "quantization_config": [4]}'},
+            ErrorCode.MALFORMED_MODEL,
             "config.json",
         ),
         ({"model__safetensors": None}, ErrorCode.UNSUPPORTED_FORMAT, None),
@@ -168,10 +169,7 @@ def test_an_index_that_does_not_fit_its_shards_is_malformed(weight_map: object, 
             ErrorCode.MALFORMED_MODEL,
             "other.safetensors",
         ),
-        ({"other__safetensors": safetensors({})}, ErrorCode.MALFORMED_MODEL, "other.safetensors"),
         ({"generation_config__json": b"{"}, ErrorCode.MALFORMED_MODEL, "generation_config.json"),
-        ({"weights__gguf": b"GGUF"}, ErrorCode.UNSUPPORTED_FORMAT, "weights.gguf"),
-        ({"run__py": b"import os"}, ErrorCode.UNSUPPORTED_FORMAT, "run.py"),
     ],
 )
 def test_a_flaw_is_told_with_its_file(changes: dict[str, bytes | None], code: ErrorCode, file: str | None) -> None:
@@ -219,12 +217,12 @@ INDEX = b'{"weight_map": {"a": "model-00001-of-00002.safetensors", "b": "model-0
         (
             {"adapter_config.json": b"{}", "adapter_model.safetensors": WEIGHTS, "training_args.bin": b""},
             "an adapter (LoRA) without the model",
-            "merge_and_unload()",
+            "--base MODEL_FOLDER",
         ),
         (
             {"adapter_config.json": b"{}", "adapter_model.bin": b"", "README.md": b""},
             "an adapter (LoRA) without the model",
-            "merge_and_unload()",
+            "--base MODEL_FOLDER",
         ),
         (
             {"config.json": CONFIG_BYTES, "model.safetensors": WEIGHTS, "adapter_config.json": b"{}", "adapter_model.safetensors": WEIGHTS},
@@ -242,36 +240,33 @@ INDEX = b'{"weight_map": {"a": "model-00001-of-00002.safetensors", "b": "model-0
             "Fetch the missing shards",
         ),
         (
-            {
-                "config.json": CONFIG_BYTES,
-                "model.safetensors": WEIGHTS,
-                "model.safetensors.index.json": b'{"weight_map": {"a": "m.safetensors"}}',
-                "m.safetensors": WEIGHTS,
-            },
-            "model.safetensors: model.safetensors.index.json and its shards are the model already",
-            "Keep either",
-        ),
-        (
-            {"config.json": CONFIG_BYTES, "model.safetensors": WEIGHTS, "consolidated.safetensors": WEIGHTS},
-            "consolidated.safetensors holds the weights once more",
-            "Leave it out",
-        ),
-        (
             {"params.json": b"{}", "consolidated.safetensors": WEIGHTS, "tokenizer.model": b""},
             "which transformers doesn't read",
             "as transformers saves it",
         ),
         (
-            {"config.json": CONFIG_BYTES, "model.safetensors": WEIGHTS, "2_Dense/config.json": b"{}", "2_Dense/model.safetensors": WEIGHTS},
+            {
+                "config.json": CONFIG_BYTES,
+                "model.safetensors": WEIGHTS,
+                "modules.json": b'[{"path": "2_Dense", "type": "sentence_transformers.models.Dense"}]',
+                "2_Dense/config.json": b"{}",
+                "2_Dense/model.safetensors": WEIGHTS,
+            },
             "a module of sentence-transformers",
             "leave 2_Dense out, take its entry out of modules.json",
         ),
         (
-            {"config.json": CONFIG_BYTES, "model.safetensors": WEIGHTS, "teacher/model.safetensors": WEIGHTS},
-            "teacher/model.safetensors holds weights in a sub-folder",
-            "Leave teacher out",
+            {
+                "config.json": CONFIG_BYTES,
+                "model.safetensors.index.json": b'{"weight_map": {"a": "shards/m.safetensors"}}',
+                "shards/m.safetensors": WEIGHTS,
+            },
+            "shards/m.safetensors holds weights in a sub-folder",
+            "Weights lie at the top",
         ),
-        ({"model-Q4_K_M.gguf": b"GGUF", "README.md": b""}, "holds GGUF weights", "`gguf` in a recipe's `exports`"),
+        ({"0_Transformer/config.json": CONFIG_BYTES, "0_Transformer/model.safetensors": WEIGHTS}, "lies in a sub-folder", "Bring 0_Transformer"),
+        ({"model-Q4_K_M.gguf": b"GGUF", "README.md": b""}, "holds GGUF weights", "nightpress convert FILE.gguf"),
+        ({"config.json": CONFIG_BYTES, "weights.tar.gz": b""}, "holds an archive", "Unpack it"),
         ({"config.json": CONFIG_BYTES, "onnx/model.onnx": b""}, "holds ONNX weights", "the model that it was exported from"),
         (
             {"config.json": CONFIG_BYTES, "openvino_model.xml": b"", "openvino_model.bin": b""},
@@ -287,9 +282,14 @@ INDEX = b'{"weight_map": {"a": "model-00001-of-00002.safetensors", "b": "model-0
         (
             {"config.json": CONFIG_BYTES, "pytorch_model-00001-of-00002.bin": b"", "pytorch_model-00002-of-00002.bin": b""},
             "pytorch_model-00001-of-00002.bin, pytorch_model-00002-of-00002.bin",
-            "save_pretrained(new_folder)",
+            "nightpress convert FOLDER",
         ),
-        ({"model.pt": b""}, "holds weights as pickles", "save_pretrained(new_folder)"),
+        (
+            {"config.json": CONFIG_BYTES, "pytorch_model.bin": b"", "onnx/model.onnx": b"", "tf_model.h5": b""},
+            "as pickles",
+            "nightpress convert FOLDER",
+        ),
+        ({"model.pt": b""}, "holds weights as pickles", "nightpress convert FOLDER"),
     ],
 )  # fmt: skip
 def test_a_folder_of_another_kind_is_told_what_it_is_and_what_to_do(
@@ -302,63 +302,97 @@ def test_a_folder_of_another_kind_is_told_what_it_is_and_what_to_do(
     assert error.details["file"] in files
 
 
-def test_all_that_is_wrong_with_a_folder_is_told_at_once() -> None:
-    spoiled = model().files | {
-        "training_args.bin": b"",
-        "optimizer.pt": b"",
-        "model.onnx": b"",
-        "consolidated.safetensors": WEIGHTS,
-        "adapter_config.json": b"{}",
-        "2_Dense/model.safetensors": WEIGHTS,
+#: A repository of the Hub as it lies, beside the model itself.
+CLUTTER = {
+    ".DS_Store": b"\0\0\0\1Bud1",
+    ".cache/huggingface/x.lock": b"",
+    ".gitattributes": b"*.bin filter=lfs",
+    "Icon\r": b"",
+    "consolidated.safetensors": WEIGHTS,
+    "coreml/model.mlpackage/Data/weights": b"",
+    "desktop.ini": b"[.ShellClassInfo]",
+    "flax_model.msgpack": b"",
+    "loss.png": b"\x89PNG",
+    "modeling_own.py": b"raise SystemExit",
+    "model-00001-of-00009.safetensors": WEIGHTS,
+    "onnx/config.json": b"{",
+    "onnx/model.onnx": b"",
+    "optimizer.pt": b"",
+    "original/params.json": b"{}",
+    "pytorch_model.bin": b"\x80\x04",
+    "tf_model.h5": b"",
+    "trainer_state.json": b"{",
+    "training_args.bin": b"\x80\x04",
+}
+
+
+class OnlyNeeded(MemoryFiles):
+    """Fails if something beside the model is read."""
+
+    def read(self, path: str, offset: int, size: int) -> bytes:
+        assert path not in CLUTTER, f"{path} was opened"
+        return super().read(path, offset, size)
+
+
+def test_what_lies_beside_a_model_is_never_opened_and_is_told() -> None:
+    wanted = {
+        **model().files,
+        "additional_chat_templates/tools.jinja": b"{{ messages }}",
+        "source.spm": b"",
+        "README.md": b"",
     }
-    error = refused(MemoryFiles(spoiled))
-    told = {fault["at"] for fault in error.details["faults"]}
-    assert told == spoiled.keys() - model().files.keys()
-    assert all(name in error.message for name in told)
-    assert len(error.details["faults"]) == 6
-    assert "Leave it out" in error.hint
+    files = OnlyNeeded(wanted | CLUTTER)
+    assert inspect_model(files).parameters == 11
+    found = select_files(files.names(), lambda path: files.read(path, 0, 1 << 20))
+    assert set(found.files) == wanted.keys()
+    folders = {name.partition("/")[0] + "/" for name in CLUTTER if "/" in name}
+    assert (
+        set(found.left_out)
+        == {name.replace("\r", "\N{REPLACEMENT CHARACTER}") for name in CLUTTER if "/" not in name} | folders
+    )
 
 
-def test_of_endless_problems_twenty_are_told() -> None:
-    error = refused(MemoryFiles(model().files | {f"step-{number}.pt": b"" for number in range(300)}))
-    assert "In all, 300 things are wrong" in error.message
-    assert "and 280 more" in error.message
-    assert len(error.details["faults"]) == 20
-    assert len(error.message) + len(error.hint) < 2000
+def test_an_announced_upload_is_cleared_by_names_alone() -> None:
+    wanted = {
+        "config.json",
+        "model-1.safetensors",
+        "model-2.safetensors",
+        "model.safetensors.index.json",
+        "pooling/config.json",
+    }
+    found = select_files(
+        [*wanted, "onnx/model.onnx", "run.py", "original/model.safetensors", "consolidated.00.safetensors"], None
+    )
+    assert set(found.files) == wanted
+    assert found.left_out == ("consolidated.00.safetensors", "onnx/", "original/", "run.py")
+
+
+def test_of_endless_names_a_hundred_are_told() -> None:
+    found = select_files([*model().files, *(f"step-{number}.pt" for number in range(300))], None)
+    assert len(found.left_out) == 101
+    assert found.left_out[-1] == "… and 200 more"
+
+
+@pytest.mark.parametrize(
+    "name", ["../config.json", "/etc/passwd", "a/../b.json", "a//b.json", "./x.json", "a\\b.json", "a\nb.json"]
+)
+def test_a_name_that_leads_elsewhere_is_malformed(name: str) -> None:
+    error = refused(MemoryFiles(model().files | {name: b"{}"}))
+    assert (error.code, error.details["file"]) == (ErrorCode.MALFORMED_MODEL, name)
 
 
 def test_all_shards_that_are_missing_are_told_at_once() -> None:
     error = refused(sharded({"weight_map": {name: f"{name}.safetensors" for name in "abcd"}}, a=WEIGHTS, z=WEIGHTS))
-    assert [fault["at"] for fault in error.details["faults"]] == [f"{name}.safetensors" for name in "bcdz"]
+    assert [fault["at"] for fault in error.details["faults"]] == [f"{name}.safetensors" for name in "bcd"]
 
 
-@pytest.mark.parametrize(
-    ("names", "index", "chosen"),
-    [
-        (
-            ["config.json", "model.safetensors", "pytorch_model.bin", "onnx/model.onnx"],
-            {},
-            ["config.json", "model.safetensors"],
-        ),
-        (
-            ["config.json", "model.safetensors.index.json", "a.safetensors", "consolidated.safetensors"],
-            {"w": "a.safetensors"},
-            ["config.json", "model.safetensors.index.json", "a.safetensors"],
-        ),
-        (["config.json", "pytorch_model.bin"], {}, ["config.json", "pytorch_model.bin"]),
-        (
-            ["adapter_config.json", "adapter_model.safetensors"],
-            {},
-            ["adapter_config.json", "adapter_model.safetensors"],
-        ),
-    ],
-)
-def test_of_a_repository_the_models_files_are_chosen(
-    names: list[str], index: dict[str, str], chosen: list[str]
-) -> None:
-    assert choose_files(names, lambda _: json.dumps({"weight_map": index}).encode()) == chosen
+def test_shards_that_the_index_does_not_name_are_left_over_from_an_earlier_save() -> None:
+    index = {"weight_map": {"w": "a.safetensors"}}
+    files = sharded(index, a=safetensors({"w": ("F32", [2])}), b=WEIGHTS)
+    assert [tensor.name for tensor in inspect_model(files).tensors] == ["w"]
+    assert select_files(files.names(), lambda path: files.files[path]).left_out == ("b.safetensors",)
 
 
 def test_a_stale_index_is_told_before_anything_is_fetched() -> None:
     with pytest.raises(NightpressError, match="is stale"):
-        choose_files(["config.json", "model.safetensors", "model.safetensors.index.json"], lambda _: INDEX)
+        select_files(["config.json", "model.safetensors", "model.safetensors.index.json"], lambda _: INDEX)

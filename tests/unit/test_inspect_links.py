@@ -1,5 +1,6 @@
 """Models whose files are links, as in the Hub's cache: which links are followed, and which are refused."""
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -74,7 +75,46 @@ def test_a_client_sends_what_links_stand_for_and_the_modules_below(bert_tiny: Pa
     chosen = read_model_folder(snapshot)
     assert chosen.files.keys() == {*FolderFiles(bert_tiny).names(), "1_Pooling/config.json"}
     assert not any(path.is_symlink() for path in chosen.files.values())
-    assert chosen.left_out == ("training_args.bin",)
+    assert chosen.left_out == ("checkpoint-5/", "training_args.bin")
     (snapshot / "merges.txt").symlink_to(tmp_path / "outside.txt")
     with pytest.raises(NightpressError, match=r"merges\.txt leads out of its folder"):
         read_model_folder(snapshot)
+
+
+def test_a_link_that_is_not_needed_is_not_followed(bert_tiny: Path, tmp_path: Path) -> None:
+    snapshot = hub_snapshot(bert_tiny, tmp_path)
+    (tmp_path / "secret.py").write_text("secret")
+    (snapshot / "run.py").symlink_to(tmp_path / "secret.py")
+    (snapshot / "elsewhere").symlink_to(tmp_path)
+    (snapshot / "loop").symlink_to("loop")
+    assert FolderFiles(snapshot).selection().left_out == ("elsewhere/", "loop", "run.py")
+
+
+@pytest.mark.parametrize("exchanged", ["file", "folder"])
+def test_a_link_that_is_exchanged_while_it_is_opened_is_not_followed(
+    bert_tiny: Path, tmp_path: Path, exchanged: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another process exchanges the file, or the folder that it is in, after the check and before the opening."""
+    folder, outside = tmp_path / "model", tmp_path / "outside"
+    shutil.copytree(bert_tiny, folder)
+    (folder / "1_Pooling").mkdir()
+    (folder / "1_Pooling" / "config.json").write_text("{}")
+    outside.mkdir()
+    (outside / "config.json").write_text("secret")
+    files = FolderFiles(folder)
+    check = files.path
+
+    def check_then_exchange(name: str) -> Path:
+        found = check(name)
+        if exchanged == "file":
+            (folder / name).unlink()
+            (folder / name).symlink_to(outside / "config.json")
+        else:
+            shutil.rmtree(folder / "1_Pooling")
+            (folder / "1_Pooling").symlink_to(outside)
+        return found
+
+    monkeypatch.setattr(files, "path", check_then_exchange)
+    with pytest.raises(NightpressError) as error:
+        files.read("1_Pooling/config.json", 0, 100)
+    assert error.value.code is ErrorCode.PATH_NOT_ALLOWED

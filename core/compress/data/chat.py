@@ -63,7 +63,7 @@ def _template_of(model_dir: Path, ref: str) -> tuple[str, dict[str, str]]:
             data=ref,
         )
     tokens = {}
-    for name in ("bos_token", "eos_token", "pad_token", "unk_token"):
+    for name in ("bos_token", "eos_token", "pad_token", "unk_token", "sep_token", "cls_token", "mask_token"):
         token = config.get(name)
         token = token.get("content") if isinstance(token, dict) else token
         if isinstance(token, str):

@@ -9,7 +9,9 @@ import sys
 from datetime import datetime
 from typing import Any
 
-from jinja2 import TemplateError
+from jinja2 import TemplateError, nodes
+from jinja2.ext import Extension
+from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 _CPU_SECONDS = 30
@@ -17,14 +19,24 @@ _MEMORY = 1024**3
 _MAX_CHARACTERS = 1024**2  # of one conversation
 
 
+class GenerationMarks(Extension):
+    """`{% generation %} … {% endgeneration %}` marks what the model is trained to write. The marks change nothing in the text."""
+
+    tags = {"generation"}  # noqa: RUF012 - as Jinja's class has it
+
+    def parse(self, parser: Parser) -> list[nodes.Node]:
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
 def main() -> None:
     resource.setrlimit(resource.RLIMIT_CPU, (_CPU_SECONDS, _CPU_SECONDS))
     resource.setrlimit(resource.RLIMIT_AS, (_MEMORY, _MEMORY))
     request = json.load(sys.stdin)
     environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", GenerationMarks]
     )
-    environment.filters["tojson"] = lambda value, indent=None: json.dumps(value, ensure_ascii=False, indent=indent)
+    environment.filters["tojson"] = _to_json
     environment.globals["raise_exception"] = _raise
     environment.globals["strftime_now"] = datetime.fromisoformat(request["now"]).strftime
     try:
@@ -43,6 +55,17 @@ def _render(template: Any, messages: list[dict[str, str]], tokens: dict[str, str
             raise ValueError(f"a conversation is rendered to more than {_MAX_CHARACTERS} characters")
         parts.append(part)
     return "".join(parts)
+
+
+def _to_json(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    """As transformers has it, without Jinja's escapes for HTML."""
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 
 def _raise(message: str) -> None:

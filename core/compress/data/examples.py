@@ -79,6 +79,12 @@ def read_examples(
     """
     rows = read_rows(ref, file, purpose="calibration")
     tokenizer = open_tokenizer(folder)
+    if labelled and header.task == "classification" and header.head != "classes":
+        raise _unusable(
+            ref,
+            f"the model's outputs are {header.head}, and only labels of models that choose one class are learned from",
+            "Learn from the model's answers alone (`alpha: 1`).",
+        )
     by_row = any(row.label is not None for row in rows) or (header.task == "classification" and file is not None)
     if labelled and not all(row.label is not None for row in rows):
         raise _unusable(
@@ -92,7 +98,8 @@ def read_examples(
         windows = text_windows(rows, tokenizer, samples=_ALL, length=length, ref=ref)
         check_vocabulary(windows, header)
         ids = [row.tolist() for row in windows.ids]
-    known = by_row and header.task == "classification" and all(row.label is not None for row in rows)
+    choosing = header.task == "classification" and header.head == "classes"
+    known = by_row and choosing and all(row.label is not None for row in rows)
     labels = [class_index(row.label, header, ref) for row in rows] if known else None
     if len(ids) < _FEWEST:
         raise _unusable(ref, f"its {len(ids)} examples are too few to learn from", "Bring more text.")

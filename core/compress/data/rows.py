@@ -8,6 +8,7 @@ from typing import Any
 
 from nightpress.core.compress.data.chat import render_conversations
 from nightpress.core.recipes.datafile import READ_BYTES, READ_LINES, DataRow, invalid, kind_of, read_data, row_of
+from nightpress.core.recipes.labels import Label
 
 _PROSE = {"evaluation": "prose_evaluation.txt.gz", "calibration": "prose_calibration.txt.gz"}
 _BATCH_ROWS = 1024
@@ -17,7 +18,7 @@ _PIECE = 256 * 1024
 @dataclass(frozen=True)
 class Row:
     text: str
-    label: int | str | None = None
+    label: Label | None = None
 
 
 def read_rows(ref: str, file: Path | None, *, purpose: str = "evaluation", model_dir: Path | None = None) -> list[Row]:

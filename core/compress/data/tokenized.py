@@ -17,6 +17,7 @@ from nightpress.core.compress.data.rows import Row, builtin_bytes, has_columns, 
 from nightpress.core.errors import ErrorCode, NightpressError
 from nightpress.core.recipes.datafile import invalid
 from nightpress.core.recipes.header import ModelHeader, padding_token
+from nightpress.core.recipes.labels import Label
 
 __all__ = ["Row", "read_records", "read_rows"]
 
@@ -182,7 +183,7 @@ def text_rows(rows: list[Row], tokenizer: Tokenizer, *, samples: int, length: in
     return pad([cut(tokenizer.encode(rows[at].text, special=True), length) for at in order], tokenizer.pad_id)
 
 
-def class_index(label: int | str | None, header: ModelHeader, ref: str) -> int:
+def class_index(label: Label | None, header: ModelHeader, ref: str) -> int:
     """The model's index of a row's class. Raises NightpressError(invalid_data) for a class that the model does not have."""
     classes = header.classes
     if isinstance(label, str):
@@ -194,7 +195,7 @@ def class_index(label: int | str | None, header: ModelHeader, ref: str) -> int:
     if not isinstance(label, int) or not 0 <= label < classes:
         raise invalid(
             ref,
-            f"the label {label!r} is none of the model's {classes} classes",
+            f"the label {str(label)[:100]!r} is none of the model's {classes} classes",
             f"Use 0 to {classes - 1}, or a name from the model's label2id.",
         )
     return label

@@ -1,10 +1,11 @@
 """Copies a model's folder, with or without its weights."""
 
+import json
 import os
 import shutil
 from pathlib import Path
 
-from nightpress.core.compress.model.checkpoint import INDEX_FILE, disk_errors
+from nightpress.core.compress.model.checkpoint import INDEX_FILE, disk_errors, write_file
 
 
 def copy_companions(source: Path, target: Path) -> None:
@@ -17,13 +18,24 @@ def copy_companions(source: Path, target: Path) -> None:
                 shutil.copyfile(path, copy)
 
 
+def forget_quantization(folder: Path) -> None:
+    """Take out what other libraries say of codes: after decoding, the weights are floats."""
+    path = folder / "config.json"
+    config = json.loads(path.read_bytes())
+    config.pop("quantization_config", None)
+    write_file(path, json.dumps(config, indent=2).encode() + b"\n")
+    for name in ("quantize_config.json", "quant_config.json", "hf_quant_config.json"):
+        (folder / name).unlink(missing_ok=True)
+
+
 def copy_folder(model_dir: Path, out_dir: Path) -> None:
     """Copy a folder to `out_dir`. Files become hard links if the file system supports them, so that no data is copied."""
     with disk_errors():
-        shutil.copytree(model_dir, out_dir, copy_function=_link)
+        shutil.copytree(model_dir, out_dir, copy_function=link_or_copy)
 
 
-def _link(source: str, target: str) -> None:
+def link_or_copy(source: str, target: str) -> None:
+    """Make a hard link if the file system supports it, else a copy."""
     try:
         os.link(source, target)
     except OSError:

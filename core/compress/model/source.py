@@ -35,6 +35,18 @@ class SourceTensors:
         _read(shard, stored.offset, memoryview(data.numpy()))  # type: ignore[arg-type]
         return data.view(TORCH_DTYPES[stored.info.dtype]).view(stored.info.shape)
 
+    def read_rows(self, name: str, first: int, count: int) -> Tensor:
+        """Read rows of a tensor, seen as a matrix whose rows are its last dimension: [count, last]."""
+        shard, stored = self._places[name]
+        columns = stored.info.shape[-1]
+        dtype = TORCH_DTYPES[stored.info.dtype]
+        width = columns * dtype.itemsize
+        if first < 0 or (first + count) * width > stored.info.size:
+            raise ValueError(f"{name} has no rows {first} to {first + count}")
+        data = torch.empty(count * width, dtype=torch.uint8)
+        _read(shard, stored.offset + first * width, memoryview(data.numpy()))  # type: ignore[arg-type]
+        return data.view(dtype).view(count, columns)
+
     def will_need(self, names: Iterable[str]) -> None:
         """Ask the kernel to read these tensors into its cache."""
         for name in names:

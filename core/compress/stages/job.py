@@ -31,7 +31,10 @@ class PressJob:
         self.emit = emit
         self.spec = JobSpec.load(job_dir)
         self.recipe = self.spec.recipe
-        self.source, self.work, self.out = job_dir / SOURCE_DIR, job_dir / WORK_DIR, job_dir / OUT_DIR
+        self.brought = job_dir / SOURCE_DIR  #: the model as it was brought
+        self.source = self.brought  #: the model that everything reads: a folder of floats
+        self.adapter: str | None = None  #: the adapter that was merged into it, e.g. "lora of rank 16 on 64 weights"
+        self.work, self.out = job_dir / WORK_DIR, job_dir / OUT_DIR
         self.scratch = self.work / "measured"  #: the folder for the consumers' outputs
         self.data = job_dir / DATA_DIR
         self.data_files = {ref: self.data / name for ref, name in self.spec.data.items()}

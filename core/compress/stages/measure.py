@@ -42,7 +42,7 @@ def measure_source(job: PressJob, header: ModelHeader, trial: Trial) -> tuple[Su
     subject = Subject(
         name="source",
         format="safetensors",
-        size_bytes=folder_bytes(job.source),
+        size_bytes=folder_bytes(job.brought),
         parameters=header.parameters,
         measurements=quality.measurements(trial, observed, None),
         timings=speed.timings(observed, trial.task),

@@ -13,6 +13,7 @@ from nightpress.core.recipes.passes.prune import Magnitude, SparseGpt, Wanda
 from nightpress.core.recipes.passes.qat import Qat
 from nightpress.core.recipes.passes.quantize import Awq, Gptq, WeightOnly
 from nightpress.core.recipes.passes.quantizing import Quantizing
+from nightpress.core.recipes.passes.requantize import Requantize
 from nightpress.core.recipes.passes.shrink import Channels, Heads, Layers
 
 __all__ = [
@@ -37,6 +38,7 @@ __all__ = [
     "Qat",
     "Quantizing",
     "Recover",
+    "Requantize",
     "SmoothQuant",
     "SparseGpt",
     "StaticInt8",

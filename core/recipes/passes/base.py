@@ -13,8 +13,9 @@ from nightpress.core.recipes.linears import Divisor, check_layout, invalid, is_l
 ExportFormat = Literal["safetensors", "compressed-tensors", "onnx", "openvino", "gguf", "transformers.js"]
 Need = Literal["nothing", "calibration", "labels", "training"]
 Scope = Literal["stream", "blocks", "train"]
-#: What a pass changes: the model's folder; the graph traced from it; the graph that a runtime's exporter writes; or nothing: it measures.
-Stage = Literal["folder", "graph", "runtime", "measure"]
+#: What a pass changes: how the source is read; the model's folder; the graph traced from it; the graph that a runtime's exporter writes; or
+#: nothing: it measures.
+Stage = Literal["source", "folder", "graph", "runtime", "measure"]
 #: The Hub's word for how a model relates to its base model (`base_model_relation`); None: the weights are unchanged.
 Relation = Literal["quantized", "finetune"] | None
 Patterns = Annotated[tuple[str, ...], Field(max_length=100)]

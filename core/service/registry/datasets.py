@@ -1,6 +1,6 @@
 """The registry of data sets."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -105,13 +105,13 @@ class DataSetRegistry(FetchingRegistry[DataSetView]):
         with storage_errors(str(path)):
             check_size(self.noun, path.stat().st_size, self._limit)
             facts = _examine(path.name, _pieces(path), at_once=at_once)
-        return describe_files(path.parent, {path.name: path}, on_bytes), facts
+        return describe_files(path.parent, [path.name], lambda _name: path.open("rb"), on_bytes), facts
 
-    def _choose(self, _source: Source, listing: Listing) -> Sequence[RemoteFile]:
+    def _choose(self, _source: Source, listing: Listing) -> tuple[Sequence[RemoteFile], Mapping[str, Any]]:
         (file,) = listing.files
         # The folder in its repository or bucket does not matter here.
         kind_of(file.path.rpartition("/")[2])
-        return (file,)
+        return (file,), {}
 
     @property
     def _limit(self) -> int:

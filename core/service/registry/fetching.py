@@ -4,7 +4,7 @@ A request writes the row; the control process then fetches or verifies the files
 """
 
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -138,7 +138,7 @@ class FetchingRegistry(Registry[View]):
         source = open_source(address, self._settings)
         try:
             listing = source.listing()
-            wanted = self._choose(source, listing)
+            wanted, beside = self._choose(source, listing)
             claim.total = sum(file.size for file in wanted)
             check_size(self.noun, claim.total, self._limit)
             if row.size == 0:
@@ -160,7 +160,7 @@ class FetchingRegistry(Registry[View]):
         finally:
             source.close()
         files = tuple(have[file.path] for file in wanted)
-        return files, self._examine_stored(owner, files)
+        return files, {**self._examine_stored(owner, files), **beside}
 
     def _note(self, row: Row[Any], claim: Claim, **columns: Any) -> None:
         """Write columns of the row while the claim is held. Raises cancelled if the claim is lost."""
@@ -179,5 +179,5 @@ class FetchingRegistry(Registry[View]):
             self._uploads.abandon(self._owner(row.id))
 
     @abstractmethod
-    def _choose(self, source: Source, listing: Listing) -> Sequence[RemoteFile]:
-        """The files of a source that are to be fetched."""
+    def _choose(self, source: Source, listing: Listing) -> tuple[Sequence[RemoteFile], Mapping[str, Any]]:
+        """The files of a source that are to be fetched, and columns about the others."""

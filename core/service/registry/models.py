@@ -12,9 +12,9 @@ from nightpress.core.artifacts.storage import ObjectStore, OnBytes
 from nightpress.core.database import transaction
 from nightpress.core.errors import ErrorCode, NightpressError
 from nightpress.core.handoff.manifest import FileEntry
-from nightpress.core.recipes.filenames import check_names
 from nightpress.core.recipes.header import ModelHeader
 from nightpress.core.recipes.inspect import FolderFiles, inspect_model
+from nightpress.core.recipes.selection import select_files
 from nightpress.core.service.registry.fetching import FetchingRegistry
 from nightpress.core.service.registry.registry import Taken, check_size, describe_files, live_jobs, shared_fields
 from nightpress.core.service.registry.uploads import Owner
@@ -53,9 +53,10 @@ class ModelRegistry(FetchingRegistry[ModelView]):
         sizes = {file.path: file.size for file in request.files}
         if len(sizes) != len(request.files):
             raise NightpressError(ErrorCode.INVALID_REQUEST, "A file is announced twice.", hint="Name each path once.")
-        check_names(sizes)
-        check_size(self.noun, sum(sizes.values()), self._limit)
-        return self._begin(tenant_id, request.name, request.files)
+        chosen = select_files(sizes, None)
+        files = [file for file in request.files if file.path in chosen.files]
+        check_size(self.noun, sum(file.size for file in files), self._limit)
+        return self._begin(tenant_id, request.name, files, left_out=list(chosen.left_out))
 
     def header(self, model_id: str) -> ModelHeader:
         """The header that a plan needs. The caller must have checked the tenant with `get`. Raises not_found, conflict."""
@@ -79,7 +80,6 @@ class ModelRegistry(FetchingRegistry[ModelView]):
             raise _no_folder(raw)
         with storage_errors(raw):
             sizes = self._files_at(path).names()
-        check_names(sizes)
         return self._register(tenant_id, name, path, sum(sizes.values()))
 
     def _files_at(self, path: Path) -> FolderFiles:
@@ -97,10 +97,22 @@ class ModelRegistry(FetchingRegistry[ModelView]):
             sizes = files.names()
             check_size(self.noun, sum(sizes.values()), self._limit)
             header = inspect_model(files)
-        return describe_files(path, {name: files.path(name) for name in sizes}, on_bytes), _facts(header)
+            left_out = list(files.selection().left_out)
+        return describe_files(path, sizes, files.open, on_bytes), {**_facts(header), "left_out": left_out}
 
-    def _choose(self, source: Source, listing: Listing) -> Sequence[RemoteFile]:
-        return choose_model_files(source, listing)
+    def _choose(self, source: Source, listing: Listing) -> tuple[Sequence[RemoteFile], Mapping[str, Any]]:
+        chosen, left_out = choose_model_files(source, listing)
+        return chosen, {"left_out": list(left_out)}
+
+    def _verify_upload(self, row: Row[Any], on_bytes: OnBytes, *, at_once: bool = False) -> Taken:
+        """As for all uploads. What turns out not to be needed, e.g. shards that the index doesn't name, is deleted again."""
+        files, facts = super()._verify_upload(row, on_bytes, at_once=at_once)
+        owner = self._owner(row.id)
+        chosen = select_files([file.path for file in files], lambda path: b"".join(self._store.read(owner.key(path))))
+        for path in {file.path for file in files} - set(chosen.files):
+            self._store.delete_prefix(owner.key(path))
+        left_out = sorted({*(row.left_out or ()), *chosen.left_out})
+        return [file for file in files if file.path in chosen.files], {**facts, "left_out": left_out}
 
     @property
     def _limit(self) -> int:
@@ -121,6 +133,7 @@ class ModelRegistry(FetchingRegistry[ModelView]):
             task=row.task,
             parameters=row.parameters,
             files=[FileView.model_validate(entry) for entry in row.files],
+            left_out=row.left_out or [],
         )
 
 

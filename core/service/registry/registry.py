@@ -2,8 +2,9 @@
 
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from io import BufferedReader
 from pathlib import Path
 from typing import Any, ClassVar, Generic, TypeVar
 
@@ -15,7 +16,7 @@ from nightpress.core.artifacts.files import storage_errors
 from nightpress.core.artifacts.storage import ObjectStore, OnBytes
 from nightpress.core.database import db_now, later_than, transaction
 from nightpress.core.errors import ErrorCode, NightpressError
-from nightpress.core.handoff.manifest import FileEntry, describe_as, digest_of
+from nightpress.core.handoff.manifest import FileEntry, describe_stream, digest_of
 from nightpress.core.ids import new_id
 from nightpress.core.paging import newest_first
 from nightpress.core.service.access.quotas import QuotaBook
@@ -183,15 +184,15 @@ class Registry(ABC, Generic[View]):
 
     # ---------------------------------------------------------------------------------------------------------------
 
-    def _begin(self, tenant_id: str, name: str, files: Sequence[FileAnnouncement]) -> View:
-        """Write a row whose files will be uploaded."""
+    def _begin(self, tenant_id: str, name: str, files: Sequence[FileAnnouncement], **given: Any) -> View:
+        """Write a row whose files will be uploaded. given: further columns."""
         self._quotas.check_storage(tenant_id, sum(file.size for file in files))
         owner = self._owner(new_id(self.id_prefix))
         entries = [_entry(file) for file in files]
         rows = self._uploads.open(owner, files)
         try:
             with transaction(self._engine) as connection:
-                columns = {"state": "uploading", "source": "upload", **described(entries)}
+                columns = {"state": "uploading", "source": "upload", **described(entries), **given}
                 self._insert(connection, owner.id, tenant_id, name, **columns)
                 self._uploads.insert(connection, rows)
         except BaseException:
@@ -326,19 +327,22 @@ def live_jobs() -> Any:
     return jobs.c.state.not_in(sorted(TERMINAL_STATES))
 
 
-def describe_files(root: Path, files: Mapping[str, Path], on_bytes: OnBytes) -> tuple[FileEntry, ...]:
-    """Hash files. `files`: path relative to `root` → path on disk. `on_bytes` is called with the size of each file.
+def describe_files(
+    root: Path, names: Iterable[str], open_file: Callable[[str], BufferedReader], on_bytes: OnBytes
+) -> tuple[FileEntry, ...]:
+    """Hash files. `names`: paths relative to `root`, which `open_file` opens. `on_bytes` is called with the size of each file.
 
     Uses two threads: hashing releases the GIL, and more threads would only compete for the disk.
     """
 
     def describe(name: str) -> FileEntry:
-        found = describe_as(name, files[name])
+        with open_file(name) as stream:
+            found = describe_stream(name, stream)
         on_bytes(found.size)
         return found
 
     with storage_errors(str(root)), ThreadPoolExecutor(2) as pool:
-        return tuple(pool.map(describe, files))
+        return tuple(pool.map(describe, names))
 
 
 def check_size(noun: str, total: int, limit: int) -> None:

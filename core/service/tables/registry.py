@@ -73,6 +73,7 @@ models = Table(
     Column("parameters", BigInteger),
     Column("files", JsonType, nullable=False),  #: path, size, sha256 of each
     Column("header", JsonType),  #: core.recipes.header.ModelHeader
+    Column("left_out", JsonType),  #: names beside the model that were not taken; NULL: from before this was recorded
     *_columns_behind(),
     *_checks(),
     CheckConstraint("state <> 'ready' OR (digest IS NOT NULL AND parameters IS NOT NULL)", name="ready_is_whole"),

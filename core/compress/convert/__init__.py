@@ -1,0 +1,1 @@
+"""Makes safetensors of what other programs wrote: pickled checkpoints and GGUF files."""
