@@ -31,7 +31,7 @@ from nightpress.core.compress.grids.rounding import round_to_grid
 from tests.models import smollm_dir
 
 UPDATE = BENCH / "data" / "offgrid.safetensors"
-RANK, LENGTH, BATCH, RATE = 32, 512, 16, 1e-3
+RANK, LENGTH, RATE = 32, 512, 1e-3
 _OLD_GRID = Grid(4, 32, symmetric=False)  #: as Q4_1: a scale and a minimum per 32 weights
 
 
@@ -67,7 +67,7 @@ class LowRank(nn.Module):
         return out
 
 
-def train(source: Path, ids: Tensor, steps: int, device: str) -> dict[str, Tensor]:
+def train(source: Path, ids: Tensor, steps: int, batch_size: int, device: str) -> dict[str, Tensor]:
     """Train the factors on token ids [samples, LENGTH], with AdamW and a rate that falls to zero. Returns them as they are stored."""
     from transformers import AutoModelForCausalLM
 
@@ -82,7 +82,7 @@ def train(source: Path, ids: Tensor, steps: int, device: str) -> dict[str, Tenso
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1, step / 20) * (1 - step / steps))
     generator = torch.Generator().manual_seed(0)
     for step in range(steps):
-        batch = ids[torch.randint(len(ids), (BATCH,), generator=generator)].to(device)
+        batch = ids[torch.randint(len(ids), (batch_size,), generator=generator)].to(device)
         with torch.autocast(device, torch.bfloat16):
             logits = model(batch).logits[:, :-1]
         loss = nn.functional.cross_entropy(logits.float().flatten(0, 1), batch[:, 1:].flatten())
@@ -138,14 +138,16 @@ def main() -> int:
     parser = make_parser("offgrid", __doc__)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--batch", type=int, default=16, help="samples of a step, 512 tokens each")
     parser.add_argument("--samples", type=int, default=32, help="of 512 tokens, for the perplexities")
     options = parser.parse_args()
     logging.getLogger("transformers").setLevel(logging.ERROR)
     source = smollm_dir()
-    usual = options.steps == parser.get_default("steps")
+    usual = all(getattr(options, name) == parser.get_default(name) for name in ("steps", "batch"))
+    UPDATE.parent.mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory() as scratch:
         update = UPDATE if usual else Path(scratch) / "offgrid.safetensors"
-        save_file(train(source, training_ids(source), options.steps, options.device), update)
+        save_file(train(source, training_ids(source), options.steps, options.batch, options.device), update)
         persuasion = SHARED / "lm_eval_persuasion.txt.gz"
         held_out = windows(persuasion if persuasion.exists() else None, source, options.samples, LENGTH)
         figures = [Figure("update", round(update.stat().st_size / 1e6, 1), "MB", bar="<= 12")]

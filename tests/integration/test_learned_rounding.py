@@ -15,7 +15,7 @@ from nightpress.core.compress.executors.blocks import FinalTensor, Inputs, press
 from nightpress.core.compress.executors.live_block import LiveBlock
 from nightpress.core.compress.grids.stored import from_tensors, round_weight, to_tensors
 from nightpress.core.compress.passes import MODEL_PASSES, PassContext
-from nightpress.core.compress.passes.learned_rounding import Learned
+from nightpress.core.compress.passes.learned_rounding import SHARE, Learned
 from nightpress.core.compress.solvers.gram import Gram
 from nightpress.core.errors import NightpressError
 from nightpress.core.recipes.calibration import Calibration
@@ -193,6 +193,7 @@ def test_an_attempt_killed_after_a_block_ends_with_the_same_bytes(family: str, t
         run("b", checkpoint=kill)
     assert not (tmp_path / "b" / "out" / "model.safetensors.index.json").exists()
     assert run("b") == whole
+    assert list(whole.figures[SHARE]) == list(range(len(whole.figures[SHARE])))
     files = sorted((tmp_path / "a" / "out").iterdir())
     assert [path.name for path in files] == sorted(path.name for path in (tmp_path / "b" / "out").iterdir())
     for path in files:
@@ -239,3 +240,6 @@ def test_every_export_that_carries_it_is_loaded_by_its_consumer(exports: list[st
     (pressed,) = report.passes
     assert pressed.summary["steps"] == 10
     assert len(pressed.layers) == 14
+    (errors,) = pressed.series
+    assert errors.x == (1, 2)
+    assert all(0 < share <= 1 for share in errors.y)
