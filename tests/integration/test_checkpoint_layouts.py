@@ -29,6 +29,7 @@ PASSES: dict[str, dict[str, Any]] = {
     "layers": {"count": 1},
     "gptq": {"group_size": 16},
     "awq": {"group_size": 16},
+    "rotate": {},
     "learned-rounding": {"group_size": 16, "steps": 10, "batch": 2},
     "smoothquant": {},
     "fp8": {"activations": "static"},

@@ -12,6 +12,7 @@ from nightpress.core.recipes.passes.prune import Magnitude, SparseGpt, Wanda
 from nightpress.core.recipes.passes.qat import Qat
 from nightpress.core.recipes.passes.quantize import Awq, Gptq, WeightOnly
 from nightpress.core.recipes.passes.quantizing import Quantizing
+from nightpress.core.recipes.passes.rotate import Rotate
 from nightpress.core.recipes.passes.shrink import Channels, Heads, Layers
 
 __all__ = [
@@ -35,6 +36,7 @@ __all__ = [
     "Qat",
     "Quantizing",
     "Recover",
+    "Rotate",
     "SmoothQuant",
     "SparseGpt",
     "StaticInt8",
