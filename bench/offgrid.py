@@ -26,13 +26,10 @@ from bench.quality import SHARED, perplexity, windows
 from bench.record import BENCH, Figure, finish, make_parser
 from nightpress.core.compress.data.rows import read_rows
 from nightpress.core.compress.data.tokenized import open_tokenizer
-from nightpress.core.compress.grids.grid import Grid
-from nightpress.core.compress.grids.rounding import round_to_grid
 from tests.models import smollm_dir
 
 UPDATE = BENCH / "data" / "offgrid.safetensors"
 RANK, LENGTH, RATE = 32, 512, 1e-3
-_OLD_GRID = Grid(4, 32, symmetric=False)  #: as Q4_1: a scale and a minimum per 32 weights
 
 
 @cache
@@ -115,12 +112,19 @@ def _read(factors: dict[str, Tensor], name: str) -> Tensor:
 
 
 def off_the_grid(folder: Path) -> float:
-    """‖w − ŵ‖ / ‖w‖ of rounding the blocks' weights to the grid that they were on."""
+    """‖w − ŵ‖ / ‖w‖ of rounding the blocks' weights to the form that they had, Q4_1: 16 steps from the least of 32 weights to the greatest."""
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    rounded = [round_to_grid(layer.weight.detach(), _OLD_GRID) for layer in _layers(model).values()]
-    return math.sqrt(sum(each.squared_error for each in rounded) / sum(each.squared_norm for each in rounded))
+    lost = norm = 0.0
+    for layer in _layers(model).values():
+        grouped = layer.weight.detach().view(-1, 32)
+        low, high = grouped.amin(1, keepdim=True), grouped.amax(1, keepdim=True)
+        step = ((high - low) / 15).clamp(min=1e-12)
+        rounded = ((grouped - low) / step).round() * step + low
+        lost += float((grouped - rounded).square().sum())
+        norm += float(grouped.square().sum())
+    return math.sqrt(lost / norm)
 
 
 def training_ids(source: Path) -> Tensor:

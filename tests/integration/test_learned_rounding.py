@@ -200,6 +200,22 @@ def test_an_attempt_killed_after_a_block_ends_with_the_same_bytes(family: str, t
         assert path.read_bytes() == (tmp_path / "b" / "out" / path.name).read_bytes(), path.name
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_on_a_gpu_two_runs_leave_the_same_bytes_and_learn(dtype: torch.dtype, tmp_path: Path):
+    source = tmp_path / "source"
+    save_model("LlamaForCausalLM", source).to(dtype).save_pretrained(source)
+    options = LearnedRounding(bits=3, group_size=16, steps=40, batch=2)
+    samples, chosen = {"input_ids": token_ids(32, 48)}, linears_of(source)
+    for name in "ab":
+        context = context_of(source, tmp_path / name / "work", "auto", device="cuda")
+        out = tmp_path / name / "out"
+        done = press_blocks(source, out, _method(options), samples, context, chosen=chosen, recipe="r", step=2)
+        assert done.figures[SHARE][0] < 0.9
+    for path in (tmp_path / "a" / "out").iterdir():
+        assert path.read_bytes() == (tmp_path / "b" / "out" / path.name).read_bytes(), path.name
+
+
 def test_it_tells_its_progress_within_a_block(bert_tiny: Path, tmp_path: Path):
     told: list[float] = []
     _press(bert_tiny, tmp_path, {"pass": "learned-rounding", "group_size": 64, "steps": 10}, told)
