@@ -26,13 +26,10 @@ from bench.quality import SHARED, perplexity, windows
 from bench.record import BENCH, Figure, finish, make_parser
 from nightpress.core.compress.data.rows import read_rows
 from nightpress.core.compress.data.tokenized import open_tokenizer
-from nightpress.core.compress.grids.grid import Grid
-from nightpress.core.compress.grids.rounding import round_to_grid
 from tests.models import smollm_dir
 
 UPDATE = BENCH / "data" / "offgrid.safetensors"
-RANK, LENGTH, BATCH, RATE = 32, 512, 16, 1e-3
-_OLD_GRID = Grid(4, 32, symmetric=False)  #: as Q4_1: a scale and a minimum per 32 weights
+RANK, LENGTH, RATE = 32, 512, 1e-3
 
 
 @cache
@@ -67,7 +64,7 @@ class LowRank(nn.Module):
         return out
 
 
-def train(source: Path, ids: Tensor, steps: int, device: str) -> dict[str, Tensor]:
+def train(source: Path, ids: Tensor, steps: int, batch_size: int, device: str) -> dict[str, Tensor]:
     """Train the factors on token ids [samples, LENGTH], with AdamW and a rate that falls to zero. Returns them as they are stored."""
     from transformers import AutoModelForCausalLM
 
@@ -82,7 +79,7 @@ def train(source: Path, ids: Tensor, steps: int, device: str) -> dict[str, Tenso
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1, step / 20) * (1 - step / steps))
     generator = torch.Generator().manual_seed(0)
     for step in range(steps):
-        batch = ids[torch.randint(len(ids), (BATCH,), generator=generator)].to(device)
+        batch = ids[torch.randint(len(ids), (batch_size,), generator=generator)].to(device)
         with torch.autocast(device, torch.bfloat16):
             logits = model(batch).logits[:, :-1]
         loss = nn.functional.cross_entropy(logits.float().flatten(0, 1), batch[:, 1:].flatten())
@@ -115,12 +112,19 @@ def _read(factors: dict[str, Tensor], name: str) -> Tensor:
 
 
 def off_the_grid(folder: Path) -> float:
-    """‖w − ŵ‖ / ‖w‖ of rounding the blocks' weights to the grid that they were on."""
+    """‖w − ŵ‖ / ‖w‖ of rounding the blocks' weights to the form that they had, Q4_1: 16 steps from the least of 32 weights to the greatest."""
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    rounded = [round_to_grid(layer.weight.detach(), _OLD_GRID) for layer in _layers(model).values()]
-    return math.sqrt(sum(each.squared_error for each in rounded) / sum(each.squared_norm for each in rounded))
+    lost = norm = 0.0
+    for layer in _layers(model).values():
+        grouped = layer.weight.detach().view(-1, 32)
+        low, high = grouped.amin(1, keepdim=True), grouped.amax(1, keepdim=True)
+        step = ((high - low) / 15).clamp(min=1e-12)
+        rounded = ((grouped - low) / step).round() * step + low
+        lost += float((grouped - rounded).square().sum())
+        norm += float(grouped.square().sum())
+    return math.sqrt(lost / norm)
 
 
 def training_ids(source: Path) -> Tensor:
@@ -138,14 +142,16 @@ def main() -> int:
     parser = make_parser("offgrid", __doc__)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--batch", type=int, default=16, help="samples of a step, 512 tokens each")
     parser.add_argument("--samples", type=int, default=32, help="of 512 tokens, for the perplexities")
     options = parser.parse_args()
     logging.getLogger("transformers").setLevel(logging.ERROR)
     source = smollm_dir()
-    usual = options.steps == parser.get_default("steps")
+    usual = all(getattr(options, name) == parser.get_default(name) for name in ("steps", "batch"))
+    UPDATE.parent.mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory() as scratch:
         update = UPDATE if usual else Path(scratch) / "offgrid.safetensors"
-        save_file(train(source, training_ids(source), options.steps, options.device), update)
+        save_file(train(source, training_ids(source), options.steps, options.batch, options.device), update)
         persuasion = SHARED / "lm_eval_persuasion.txt.gz"
         held_out = windows(persuasion if persuasion.exists() else None, source, options.samples, LENGTH)
         figures = [Figure("update", round(update.stat().st_size / 1e6, 1), "MB", bar="<= 12")]

@@ -40,6 +40,7 @@ _JUDGING = 1.5  #: forward passes that judge codes while a block learns: twelve 
 _STEP_EFFORT = (
     350  #: work per weight of a learning step beside the products, in multiply-adds: rounding, and moving the offsets
 )
+_ROTATING_EFFORT = 600  #: multiply-adds that take as long as rotating a weight: some twenty passes over it in float64
 _BATCH_WIDTHS = 6  #: intermediate results of the widest layer that a batch holds
 _WIDTHS = ("hidden_size", "d_model", "n_embd", "dim")
 _STREAM_BYTES = 80 * 1024**2  #: row chunks and write buffers of the stream executor
@@ -122,6 +123,14 @@ def in_turn_bytes(tokens: int, width: int, widest: int, itemsize: int) -> int:
 def stream_cost(header: ModelHeader) -> Cost:
     """Return the cost of one sweep over the weights."""
     return Cost(_STREAM_BYTES, header.size / _STREAM_RATE)
+
+
+def rotating_cost(header: ModelHeader) -> Cost:
+    """Return the cost of rotating a model on the processor, one tensor at a time, and of comparing it, one block at a time."""
+    shape = _shape(header)
+    memory = _STREAM_BYTES + max(4 * shape.largest_outside, 2 * shape.largest_outside + 2 * shape.largest_block)
+    work = _ROTATING_EFFORT * header.parameters
+    return Cost(memory, 3 * header.size / _STREAM_RATE, host_work=work)
 
 
 def blocks_cost(

@@ -30,6 +30,7 @@ PASSES: dict[str, dict[str, Any]] = {
     "experts": {"share": 0.5},
     "gptq": {"group_size": 16},
     "awq": {"group_size": 16},
+    "rotate": {},
     "learned-rounding": {"group_size": 16, "steps": 10, "batch": 2},
     "smoothquant": {},
     "fp8": {"activations": "static"},

@@ -15,7 +15,7 @@ from nightpress.core.compress.executors.blocks import FinalTensor, Inputs, press
 from nightpress.core.compress.executors.live_block import LiveBlock
 from nightpress.core.compress.grids.stored import from_tensors, round_weight, to_tensors
 from nightpress.core.compress.passes import MODEL_PASSES, PassContext
-from nightpress.core.compress.passes.learned_rounding import Learned
+from nightpress.core.compress.passes.learned_rounding import SHARE, Learned
 from nightpress.core.compress.solvers.gram import Gram
 from nightpress.core.errors import NightpressError
 from nightpress.core.recipes.calibration import Calibration
@@ -193,9 +193,26 @@ def test_an_attempt_killed_after_a_block_ends_with_the_same_bytes(family: str, t
         run("b", checkpoint=kill)
     assert not (tmp_path / "b" / "out" / "model.safetensors.index.json").exists()
     assert run("b") == whole
+    assert list(whole.figures[SHARE]) == list(range(len(whole.figures[SHARE])))
     files = sorted((tmp_path / "a" / "out").iterdir())
     assert [path.name for path in files] == sorted(path.name for path in (tmp_path / "b" / "out").iterdir())
     for path in files:
+        assert path.read_bytes() == (tmp_path / "b" / "out" / path.name).read_bytes(), path.name
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_on_a_gpu_two_runs_leave_the_same_bytes_and_learn(dtype: torch.dtype, tmp_path: Path):
+    source = tmp_path / "source"
+    save_model("LlamaForCausalLM", source).to(dtype).save_pretrained(source)
+    options = LearnedRounding(bits=3, group_size=16, steps=40, batch=2)
+    samples, chosen = {"input_ids": token_ids(32, 48)}, linears_of(source)
+    for name in "ab":
+        context = context_of(source, tmp_path / name / "work", "auto", device="cuda")
+        out = tmp_path / name / "out"
+        done = press_blocks(source, out, _method(options), samples, context, chosen=chosen, recipe="r", step=2)
+        assert done.figures[SHARE][0] < 0.9
+    for path in (tmp_path / "a" / "out").iterdir():
         assert path.read_bytes() == (tmp_path / "b" / "out" / path.name).read_bytes(), path.name
 
 
@@ -241,3 +258,6 @@ def test_every_export_that_carries_it_is_loaded_by_its_consumer(exports: list[st
     (pressed,) = report.passes
     assert pressed.summary["steps"] == 10
     assert len(pressed.layers) == 14
+    (errors,) = pressed.series
+    assert errors.x == (1, 2)
+    assert all(0 < share <= 1 for share in errors.y)

@@ -13,7 +13,10 @@ PROBE_TOKENS = 128  #: first tokens of the first calibration text: the probe, on
 
 
 class Lessons(Protocol):
-    """Runs a block on all calibration samples with a method's weights, and compares its outputs with the source model's."""
+    """Runs a block on all calibration samples with a method's weights, and compares its outputs with the source model's.
+
+    The executor calls a method that gets lessons within `reproducible`.
+    """
 
     @property
     def batches(self) -> int:
@@ -57,6 +60,7 @@ class LiveBlock(Mapping[str, Tensor]):
         self._entered, self._calls = entered, calls
         self.lessons = lessons
         self.warnings: list[str] = []  #: warnings about the block for the report
+        self.figures: dict[str, float] = {}  #: figures of the block for the report, by name
 
     def __getitem__(self, name: str) -> Tensor:
         return self._tensors[name]

@@ -36,5 +36,7 @@ def reproducible(device: str | torch.device) -> Iterator[None]:
 def backward(loss: Tensor, gradient: Tensor | None = None) -> None:
     """Compute a loss's gradients within `reproducible`. There, a warning alone would let attention add up in any order."""
     torch.use_deterministic_algorithms(True)
-    loss.backward(gradient)  # type: ignore[no-untyped-call]
-    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        loss.backward(gradient)  # type: ignore[no-untyped-call]
+    finally:
+        torch.use_deterministic_algorithms(True, warn_only=True)

@@ -17,7 +17,7 @@ from nightpress.core.compress.model.checkpoint import read_shards
 from nightpress.core.compress.model.companions import copy_companions
 from nightpress.core.compress.model.quantization_config import write_config
 from nightpress.core.compress.passes.quantize import OnGrid
-from nightpress.core.handoff.report import LayerEffect, PassRecord
+from nightpress.core.handoff.report import LayerEffect, PassRecord, Series
 from nightpress.core.recipes.passes import PassOptions, Quantizing
 from nightpress.core.recipes.schemes import Scheme
 
@@ -122,6 +122,10 @@ def record(
             for text, count in pressed.warnings.items()
         ),
         layers=layers,
+        series=tuple(
+            Series(name=name, x=tuple(index + 1 for index in by_block), y=tuple(by_block.values()), x_label="block")
+            for name, by_block in pressed.figures.items()
+        ),
     )
 
 

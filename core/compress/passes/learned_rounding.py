@@ -9,7 +9,7 @@ from torch import Tensor
 from nightpress.core.compress.context import PassContext
 from nightpress.core.compress.executors.blocks import FinalTensor, Inputs
 from nightpress.core.compress.executors.live_block import Lessons, LiveBlock
-from nightpress.core.compress.executors.reproducible import backward, reproducible
+from nightpress.core.compress.executors.reproducible import backward
 from nightpress.core.compress.grids.stored import Coded, dequantized, from_tensors, round_weight
 from nightpress.core.compress.model.checkpoint import read_shards
 from nightpress.core.compress.passes.blockwise import Schemes, quantize, scheme_of, settle_coded
@@ -23,6 +23,8 @@ from nightpress.core.recipes.passes import Gptq, LearnedRounding
 
 _JUDGED = 8  #: every n-th batch of samples judges what the others taught
 _JUDGEMENTS = 10  #: how often the present codes are judged while a block learns
+
+SHARE = "output error, as a share of plain rounding's"
 
 Codes = Mapping[str, Coded]  #: by weight
 
@@ -60,8 +62,8 @@ class Learned:
         lessons = block.lessons
         assert lessons is not None
         weights = {name: block[name].to(device) for group in inputs for name in group.names}
-        with reproducible(device):
-            codes = self._learn(lessons, weights, self._starts(weights, inputs))
+        codes, share = self._learn(lessons, weights, self._starts(weights, inputs))
+        block.figures[SHARE] = share
         return {
             name: settle_coded(name, scheme_of(self._schemes, name), coded, weights[name].float())
             for name, coded in codes.items()
@@ -88,8 +90,11 @@ class Learned:
             return [nearest]
         return [nearest, self._solver.codes(weights, inputs, next(iter(weights.values())).device)]
 
-    def _learn(self, lessons: Lessons, weights: Mapping[str, Tensor], starts: Sequence[Codes]) -> Codes:
-        """Learn from the best start. Returns the best codes that were judged, the starts' among them."""
+    def _learn(self, lessons: Lessons, weights: Mapping[str, Tensor], starts: Sequence[Codes]) -> tuple[Codes, float]:
+        """Learn from the best start. Returns the best codes that were judged, the starts' among them, and their error.
+
+        The error is a share of the nearest codes' error, which are the first start.
+        """
         taught, judged = split(lessons.batches)
         errors = [self._error(lessons, start, judged) for start in starts]
         least = min(errors)
@@ -116,7 +121,7 @@ class Learned:
                 if error < least:
                     best, least = now, error
                 lessons.tell((step + 1) / steps)
-        return best
+        return best, least / errors[0] if errors[0] else 1.0
 
     def _error(self, lessons: Lessons, codes: Codes, batches: Sequence[int]) -> float:
         """The squared error of the block's output with these codes, summed over batches."""

@@ -14,6 +14,7 @@ from nightpress.core.recipes.passes.qat import Qat
 from nightpress.core.recipes.passes.quantize import Awq, Gptq, WeightOnly
 from nightpress.core.recipes.passes.quantizing import Quantizing
 from nightpress.core.recipes.passes.requantize import Requantize
+from nightpress.core.recipes.passes.rotate import Rotate
 from nightpress.core.recipes.passes.shrink import Channels, Heads, Layers
 
 __all__ = [
@@ -39,6 +40,7 @@ __all__ = [
     "Quantizing",
     "Recover",
     "Requantize",
+    "Rotate",
     "SmoothQuant",
     "SparseGpt",
     "StaticInt8",

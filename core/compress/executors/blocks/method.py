@@ -60,3 +60,4 @@ class RunResult:
     undersampled: dict[str, int]
     kept: tuple[str, ...]  #: matrices that were copied unchanged
     warnings: dict[str, int]  #: warning for the report → number of blocks that it applies to
+    figures: dict[str, dict[int, float]]  #: name → by index of a block

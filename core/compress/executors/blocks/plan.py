@@ -18,7 +18,7 @@ from nightpress.core.compress.model.source import SourceTensors
 from nightpress.core.recipes.costs import batch_tokens
 
 #: Format of the records that a run writes. A release with another format starts an interrupted run from the beginning.
-RECORD_FORMAT = 2
+RECORD_FORMAT = 3
 
 
 @dataclass(frozen=True)

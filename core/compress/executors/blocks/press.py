@@ -1,5 +1,6 @@
 """The blocks executor: a loop that settles the blocks of a model one after the other."""
 
+import contextlib
 import gc
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -20,6 +21,7 @@ from nightpress.core.compress.executors.blocks.resume import RunFiles, conclude,
 from nightpress.core.compress.executors.blocks.settle import BlockOutcome, Settler
 from nightpress.core.compress.executors.blocks.two_pass import press_in_two_passes
 from nightpress.core.compress.executors.blocks.writer import BlockWriter, block_output
+from nightpress.core.compress.executors.reproducible import reproducible
 from nightpress.core.compress.executors.rewrite import Rewrite
 from nightpress.core.compress.memory import map_large_tensors, return_freed_memory
 from nightpress.core.compress.model.skeleton import Batch
@@ -52,7 +54,8 @@ def press_blocks(
     """
     map_large_tensors()
     run = partial(_run, source, target, method, samples, context, chosen, recipe, outside or {}, cache, step)
-    with torch.no_grad():
+    gradients = contextlib.nullcontext() if step is None else reproducible(context.device)
+    with torch.no_grad(), gradients:
         try:
             return run(share=1)
         except RuntimeError as error:

@@ -6,7 +6,7 @@ same weights, so the blocks after them become the same to the last byte.
 
 import json
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -28,6 +28,7 @@ class BlockRecord:
     unseen: tuple[str, ...]
     undersampled: tuple[tuple[str, int], ...]
     warnings: tuple[str, ...]
+    figures: tuple[tuple[str, float], ...]
 
 
 def record_of(outcome: BlockOutcome) -> BlockRecord:
@@ -38,6 +39,7 @@ def record_of(outcome: BlockOutcome) -> BlockRecord:
         unseen=tuple(name for name in outcome.unseen if name in settled),
         undersampled=tuple((name, count) for name, count in outcome.undersampled if name in settled),
         warnings=outcome.warnings,
+        figures=outcome.figures,
     )
 
 
@@ -85,6 +87,7 @@ class RunFiles:
             "unseen": record.unseen,
             "undersampled": dict(record.undersampled),
             "warnings": record.warnings,
+            "figures": dict(record.figures),
         }
         write_file(self.record(index), json.dumps(body).encode())
 
@@ -95,6 +98,7 @@ class RunFiles:
             unseen=tuple(body["unseen"]),
             undersampled=tuple(body["undersampled"].items()),
             warnings=tuple(body["warnings"]),
+            figures=tuple(body["figures"].items()),
         )
 
 
@@ -126,4 +130,13 @@ def conclude(files: RunFiles, source: SourceTensors, outside: Mapping[str, Effec
             if name not in effects and name.endswith(".weight") and len(source.stored(name).info.shape) == 2
         ),
         warnings=dict(Counter(text for record in records for text in record.warnings)),
+        figures=_by_name(records),
     )
+
+
+def _by_name(records: Sequence[BlockRecord]) -> dict[str, dict[int, float]]:
+    found: dict[str, dict[int, float]] = {}
+    for index, record in enumerate(records):
+        for name, value in record.figures:
+            found.setdefault(name, {})[index] = value
+    return found

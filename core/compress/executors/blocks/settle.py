@@ -23,6 +23,7 @@ class BlockOutcome:
     unseen: tuple[str, ...] = ()  #: weights that no calibration token reached
     undersampled: tuple[tuple[str, int], ...] = ()  #: as in `RunResult`
     warnings: tuple[str, ...] = ()
+    figures: tuple[tuple[str, float], ...] = ()  #: of the block, by name
 
     def __or__(self, later: "BlockOutcome") -> "BlockOutcome":
         return BlockOutcome(
@@ -30,6 +31,7 @@ class BlockOutcome:
             self.unseen + later.unseen,
             self.undersampled + later.undersampled,
             self.warnings + later.warnings,
+            self.figures + later.figures,
         )
 
 
@@ -63,6 +65,7 @@ class Settler:
             },
             unseen=tuple(name for seen in inputs if seen.statistic.tokens == 0 for name in seen.names),
             warnings=tuple(live.warnings),
+            figures=tuple(live.figures.items()),
         )
 
     def _live_block(
