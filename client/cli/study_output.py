@@ -114,7 +114,7 @@ def print_trials(trials: Sequence[TrialView]) -> None:
 
 
 def recipe_text(recipe: Mapping[str, Any]) -> str:
-    """Passes and exports in a line, e.g. `gptq bits 4 group_size 32 → gguf-q8_0`; options in their default are told, too."""
+    """Passes and exports in a line, e.g. `gptq bits 4 group size 32 → gguf-q8_0`."""
     passes = " + ".join(_pass_text(step) for step in recipe.get("passes", [])) or "no pass"
     exports = [
         entry if isinstance(entry, str) else f"{entry['format']}-{entry['type']}" for entry in recipe.get("exports", [])
@@ -122,11 +122,13 @@ def recipe_text(recipe: Mapping[str, Any]) -> str:
     return f"{passes} → {', '.join(exports)}"
 
 
-_TOLD = ("bits", "group_size", "symmetric", "embeddings", "budget", "share", "count", "min_cosine", "ranges", "format")
+_TOLD = ("bits", "group_size", "budget", "share", "count", "min_cosine")
 
 
 def _pass_text(step: Mapping[str, Any]) -> str:
-    options = [f"{key} {step[key]}" for key in _TOLD if key in step]
+    options = [f"{key.replace('_', ' ')} {step[key]}" for key in _TOLD if step.get(key) is not None]
+    options += ["asymmetric"] if step.get("symmetric") is False else []
+    options += ["embeddings too"] if step.get("embeddings") else []
     if isinstance(step.get("train"), Mapping):
         options.append(f"steps {step['train'].get('steps')}")
     return " ".join([str(step["pass"]), *options])
