@@ -120,7 +120,7 @@ class _Judged:
 @pytest.mark.parametrize(
     ("family", "options"),
     [
-        ("LlamaForCausalLM", {"bits": 2, "group_size": 16}),
+        ("LlamaForCausalLM", {"bits": 2, "group_size": 16, "start": "better"}),
         ("LlamaForCausalLM", {"bits": 8, "group_size": None}),
         ("LlamaForCausalLM", {"format": "nvfp4"}),
         ("MixtralForCausalLM", {"bits": 3, "group_size": 16}),
@@ -232,6 +232,7 @@ def test_it_tells_its_progress_within_a_block(bert_tiny: Path, tmp_path: Path):
         ({"format": "nvfp4", "group_size": 32}, "leave it out"),
         ({"format": "mxfp4", "budget": 4.5}, "budget"),
         ({"steps": 1}, "steps"),
+        ({"format": "mxfp4", "start": "better"}, "integers"),
     ],
 )
 def test_what_cannot_work_is_refused_before_it_runs(pass_: dict[str, Any], says: str, bert_tiny: Path):

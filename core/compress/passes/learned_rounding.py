@@ -52,7 +52,7 @@ class Learned:
         """largest: as in `round_weight`."""
         self._options, self._schemes, self._largest, self._seed = options, schemes, largest, seed
         self._solver = None
-        if options.format == "int":
+        if options.start == "better":
             self._solver = Quantized(Gptq(symmetric=options.symmetric, ranges=options.ranges), schemes)
 
     def watch(self, columns: int, device: torch.device) -> Gram:
@@ -73,7 +73,7 @@ class Learned:
         return from_tensors(name, scheme_of(self._schemes, name), written)
 
     def _starts(self, weights: Mapping[str, Tensor], inputs: Sequence[Inputs]) -> list[Codes]:
-        """The codes to start from: the nearest ones, and GPTQ's."""
+        """The codes to start from: the nearest ones, and GPTQ's if they are asked for."""
         nearest: dict[str, Coded] = {}
         for group in inputs:
             assert isinstance(group.statistic, Gram)

@@ -14,7 +14,7 @@ from nightpress.core.recipes.schemes import Scheme, Strategy
 class LearnedRounding(Budgeted):
     """Learn which way each linear weight is rounded, and the range of each scale, against each block's output (arXiv 2309.05516).
 
-    Each block learns by signed gradient descent, from the better of GPTQ's codes and the nearest ones. It takes much longer than `gptq` and
+    Each block learns by signed gradient descent, from the nearest codes or GPTQ's. It takes much longer than `gptq` and
     loses less, most of all at 2 and 3 bits. The result is `pack-quantized`, or floats of 4 bits: `mxfp4` (a power of two for each 32
     inputs) and `nvfp4` (an fp8 scale for each 16 inputs).
     """
@@ -22,6 +22,10 @@ class LearnedRounding(Budgeted):
     pass_: Literal["learned-rounding"] = Field("learned-rounding", alias="pass")
     format: Literal["int", "mxfp4", "nvfp4"] = "int"
     bits: Bits = 4
+    start: Literal["nearest", "better"] = Field(
+        "nearest",
+        description="The codes to start from: the nearest ones, or the better of these and GPTQ's at the block's output. GPTQ's fit the calibration text, and may do worse on other text.",
+    )
     steps: int = Field(200, ge=10, le=10_000, description="Learning steps of each block.")
     batch: int = Field(8, ge=1, le=1024, description="Calibration samples of a step.")
 
@@ -38,6 +42,8 @@ class LearnedRounding(Budgeted):
             raise ValueError(
                 f"`format: {self.format}` takes neither zero points, `overrides`, `embeddings` nor a `budget`"
             )
+        if self.format != "int" and self.start != "nearest":
+            raise ValueError("GPTQ's codes are integers; leave `start` at `nearest`")
         if self.format != "int" and self.ranges == "half-quadratic":
             raise ValueError("half-quadratic ranges are for integers")
         return self
