@@ -21,9 +21,16 @@ def stand_in_for_datasets() -> None:
     """Let auto-round be imported without the package datasets, which it needs only to fetch text from the Hub."""
     if importlib.util.find_spec("datasets") is None:
         module: Any = types.ModuleType("datasets")
-        module.__getattr__ = lambda name: type(name, (), {})
+        module.__getattr__ = _any_class
         module.__spec__ = importlib.util.spec_from_loader("datasets", None)
         sys.modules["datasets"] = module
+
+
+def _any_class(name: str) -> type:
+    """A class of any name. Modules have no other attributes with two underscores than Python's own."""
+    if name.startswith("__"):
+        raise AttributeError(name)
+    return type(name, (), {})
 
 
 def tokenizer_of(source: Path) -> Any:
