@@ -157,6 +157,7 @@ class Subject(_Model):
     measurements: tuple[Measurement, ...] = ()
     timings: tuple[Timing, ...] = ()
     generation: tuple[GenerationTiming, ...] = ()
+    measurements_by: str | None = None  #: the earlier job that measured the source's outputs; None: this job
     measured_on: MeasuredOn | None = None  #: None in reports of earlier versions, which measured on the processor
     peak_memory_bytes: int | None = None  #: of the consumer's process; None: unknown
     peak_gpu_bytes: int | None = None  #: of the GPU's memory that the consumer took; None: it ran on the processor

@@ -21,10 +21,10 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from nightpress.core.compress.environment import bfloat16_held_down
 from nightpress.core.compress.export.consumer_faults import check_finite, failed
 from nightpress.core.compress.export.task import Task, TimedGeneration, TimedShape
 from nightpress.core.compress.model.checkpoint import disk_errors
+from nightpress.core.processor import bfloat16_held_down
 
 _STDERR_READ = 32768  #: bytes at the end of a process's standard error
 _SHAPE_SECONDS = 8.0  #: longest time for one shape and one model
@@ -60,6 +60,8 @@ class ModelRuns:
 
     timings: tuple[dict[str, Any], ...]
     writings: tuple[dict[str, Any], ...]
+    peak_memory: int | None = None  #: bytes, of the process until the end of these runs; None: unknown
+    peak_gpu: int | None = None  #: bytes of the GPU's memory
 
 
 class Consumer:
@@ -199,6 +201,7 @@ def run_consumer(
     device: Device = "cpu",
     reference: Path | None = None,
     probes: Sequence[str] = (),
+    stem: str | None = None,
     beside: Callable[[int | None], Consumer | None] = lambda _peak: None,
     progress: Callable[[float, str], None] = lambda _fraction, _text: None,
 ) -> Observed:
@@ -218,6 +221,7 @@ def run_consumer(
         device=device,
         reference=reference,
         probes=probes,
+        stem=stem,
         progress=lambda fraction, text: progress(share * fraction, text),
     ) as consumer:
         seen = consumer.run()
@@ -253,8 +257,10 @@ def _take_turns(
                 _shape_runs(request, found[at]) for request, found in zip(wanted[:shapes], runs, strict=False)
             ),
             writings=_generation_runs(wanted[shapes:], [found[at] for found in runs[shapes:]]),
+            peak_memory=model.peak_memory,
+            peak_gpu=model.peak_gpu,
         )
-        for at in range(len(models))
+        for at, model in enumerate(models)
     )
 
 

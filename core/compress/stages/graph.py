@@ -14,7 +14,8 @@ from nightpress.core.compress.graph.tracing import Traced
 from nightpress.core.compress.memory import return_freed_memory
 from nightpress.core.compress.passes.registry import graph_pass_of
 from nightpress.core.compress.stages.clock import Report, parts
-from nightpress.core.compress.stages.job import Exported, PressJob, State, naming_the_package
+from nightpress.core.compress.stages.job import PressJob, naming_the_package
+from nightpress.core.compress.stages.state import Exported, State
 from nightpress.core.recipes.exports import GRAPH_FORMATS, Export
 
 _EXPORTERS = {
