@@ -22,7 +22,7 @@ from tests.models import minilm_dir, smollm_dir
 from tests.service import Service
 
 #: model → the built-in recipe of its jobs
-JOBS = {"smollm2": "int4-lm", "minilm": "int8-encoder"}
+JOBS = {"smollm2": "int4-weights", "minilm": "int8-encoder"}
 _MEMORY = 8 * 2**30
 
 

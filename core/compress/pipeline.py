@@ -177,7 +177,11 @@ def _data_used(job: PressJob) -> tuple[DataUsed, ...]:
 
 def _notes(job: PressJob, state: State) -> tuple[str, ...]:
     header = state.source_header
-    notes = [*make_plan(job.recipe, header).warnings, *(text for record in state.records for text in record.warnings)]
+    notes = [
+        *make_plan(job.recipe, header).warnings,
+        *state.notes,
+        *(text for record in state.records for text in record.warnings),
+    ]
     source_dtypes = {tensor.dtype for tensor in header.tensors} - {"F32", "I64"}
     place = state.source.measured_on
     if source_dtypes and (place is None or place.device == "cpu"):

@@ -48,6 +48,9 @@ class Observed:
     seconds: float
     outputs_file: Path
     beside: "ModelRuns | None" = None  #: the source's runs, if both took turns
+    uncompressed: "ModelRuns | None" = (
+        None  #: the runs of the uncompressed model in the same runtime, if both took turns
+    )
     peak_gpu: int | None = None  #: bytes of the GPU's memory; None: it ran on the processor
     loaded_as: Mapping[str, Any] = field(
         default_factory=lambda: {"device": "cpu"}
@@ -191,6 +194,10 @@ class Consumer:
         raise failed(self.name, status, self._errors.read().decode(errors="replace"))
 
 
+#: Peak memory of an artifact's process in bytes → the consumer of another model, or None if memory does not hold it, too.
+Beside = Callable[[int | None], Consumer | None]
+
+
 def run_consumer(
     runner: Path,
     folder: Path,
@@ -202,13 +209,14 @@ def run_consumer(
     reference: Path | None = None,
     probes: Sequence[str] = (),
     stem: str | None = None,
-    beside: Callable[[int | None], Consumer | None] = lambda _peak: None,
+    beside: Beside = lambda _peak: None,
+    uncompressed: Beside = lambda _peak: None,
     progress: Callable[[float, str], None] = lambda _fraction, _text: None,
 ) -> Observed:
     """Load `folder` in a fresh process and run the task there.
 
-    beside: gets the peak memory of this process and returns the source's loaded consumer, to take turns with. If it returns None, the
-    artifact is timed alone. Raises the errors of `Consumer.run`.
+    beside, uncompressed: return the loaded consumers of the source, and of the uncompressed model in the same runtime, to take turns with.
+    The artifact is timed without those that are None. Raises the errors of `Consumer.run`.
     """
     timed = len(task.shapes) + len(task.writings)
     share = len(task.sets) / max(1, len(task.sets) + timed)  # the part of the progress that is for the sets
@@ -225,14 +233,15 @@ def run_consumer(
         progress=lambda fraction, text: progress(share * fraction, text),
     ) as consumer:
         seen = consumer.run()
-        other = beside(consumer.peak_memory) if timed else None
-        models = [consumer] if other is None else [consumer, other]
+        others = [start(consumer.peak_memory) if timed else None for start in (beside, uncompressed)]
+        models = [consumer, *(other for other in others if other is not None)]
         ours, *theirs = _take_turns(task, models, lambda fraction, text: progress(share + (1 - share) * fraction, text))
         return replace(
             seen,
             timings=ours.timings,
             writings=ours.writings,
-            beside=theirs[0] if theirs else None,
+            beside=theirs.pop(0) if others[0] is not None else None,
+            uncompressed=theirs.pop(0) if others[1] is not None else None,
             peak_memory=consumer.peak_memory,
             peak_gpu=consumer.peak_gpu,
             seconds=consumer.seconds,

@@ -5,14 +5,14 @@ those runs are the source's timings, too; otherwise its process is started to be
 """
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 
 from nightpress.core.compress.evaluate import quality, speed
-from nightpress.core.compress.evaluate.beside import SourceBeside
+from nightpress.core.compress.evaluate.beside import ConsumerBeside
 from nightpress.core.compress.evaluate.quality import Trial
 from nightpress.core.compress.export import safetensors
-from nightpress.core.compress.export.consumer import Consumer, Device, ModelRuns, Observed, consumer_name, run_consumer
+from nightpress.core.compress.export.consumer import Beside, Device, ModelRuns, Observed, consumer_name, run_consumer
 from nightpress.core.compress.export.task import Task
 from nightpress.core.compress.stages import kept_source
 from nightpress.core.compress.stages.job import PressJob, folder_bytes
@@ -22,9 +22,6 @@ from nightpress.core.processor import processor
 from nightpress.core.recipes.costs import CONSUMER_BYTES
 from nightpress.core.recipes.header import ModelHeader
 
-#: Peak memory of an artifact's process → the source's consumer, or None.
-Beside = Callable[[int | None], Consumer | None]
-
 
 class Baseline:
     """The source of a job. `observed` has its outputs; its timed runs are there after `timed` or `finish`."""
@@ -33,6 +30,7 @@ class Baseline:
         """Measure the source's outputs, or read those that an earlier job has kept."""
         self._job, self._header, self._trial = job, header, trial
         self.device: Device = job.device_of(None)
+        self._beside: ConsumerBeside | None = None
         job.clock.enter("baseline")
         kept = None
         if job.spec.source_measured_by:
@@ -134,17 +132,26 @@ class Baseline:
         job, seen = self._job, self.observed
         if device != self.device:  # the source was measured on the GPU: what it takes on the processor is estimated
             seen = replace(seen, peak_memory=CONSUMER_BYTES + 4 * self._header.parameters, peak_gpu=None)
-        with SourceBeside(
+        with ConsumerBeside(
             safetensors.CONSUMER,
             job.source,
             self._trial.task,
-            seen,
+            seen.peak_memory,
+            peak_gpu=seen.peak_gpu,
+            name="source",
             scratch=job.scratch,
             limit=job.spec.memory_limit,
             device=device,
             progress=lambda _fraction, what: job.clock.at(0.0, f"the source beside it: {what}"),
         ) as source:
+            self._beside = source
             yield source.open if self._may_take_turns(device) else lambda _peak: None
+        self._beside = None
+
+    @property
+    def held_beside(self) -> int:
+        """Bytes of the source's process beside the artifacts; 0 if there is none."""
+        return 0 if self._beside is None else self._beside.held
 
 
 def measured_on(observed: Observed) -> MeasuredOn:

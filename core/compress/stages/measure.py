@@ -1,20 +1,26 @@
 """The stage that measures: first the source, before anything is pressed; then each artifact, loaded by its consumer in a fresh process."""
 
+import contextlib
+from collections.abc import Iterator
+
 from nightpress.core.compress import environment
 from nightpress.core.compress.evaluate import quality, speed
+from nightpress.core.compress.evaluate.beside import ConsumerBeside
 from nightpress.core.compress.evaluate.remarks import remarks
 from nightpress.core.compress.export import gguf
-from nightpress.core.compress.export.consumer import run_consumer
+from nightpress.core.compress.export.consumer import Beside, Consumer, run_consumer
 from nightpress.core.compress.export.probes import compare, probed_layers
 from nightpress.core.compress.export.program import usage_program
 from nightpress.core.compress.export.verify import verify
 from nightpress.core.compress.passes.registry import ModelPair, measure_pass_of
 from nightpress.core.compress.runners.measure import LOADING
-from nightpress.core.compress.stages.baseline import Beside, measured_on
+from nightpress.core.compress.stages.baseline import measured_on
 from nightpress.core.compress.stages.clock import Report, parts
 from nightpress.core.compress.stages.job import PressJob, folder_bytes, naming_the_package
 from nightpress.core.compress.stages.state import Exported, State
+from nightpress.core.errors import ErrorCode, NightpressError
 from nightpress.core.handoff.report import Subject
+from nightpress.core.recipes.measuring import uncompressed_bytes
 from nightpress.core.recipes.plan import stored
 
 
@@ -56,18 +62,20 @@ def _measure(
     baseline = state.baseline
     job.clock.at(start, f"loading {name} in a fresh process")
     packed = probed_layers(state.folder) if artifact.export.format == "compressed-tensors" else []
-    observed = run_consumer(
-        artifact.runner,
-        artifact.folder,
-        task,
-        name=name,
-        scratch=job.scratch,
-        device=device,
-        reference=baseline.observed.outputs_file,
-        probes=packed,
-        beside=beside,
-        progress=_evaluating(job, start, end, name),
-    )
+    with _uncompressed_beside(job, state, artifact) as uncompressed:
+        observed = run_consumer(
+            artifact.runner,
+            artifact.folder,
+            task,
+            name=name,
+            scratch=job.scratch,
+            device=device,
+            reference=baseline.observed.outputs_file,
+            probes=packed,
+            beside=beside,
+            uncompressed=uncompressed,
+            progress=_evaluating(job, start, end, name),
+        )
     state.versions |= observed.versions
     of_tokens: tuple[str, ...] = ()
     if artifact.export.format == "gguf":
@@ -93,6 +101,38 @@ def _measure(
         usage=usage_program(artifact.export.format, artifact.folder, state.header),
         notes=of_tokens,
     )
+
+
+@contextlib.contextmanager
+def _uncompressed_beside(job: PressJob, state: State, artifact: Exported) -> Iterator[Beside]:
+    """Yields the function that loads the uncompressed model in the artifact's runtime, if it is timed and memory holds it, too."""
+    plain = state.uncompressed.get(artifact.export.format)
+    if plain is None:
+        yield lambda _peak: None
+        return
+    with ConsumerBeside(
+        plain.runner,
+        plain.folder,
+        state.trial.task,
+        uncompressed_bytes(state.source_header, plain.export),
+        name=f"uncompressed-{plain.export.name}",
+        scratch=job.scratch,
+        limit=job.spec.memory_limit,
+        others=lambda: state.baseline.held_beside,
+        progress=lambda _fraction, what: job.clock.at(0.0, f"the uncompressed model beside it: {what}"),
+    ) as consumer:
+
+        def start(artifact_peak: int | None) -> Consumer | None:
+            try:
+                return consumer.open(artifact_peak)
+            except NightpressError as error:
+                if error.code is ErrorCode.DISK_FULL:
+                    raise
+                state.notes.append(f"The uncompressed model can't be timed as {plain.export.name}: {error}")
+                job.warn(state.notes[-1])
+                return None
+
+        yield start
 
 
 def _evaluating(job: PressJob, start: float, end: float, name: str) -> Report:

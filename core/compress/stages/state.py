@@ -34,6 +34,9 @@ class State:
     records: list[PassRecord] = dataclasses.field(default_factory=list)
     traced: Traced | None = None  #: the graph of the pressed model, if an export needs one
     exported: list[Exported] = dataclasses.field(default_factory=list)
+    #: format → the uncompressed model in that format, to be timed beside the artifacts of its runtime
+    uncompressed: dict[str, Exported] = dataclasses.field(default_factory=dict)
     artifacts: list[Subject] = dataclasses.field(default_factory=list)
     profiles: list[Profile] = dataclasses.field(default_factory=list)
+    notes: list[str] = dataclasses.field(default_factory=list)  #: for the report
     versions: dict[str, str] = dataclasses.field(default_factory=dict)  #: of the libraries in the consumers' processes
