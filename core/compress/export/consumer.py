@@ -83,7 +83,7 @@ class Consumer:
         scratch: Path,
         device: Device = "cpu",
         reference: Path | None = None,
-        probes: Sequence[str] = (),
+        probes: Mapping[str, float] | None = None,
         stem: str | None = None,
         progress: Callable[[float, str], None] = lambda _fraction, _text: None,
     ) -> None:
@@ -110,7 +110,7 @@ class Consumer:
                     {
                         "folder": folder.name,
                         "device": device,
-                        "probes": list(probes),
+                        "probes": dict(probes or {}),
                         "float32": bfloat16_held_down(),
                         **task.request(),
                         **{key: None if file is None else str(file.resolve()) for key, file in files.items()},
@@ -207,7 +207,7 @@ def run_consumer(
     scratch: Path,
     device: Device = "cpu",
     reference: Path | None = None,
-    probes: Sequence[str] = (),
+    probes: Mapping[str, float] | None = None,
     stem: str | None = None,
     beside: Beside = lambda _peak: None,
     uncompressed: Beside = lambda _peak: None,

@@ -61,7 +61,7 @@ def _measure(
     name, task, device = artifact.export.name, state.trial.task, job.device_of(artifact.export)
     baseline = state.baseline
     job.clock.at(start, f"loading {name} in a fresh process")
-    packed = probed_layers(state.folder) if artifact.export.format == "compressed-tensors" else []
+    packed = probed_layers(state.folder) if artifact.export.format == "compressed-tensors" else {}
     with _uncompressed_beside(job, state, artifact) as uncompressed:
         observed = run_consumer(
             artifact.runner,
