@@ -90,7 +90,7 @@ class Consumer:
         """Start the process. name: the artifact's name, or `source`. stem: the stem of its files in `scratch`; None: the name.
 
         device: cuda only for the runner of transformers. reference: the outputs of the source, for the artifact to be compared with.
-        probes: layers to be asked one by one, see probes.py; only for the runner of transformers.
+        probes: layers to be asked one by one, and the factor of each; see probes.py.
         """
         self.name, self._progress, self._started = name, progress, time.monotonic()
         self.peak_memory: int | None = None  #: bytes, of the process until now; None if the system does not report it

@@ -17,6 +17,8 @@ from numpy.typing import NDArray
 from nightpress.core.compress.grids.pressed_weights import PressedWeights
 from nightpress.core.compress.runners.measure import PROBE, probe_rows, probe_vectors
 
+#: Formats whose runners ask single layers. In graphs, these are the products with packed integer weights.
+PROBED_FORMATS = frozenset({"compressed-tensors", "onnx", "openvino"})
 _BOUND_32 = (
     1e-2  #: largest relative error of a layer's answers in float32; a scale for each token may take 1 as 127/127.5
 )
@@ -44,7 +46,7 @@ def probed_layers(pressed: Path) -> dict[str, float]:
 def compare(pressed: Path, outputs: Mapping[str, NDArray[Any]], dtype: str) -> ProbeResult:
     """Compare a consumer's answers with the pressed model's. outputs: as a runner returns them, `probe.LAYER` [vectors, rows] each.
 
-    dtype: that the consumer computed in, e.g. `float32`.
+    dtype: that the consumer computed in, e.g. `float32`; empty: the library decides, perhaps for 16 bits.
     """
     weights, worst, error, layers = PressedWeights(pressed), "", 0.0, 0
     for key, ours in outputs.items():

@@ -121,7 +121,7 @@ def _run_probes(forward: Forward, layers: dict[str, float]) -> dict[str, Array]:
     """
     found: dict[str, Array] = {}
     for name, factor in layers.items():
-        probed = forward.probed(name, factor)  # type: ignore[attr-defined]  # only the runner of transformers is asked
+        probed = forward.probed(name, factor)  # type: ignore[attr-defined]  # only runners that have it are asked
         if probed is not None:
             found[f"{PROBE}{name}"] = probed
     return found

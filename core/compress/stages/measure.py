@@ -9,7 +9,7 @@ from nightpress.core.compress.evaluate.beside import ConsumerBeside
 from nightpress.core.compress.evaluate.remarks import remarks
 from nightpress.core.compress.export import gguf
 from nightpress.core.compress.export.consumer import Beside, Consumer, run_consumer
-from nightpress.core.compress.export.probes import compare, probed_layers
+from nightpress.core.compress.export.probes import PROBED_FORMATS, compare, probed_layers
 from nightpress.core.compress.export.program import usage_program
 from nightpress.core.compress.export.verify import verify
 from nightpress.core.compress.passes.registry import ModelPair, measure_pass_of
@@ -61,7 +61,7 @@ def _measure(
     name, task, device = artifact.export.name, state.trial.task, job.device_of(artifact.export)
     baseline = state.baseline
     job.clock.at(start, f"loading {name} in a fresh process")
-    packed = probed_layers(state.folder) if artifact.export.format == "compressed-tensors" else {}
+    packed = probed_layers(state.folder) if artifact.export.format in PROBED_FORMATS else {}
     with _uncompressed_beside(job, state, artifact) as uncompressed:
         observed = run_consumer(
             artifact.runner,
@@ -80,7 +80,7 @@ def _measure(
     of_tokens: tuple[str, ...] = ()
     if artifact.export.format == "gguf":
         of_tokens = gguf.check_tokens(job.source, artifact.folder, name=name, scratch=job.scratch)
-    probes = compare(state.folder, observed.outputs, observed.loaded_as["dtype"]) if packed else None
+    probes = compare(state.folder, observed.outputs, observed.loaded_as.get("dtype", "")) if packed else None
     verification = verify(
         job.recipe, artifact.export, observed, source=baseline.observed, traced=state.traced, task=task, probes=probes
     )
