@@ -40,6 +40,7 @@ BENCHES = {
     "targets_llm": Bench("The target `cpu-llm`, beside llama.cpp's own quantizer.", 10),
     "shrink": Bench("all-MiniLM-L6-v2 without a quarter of its channels and heads.", 3),
     "overhead": Bench("The share of a job that verification takes.", 6),
+    "source_once": Bench("The share of two jobs on one model that goes to its source.", 8),
     "generation_cache": Bench("Decoding with each kind of key/value cache.", 24),
     "estimates": Bench("What a plan estimates of memory, size and time, beside what is measured.", 25),
     "larger_than_memory": Bench("A model four times as large as the memory that it may use; needs root.", 4),

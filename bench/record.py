@@ -67,11 +67,11 @@ class Machine:
 
     @classmethod
     def here(cls) -> "Machine":
-        from nightpress.core.compress import environment
+        from nightpress.core.processor import cpu_features, processor
 
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-        features = tuple(environment.cpu_features())
-        return cls(environment.processor(), features, os.cpu_count(), round(memory / 2**30), _gpu())
+        features = tuple(cpu_features())
+        return cls(processor(), features, os.cpu_count(), round(memory / 2**30), _gpu())
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,6 @@ import torch
 
 from bench.train_steps import compare_steps
 from bench.trained import accuracy, test_rows, unship
-from nightpress.core.compress import environment
 from nightpress.core.compress.context import PassContext
 from nightpress.core.compress.data.examples import Examples
 from nightpress.core.compress.data.tokenized import Sequences, pad
@@ -21,6 +20,7 @@ from nightpress.core.compress.graph import tracing
 from nightpress.core.compress.model.exits import load_exits
 from nightpress.core.compress.model.networks import load_model
 from nightpress.core.compress.solvers.exits import choose, outcomes
+from nightpress.core.processor import cpu_features, processor
 from nightpress.core.recipes.inspect import FolderFiles, inspect_model
 
 #: token ids [1, S] → the model's outputs
@@ -36,7 +36,7 @@ def measure(
     torch.set_num_threads(threads)
     test = test_rows(model, data / "rt_sentiment_test.jsonl.gz")
     found: dict[str, Any] = {
-        "cpu": " ".join([environment.processor(), *environment.cpu_features()]),
+        "cpu": " ".join([processor(), *cpu_features()]),
         "threads": threads,
         "source_accuracy": accuracy(model, model, test),
     }

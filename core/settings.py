@@ -146,6 +146,11 @@ class Settings(BaseSettings):
         ge=0,
         description="Days until a fetched model or data set is deleted, once a newer one has its name; 0: never.",
     )
+    keep_source_days: int = Field(
+        30,
+        ge=0,
+        description="Days that the measured outputs of a source are kept after their last use, so that later jobs on the same model don't measure them again; 0 keeps none.",
+    )
     keep_history_days: int = Field(
         90, ge=1, description="Days that runs of schedules and deliveries of webhooks are kept."
     )

@@ -20,6 +20,7 @@ from nightpress.core.errors import ErrorCode, NightpressError
 from nightpress.core.handoff.frames import Checkpoint, Frame, Log, Progress
 from nightpress.core.handoff.manifest import ArtifactEntry, Manifest, describe_file
 from nightpress.core.handoff.report import Report, Subject
+from nightpress.core.handoff.source_outputs import FRESH_FILE, KEPT_FILE, MAX_BYTES
 from nightpress.core.handoff.spec import JobSpec
 from nightpress.worker.child import main
 from tests.spy import look_around
@@ -27,22 +28,21 @@ from tests.spy import look_around
 Emit = Callable[[Frame], None]
 
 
-def press(job_dir: Path, emit: Emit) -> Manifest:
+def press(job_dir: Path, emit: Emit, source: Subject | None = None) -> Manifest:
     """Write a whole result at once: unchanged copies of the source's files, and a report with the job's folder and thread count."""
     spec = JobSpec.load(job_dir)
     emit(Progress(phase="pressing", fraction=0.5))
     out = job_dir / "out"
     (out / "onnx").mkdir()
-    for source in sorted((job_dir / "source").iterdir()):
-        (out / "onnx" / source.name).write_bytes(source.read_bytes())
-    subject = Subject(name="source", format="safetensors", size_bytes=1)
+    for file in sorted((job_dir / "source").iterdir()):
+        (out / "onnx" / file.name).write_bytes(file.read_bytes())
     report = Report(
         job_id=spec.job_id,
         model={},
         recipe={},
         data=(),
         environment={"folder": job_dir.name, "threads": spec.threads},
-        source=subject,
+        source=source or Subject(name="source", format="safetensors", size_bytes=1),
         artifacts=(),
         passes=(),
         gates=(),
@@ -60,6 +60,48 @@ def press(job_dir: Path, emit: Emit) -> Manifest:
     )
     (out / "manifest.json").write_text(manifest.model_dump_json())
     return manifest
+
+
+def measures(job_dir: Path, emit: Emit) -> Manifest:
+    """Measure the source, as far as the worker can see: leave a file, or say in the report what the file of an earlier job holds."""
+    spec = JobSpec.load(job_dir)
+    kept, told = job_dir / "work" / KEPT_FILE, ""
+    if spec.source_measured_by:
+        told = kept.read_text()
+    else:
+        assert not kept.exists()
+        if spec.keep_source:
+            (job_dir / "work" / FRESH_FILE).write_text(f"measured by {spec.job_id}")
+    by = spec.source_measured_by or None
+    return press(
+        job_dir,
+        emit,
+        Subject(name="source", format="safetensors", size_bytes=1, measurements_by=by, notes=(told,) if told else ()),
+    )
+
+
+def measures_and_fails(job_dir: Path, emit: Emit) -> Manifest:
+    measures(job_dir, emit)
+    raise NightpressError(ErrorCode.VERIFICATION_FAILED, "The artifact is broken.")
+
+
+def measures_a_link(job_dir: Path, emit: Emit) -> Manifest:
+    """Leave a link to a file outside the folder."""
+    (job_dir / "work" / FRESH_FILE).symlink_to("/etc/hostname")
+    return press(job_dir, emit)
+
+
+def measures_a_pipe(job_dir: Path, emit: Emit) -> Manifest:
+    """Leave a pipe, from which a reader would wait for ever."""
+    os.mkfifo(job_dir / "work" / FRESH_FILE)
+    return press(job_dir, emit)
+
+
+def measures_too_much(job_dir: Path, emit: Emit) -> Manifest:
+    """Leave a file that is larger than is kept. It takes no room on the disk."""
+    with (job_dir / "work" / FRESH_FILE).open("wb") as file:
+        file.truncate(MAX_BYTES + 1)
+    return press(job_dir, emit)
 
 
 def slow(job_dir: Path, emit: Emit) -> Manifest:
@@ -328,6 +370,7 @@ BEHAVIOURS = {
     behaviour.__name__: behaviour
     for behaviour in (
         press, slow, first_slow, endless, stepping, chaotic, pipeline_until, pipeline_until_said, telling, staying, wedged, segfault, nameless_signal, leave, killed_at_its_limit, killed_by_somebody, out_of_addresses, cuda_out_of_memory,
+        measures, measures_and_fails, measures_a_link, measures_a_pipe, measures_too_much,
         fills_the_gpu, killed_on_the_gpu, full_disk, hog, smuggle, tamper, babble, spy, hides_memory, long_file
     )
 }  # fmt: skip

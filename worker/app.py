@@ -52,6 +52,7 @@ def run_worker(settings: Settings, *, child_command: Sequence[str] = CHILD_COMMA
         folder.path,
         memory=offer.memory,
         threads=offer.threads,
+        gpu=offer.device if offer.queue == "gpu" else "",
         child_command=child_command,
     )
     slot = Slot(resources.store, supervisor, offer, ttl_s=settings.lease_ttl_s)

@@ -136,7 +136,7 @@ class CheckpointDepot:
         if frame.pass_index not in self._mine:
             return
         try:
-            descriptor = _open_plain(self._work, FileEntry(path=frame.path, size=0, sha256="0" * 64).path)
+            descriptor = open_plain(self._work, FileEntry(path=frame.path, size=0, sha256="0" * 64).path)
         except (OSError, ValueError) as error:
             self._tell("warning", f"A checkpoint is no file below work/: {error}")
             return
@@ -239,7 +239,7 @@ def _identity(status: os.stat_result) -> _Identity:
     return status.st_ino, status.st_size, status.st_mtime_ns
 
 
-def _open_plain(root: Path, path: str) -> int:
+def open_plain(root: Path, path: str) -> int:
     """Open a file below `root` without following links, so that a child can't name a file outside its folder."""
     *folders, name = PurePosixPath(path).parts
     at = os.open(root, os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW)

@@ -13,7 +13,7 @@ from nightpress.core.database import make_engine
 from nightpress.core.errors import NightpressError
 from nightpress.core.logs import configure_logging
 from nightpress.core.service.compose import Resources
-from nightpress.core.service.jobs.checkpoints import folder_of
+from nightpress.core.service.jobs import checkpoints, source_figures
 from nightpress.core.service.jobs.ring import Ringer
 from nightpress.core.service.jobs.roster import FLEET_MEMORY_S
 from nightpress.core.service.registry.intake import Intake
@@ -105,7 +105,13 @@ class Control:
             self._sweep_at = time.monotonic() + _SWEEP_EVERY_S
             steps += [self._forget_workers, self._forget_requests]
             # In their own threads: a store that hangs, or many files, must not delay the expiry of leases.
-            for slow in (self._sweep_attempts, self._sweep_checkpoints, self._sweep_uploads, self._prune):
+            for slow in (
+                self._sweep_attempts,
+                self._sweep_checkpoints,
+                self._sweep_sources,
+                self._sweep_uploads,
+                self._prune,
+            ):
                 self._slow.start(slow.__name__.strip("_"), slow)
         for step in steps:
             attempt(step.__name__.strip("_"), step)
@@ -191,8 +197,14 @@ class Control:
     def _sweep_checkpoints(self) -> None:
         keep_s = self._settings.checkpoint_keep_s
         for digest in self._resources.checkpoints.due(keep_s):
-            self._resources.objects.delete_prefix(folder_of(digest))
+            self._resources.objects.delete_prefix(checkpoints.folder_of(digest))
             self._resources.checkpoints.prune(digest, keep_s)
+
+    def _sweep_sources(self) -> None:
+        keep_s, sources = self._settings.keep_source_days * _DAY_S, self._resources.store.sources
+        for digest in sources.due(keep_s):
+            self._resources.objects.delete_prefix(source_figures.folder_of(digest))
+            sources.prune(digest, keep_s)
 
     def _sweep_uploads(self) -> None:
         for registry in self._registries:

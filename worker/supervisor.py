@@ -17,9 +17,10 @@ from typing import Final, TypeVar
 
 from nightpress.core.artifacts.storage import ObjectStore
 from nightpress.core.errors import ErrorCode, NightpressError
-from nightpress.core.handoff.frames import Phase, Progress
+from nightpress.core.handoff.frames import Phase
 from nightpress.core.handoff.spec import JobSpec
 from nightpress.core.logs import log_context
+from nightpress.core.recipes.models import Recipe
 from nightpress.core.recipes.passes import catalog
 from nightpress.core.service.jobs.checkpoints import CheckpointIndex
 from nightpress.core.service.jobs.records import Claimed, Job
@@ -31,10 +32,12 @@ from nightpress.worker.cache import full_worker_disk
 from nightpress.worker.checkpoints import CheckpointDepot
 from nightpress.worker.fitness import Fitness, MachineFaultError
 from nightpress.worker.lease import LeaseKeeper
-from nightpress.worker.metrics import ATTEMPTS, BYTES_MOVED, GPU_SECONDS, LEASES_LOST, SECONDS_MOVING
+from nightpress.worker.meter import Meter
+from nightpress.worker.metrics import ATTEMPTS, GPU_SECONDS, LEASES_LOST
 from nightpress.worker.process import CHILD_COMMAND, ChildProcess
 from nightpress.worker.recipes import read_recipe
 from nightpress.worker.relay import Relay
+from nightpress.worker.sources import SourceKeeper
 from nightpress.worker.staging import Stager, files_of, outcome_of, read_manifest, ship
 from nightpress.worker.storage_threads import StorageThreads
 
@@ -72,8 +75,10 @@ class Supervisor:
         *,
         memory: int,
         threads: int,
+        gpu: str = "",
         child_command: Sequence[str] = CHILD_COMMAND,
     ) -> None:
+        """gpu: the name of the GPU that jobs of the queue `gpu` run on."""
         self.settings = settings
         self.store = store
         self.objects = objects
@@ -82,6 +87,7 @@ class Supervisor:
         self._root = root
         self.memory = memory
         self.threads = threads
+        self.gpu = gpu
         self._child_command = child_command
         self._spare: ChildProcess | None = None
         self.draining = threading.Event()
@@ -154,6 +160,7 @@ class _Attempt:
         self._started = claimed_at
         self._child: ChildProcess | None = None
         self._depot: CheckpointDepot | None = None
+        self._source: SourceKeeper | None = None
         self._keeper = LeaseKeeper(
             self._store,
             claimed.lease,
@@ -229,6 +236,7 @@ class _Attempt:
         )
         with full_worker_disk():
             self._move(lambda: depot.begin(on_bytes=lambda _count: self._check()))
+            measured_by = self._move(lambda: self._kept_source(recipe, child.job_dir))
         spec = JobSpec(
             job_id=self._job.id,
             attempt=self._lease.attempt,
@@ -240,16 +248,40 @@ class _Attempt:
             device="cuda" if self._job.queue == "gpu" else "cpu",
             threads=self._supervisor.threads,
             memory_limit=self._supervisor.memory,
+            source_measured_by=measured_by,
+            keep_source=self._source is not None,
             file_limit=sandbox.file_limit(child.job_dir),
         )
         spec.save(child.job_dir)
         relay = Relay(child, self._keeper, keep=depot.keep, memory_limit=spec.memory_limit, stall_s=self._job.stall_s)
         child.begin(patience_s=self._settings.lease_ttl_s)
         with span("press", {"process.pid": child.pid}):
-            relay.run(self._check)
-        child.kill()  # processes that it started must not outlive it, nor change the files that are read now
+            self._relay(relay, child)
         self._supervisor.warm_up()
         return self._ship(spec, child.job_dir)
+
+    def _relay(self, relay: Relay, child: ChildProcess) -> None:
+        """Relay until the child ends. What it has measured of its source is kept even if the job has failed."""
+        try:
+            relay.run(self._check)
+        except NightpressError:
+            child.kill()
+            self._store_source()
+            raise
+        child.kill()  # processes that it started must not outlive it, nor change the files that are read now
+        self._store_source()
+
+    def _kept_source(self, recipe: Recipe, job_dir: Path) -> str:
+        """Bring what an earlier job has measured of the source. Returns that job's id; empty: there is none."""
+        if not self._settings.keep_source_days:
+            return ""
+        gpu = self._supervisor.gpu if self._job.queue == "gpu" and recipe.measured_on_gpu(None) else ""
+        self._source = SourceKeeper(self._store.sources, self._supervisor.objects, self._job, recipe, job_dir, gpu=gpu)
+        return self._source.bring()
+
+    def _store_source(self) -> None:
+        if self._source is not None:
+            self._move(self._source.store)
 
     def _stage(self, job_dir: Path) -> dict[str, str]:
         report = self._meter("fetching", 0.0, FETCHED)
@@ -341,42 +373,5 @@ class _Attempt:
     def _move(self, step: Callable[[], Answer]) -> Answer:
         return self._supervisor.storage_threads.run(step, self._check)
 
-    def _meter(self, phase: Phase, low: float, high: float) -> "_Meter":
-        return _Meter(self._keeper, self._check, phase, low, high)
-
-
-class _Meter:
-    """Reports transferred bytes as progress of a phase, between the fractions `low` and `high`."""
-
-    def __init__(self, keeper: LeaseKeeper, check: Callable[[], None], phase: Phase, low: float, high: float) -> None:
-        self._keeper = keeper
-        self._check = check
-        self._phase = phase
-        self._low = low
-        self._span = high - low
-        self._total = 0
-        self._done = 0
-        self._told = 0.0
-        self._moved_at = time.monotonic()
-
-    def expect(self, total: int) -> None:
-        self._total = max(total, 1)
-        self._moved_at = time.monotonic()
-        self._tell()
-
-    def moved(self, count: int) -> None:
-        self._check()
-        self._done += count
-        BYTES_MOVED.labels(self._phase).inc(count)
-        now = time.monotonic()
-        SECONDS_MOVING.labels(self._phase).inc(now - self._moved_at)
-        self._moved_at = now
-        if time.monotonic() - self._told > 0.5:
-            self._tell()
-
-    def _tell(self) -> None:
-        self._told = time.monotonic()
-        # A file that is fetched and then hashed is counted twice, so the sum may exceed the total.
-        share = min(self._done / self._total, 1.0)
-        megabytes = f"{min(self._done, self._total) / 1e6:.0f} of {self._total / 1e6:.0f} MB"
-        self._keeper.progress(Progress(phase=self._phase, fraction=self._low + self._span * share, message=megabytes))
+    def _meter(self, phase: Phase, low: float, high: float) -> Meter:
+        return Meter(self._keeper, self._check, phase, low, high)

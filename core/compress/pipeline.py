@@ -17,8 +17,10 @@ from nightpress.core.compress.evaluate.finite import check_weights
 from nightpress.core.compress.lineage import read_lineage
 from nightpress.core.compress.model.checkpoint import disk_errors, write_file
 from nightpress.core.compress.stages import folder, graph, measure, screen, source
+from nightpress.core.compress.stages.baseline import Baseline
 from nightpress.core.compress.stages.clock import Emit
-from nightpress.core.compress.stages.job import PressJob, State
+from nightpress.core.compress.stages.job import PressJob
+from nightpress.core.compress.stages.state import State
 from nightpress.core.handoff.manifest import MANIFEST_FILE, ArtifactEntry, Manifest, describe_file, describe_folder
 from nightpress.core.handoff.report import DataUsed, Report, same_device
 from nightpress.core.handoff.spec import OUT_DIR
@@ -86,8 +88,8 @@ def _begin(job: PressJob) -> State:
     check_weights(job.source)
     job.clock.at(0.02, "reading the data")
     trial = quality.prepare(job.recipe, header, job.source, job.data_files, threads=job.spec.threads)
-    measured, observed = measure.measure_source(job, header, trial)
-    return State(header, trial, measured, observed, folder=job.source, header=header, records=records)
+    baseline = Baseline(job, header, trial)
+    return State(header, trial, baseline, baseline.subject(), folder=job.source, header=header, records=records)
 
 
 def _conclude(job: PressJob, state: State) -> Manifest:
@@ -99,7 +101,7 @@ def _conclude(job: PressJob, state: State) -> Manifest:
     job.clock.at(0.98, "writing the report")
     job.clock.enter("evaluating")
     packages = {package.package: package.version for package in job.spec.packages.values()}
-    versions = state.observed.versions | state.versions | packages
+    versions = state.baseline.observed.versions | state.versions | packages
     whole = Report(
         job_id=job.spec.job_id,
         model=_describe_model(job, state),
@@ -185,6 +187,7 @@ def _notes(job: PressJob, state: State) -> tuple[str, ...]:
     notes = [
         *screened,
         *make_plan(job.recipe, header).warnings,
+        *state.notes,
         *(text for record in state.records for text in record.warnings),
     ]
     source_dtypes = {tensor.dtype for tensor in header.tensors} - {"F32", "I64"} if header.brought is None else set()
@@ -192,6 +195,10 @@ def _notes(job: PressJob, state: State) -> tuple[str, ...]:
     if source_dtypes and (place is None or place.device == "cpu"):
         kinds = ", ".join(sorted(source_dtypes))
         notes.append(f"The source is stored as {kinds} and was measured in fp32, as were the artifacts' float parts.")
+    if state.source.measurements_by is not None:
+        notes.append(
+            f"The source's outputs, and so its figures of quality, are those that the job {state.source.measurements_by} measured: with the same model, data, kind of device and versions. Its speed was measured again by this job."
+        )
     elsewhere = [artifact.name for artifact in state.artifacts if not same_device(artifact, state.source)]
     if elsewhere and place is not None:
         notes.append(

@@ -38,9 +38,9 @@ class Measurement(_Model):
 
 
 class Speedup(_Model):
-    """How many times as fast an artifact is as the source at one shape: the source's median latency divided by the artifact's.
+    """How many times as fast an artifact is as a base at one shape: the base's median latency divided by the artifact's.
 
-    If `by_turns`, runs of source and artifact alternated, and low and high are the ends of the 95% interval. Else the two were timed one
+    The base is the source, or the uncompressed model in the artifact's runtime. If `by_turns`, runs of both alternated, and low and high are the ends of the 95% interval. Else the two were timed one
     after the other, and low and high compare the 5th percentile of one with the 95th of the other. This includes the load of other
     programs.
     """
@@ -50,7 +50,7 @@ class Speedup(_Model):
     high: float
     told_apart: bool  #: whether low and high lie on the same side of 1
     by_turns: bool
-    source_p50_ms: float  #: the source's median in these runs
+    source_p50_ms: float  #: the base's median in these runs
 
 
 class Timing(_Model):
@@ -65,6 +65,7 @@ class Timing(_Model):
     throughput: float
     throughput_unit: str  #: "sequences/s" or "tokens/s"
     speedup: Speedup | None = None  #: only of an artifact
+    over_uncompressed: Speedup | None = None  #: over the uncompressed model in the artifact's own runtime
 
 
 class GenerationTiming(_Model):
@@ -92,6 +93,8 @@ class GenerationTiming(_Model):
     )
     prefill_speedup: Speedup | None = None  #: in tokens/s of the prompt; only of an artifact
     decode_speedup: Speedup | None = None  #: in tokens/s after the first token; only of an artifact
+    prefill_over_uncompressed: Speedup | None = None  #: over the uncompressed model in the artifact's own runtime
+    decode_over_uncompressed: Speedup | None = None
 
 
 def speedup(ours: Timing, theirs: Timing, *, same_device: bool) -> Speedup | None:
@@ -157,6 +160,7 @@ class Subject(_Model):
     measurements: tuple[Measurement, ...] = ()
     timings: tuple[Timing, ...] = ()
     generation: tuple[GenerationTiming, ...] = ()
+    measurements_by: str | None = None  #: the earlier job that measured the source's outputs; None: this job
     measured_on: MeasuredOn | None = None  #: None in reports of earlier versions, which measured on the processor
     peak_memory_bytes: int | None = None  #: of the consumer's process; None: unknown
     peak_gpu_bytes: int | None = None  #: of the GPU's memory that the consumer took; None: it ran on the processor

@@ -33,6 +33,10 @@ class JobSpec(BaseModel):
     device: Literal["cpu", "cuda"] = "cpu"
     threads: int = Field(1, ge=1, description="CPU threads of the child")
     memory_limit: int = Field(0, ge=0, description="bytes the job may use; 0: no limit")
+    source_measured_by: str = Field(
+        "", description="the job that measured the source's outputs in work/kept-source.npz; empty: there are none"
+    )
+    keep_source: bool = Field(False, description="whether the source's outputs are kept for later jobs")
     file_limit: int = Field(0, ge=0, description="bytes one file may have (RLIMIT_FSIZE); 0: no limit")
 
     def save(self, job_dir: Path) -> None:

@@ -15,7 +15,10 @@ GRAPH_FORMATS = frozenset({"onnx", "openvino", "transformers.js"})
 #: Formats that transformers loads. Only it can run a model on a GPU here.
 TORCH_FORMATS = frozenset({"safetensors", "compressed-tensors"})
 
-#: Format → the number types that its weights can have; the first is the default. Formats that are not listed keep the model's types.
+#: Formats whose runtime also runs the uncompressed model, so that an artifact's speed is compared with that.
+_COMPARED_FORMATS = frozenset({"onnx", "openvino", "gguf"})
+
+#: Format → the number types that its weights can have; the first is the default, and that of an uncompressed model. Formats that are not listed keep the model's types.
 TYPES: Mapping[str, tuple[str, ...]] = {
     "onnx": ("fp32", "fp16"),
     "openvino": ("fp32", "fp16"),
@@ -67,6 +70,11 @@ class Export(BaseModel):
         """The number type of weights that no pass has rounded; None: their own type."""
         known = TYPES.get(self.format)
         return self.type or (known[0] if known else None)
+
+    @property
+    def uncompressed(self) -> "Export | None":
+        """The export of the uncompressed model to the same runtime; None: there is none, or transformers runs the source itself."""
+        return Export(format=self.format) if self.format in _COMPARED_FORMATS else None
 
     @model_validator(mode="before")
     @classmethod

@@ -45,19 +45,25 @@ def measuring_cost(recipe: Recipe, header: ModelHeader, outputs: Mapping[str, in
     gpu = _gpu_bytes(header) if on_gpu else 0
     memory = max(_bytes(recipe, header, export, outputs) for export in models)
     beside_gpu = max(_bytes_beside_gpu(recipe, header, export, outputs) for export in models)
-    if not timed_by_turns(recipe, header, outputs, pass_bytes):
-        return Cost(memory, seconds, work, gpu, host_bytes=beside_gpu, host_work=host_work)
-    timed = sum(_tokens(evaluation) for evaluation in recipe.evaluate if not isinstance(evaluation, Quality))
-    timed *= header.parameters  # the source runs again beside each artifact
+    turns, timed = timed_by_turns(recipe, header, outputs, pass_bytes), _timed_tokens(recipe) * header.parameters
+    plain = timed_uncompressed(recipe, header, outputs, pass_bytes)
+    beside = max((uncompressed_bytes(header, export) for export in plain), default=0)
+    seconds += _GRAPH_S * len(plain)  # exported once, and started beside each artifact
+    if any(export.format in GRAPH_FORMATS for export in plain):
+        seconds += cached_trace_seconds(header)
+    host_work += len(plain) * timed
+    if not turns:
+        memory = max(memory, beside + _timing_bytes(recipe, header, outputs, source=False)) if plain else memory
+        return Cost(memory, seconds, work, gpu, host_bytes=beside_gpu + beside, host_work=host_work)
     also_on_gpu = sum(recipe.measured_on_gpu(export) for export in recipe.exports)
     _, together = _alone_and_together(recipe, header, outputs)
     source = CONSUMER_BYTES + (0 if also_on_gpu == len(recipe.exports) else 4 * header.parameters)
     return Cost(
-        together,
+        max(together, beside + _timing_bytes(recipe, header, outputs, source=True)),
         seconds + _IMPORT_S,
-        work + also_on_gpu * timed,
+        work + also_on_gpu * timed,  # the source runs again beside each artifact
         gpu,
-        host_bytes=beside_gpu + source,
+        host_bytes=beside_gpu + source + beside,
         host_work=host_work + (len(recipe.exports) - also_on_gpu) * timed,
     )
 
@@ -72,17 +78,49 @@ def timed_by_turns(recipe: Recipe, header: ModelHeader, outputs: Mapping[str, in
 
     It does if both together take little memory, or no more than the job takes anyway.
     """
-    if not any(isinstance(evaluation, Latency | GenerationSpeed) for evaluation in recipe.evaluate):
+    if not _timed_tokens(recipe):
         return False
     alone, together = _alone_and_together(recipe, header, outputs)
     return together <= max(_BESIDE_BYTES, alone, pass_bytes)
 
 
+def timed_uncompressed(
+    recipe: Recipe, header: ModelHeader, outputs: Mapping[str, int], pass_bytes: int
+) -> tuple[Export, ...]:
+    """Return the exports of the uncompressed model that are timed by turns with the artifacts of their runtime.
+
+    Those that memory would not hold are left out: together with artifact and source, they may take no more than these may without them.
+    """
+    if not _timed_tokens(recipe):
+        return ()
+    changed = any(options.stage != "measure" for options in recipe.passes)
+    wanted: dict[str, Export] = {}
+    for export in recipe.exports:
+        plain = export.uncompressed
+        if plain is not None and (changed or export.weights != plain.weights):
+            wanted[plain.name] = plain
+    most = max(_BESIDE_BYTES, _alone_and_together(recipe, header, outputs)[0], pass_bytes)
+    turns = timed_by_turns(recipe, header, outputs, pass_bytes)
+    held = _timing_bytes(recipe, header, outputs, source=turns)
+    return tuple(plain for plain in wanted.values() if held + uncompressed_bytes(header, plain) <= most)
+
+
+def uncompressed_bytes(header: ModelHeader, plain: Export) -> int:
+    """Return the bytes of a process that runs an uncompressed model in its runtime. llama.cpp maps the weights from their file."""
+    weights = 0 if plain.format == "gguf" else sum(plain.stored_bytes(tensor) for tensor in header.tensors)
+    return GRAPH_CONSUMER_BYTES + weights
+
+
+def _timing_bytes(recipe: Recipe, header: ModelHeader, outputs: Mapping[str, int], *, source: bool) -> int:
+    """Return the bytes of the largest artifact's process, and of the source's beside it if it stays loaded."""
+    beside = (CONSUMER_BYTES + 4 * header.parameters * (not _mapped(header))) * source
+    return beside + max(_consumer_bytes(recipe, header, export, outputs) for export in recipe.exports)
+
+
 def _alone_and_together(recipe: Recipe, header: ModelHeader, outputs: Mapping[str, int]) -> tuple[int, int]:
     """Return the bytes if models are measured one after the other, and the bytes if the source's process stays beside each artifact's."""
     alone = max(_bytes(recipe, header, export, outputs) for export in (None, *recipe.exports))
-    beside = CONSUMER_BYTES + 4 * header.parameters * (not _mapped(header))
-    return alone, max(alone, *(_consumer_bytes(recipe, header, export, outputs) + beside for export in recipe.exports))
+    return alone, max(alone, _timing_bytes(recipe, header, outputs, source=True))
 
 
 def _mapped(header: ModelHeader) -> bool:
@@ -146,6 +184,11 @@ def _logit_bytes(recipe: Recipe, header: ModelHeader) -> int:
         if isinstance(evaluation, Quality)
     ]
     return int(_LOGIT_COPIES * max((min(LOGIT_BYTES, rows * length * row) for rows, length in lengths), default=0))
+
+
+def _timed_tokens(recipe: Recipe) -> float:
+    """Return the work of one model's timings, in tokens of a forward pass; 0 if the recipe times nothing."""
+    return sum(_tokens(evaluation) for evaluation in recipe.evaluate if not isinstance(evaluation, Quality))
 
 
 def _tokens(evaluation: Evaluation) -> float:

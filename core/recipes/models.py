@@ -20,7 +20,7 @@ MAX_PASSES = 20
 
 _SHOWN_FAULTS = 100  #: the most faults of a recipe that an error lists
 _UNKNOWN_NAME = "union_tag_invalid"  #: pydantic's type of the error for an unknown pass
-_GATE = re.compile(r"^\s*(<=|>=|<|>)\s*([+-]?\d+(?:\.\d+)?)\s*(%|x)?\s*$")
+_GATE = re.compile(r"^\s*(<=|>=|<|>)\s*([+-]?\d+(?:\.\d+)?)\s*(%|x)?(?:\s+(source|runtime|best))?\s*$")
 
 
 class _Model(BaseModel):
@@ -126,6 +126,8 @@ class Gate(_Model):
     operator: Literal["<=", ">=", "<", ">"]
     value: float
     relative: Literal["absolute", "change", "share", "times"]
+    #: What a speed is compared with: the source, the uncompressed model in the artifact's own runtime, or whichever of the two is faster.
+    against: Literal["source", "runtime", "best"] = "source"
 
     def __str__(self) -> str:
         number = {
@@ -134,7 +136,8 @@ class Gate(_Model):
             "share": f"{self.value * 100:g}%",
             "times": f"{self.value:g}x",
         }
-        return f"{self.metric} {self.operator} {number[self.relative]}"
+        against = "" if self.against == "source" else f" {self.against}"
+        return f"{self.metric} {self.operator} {number[self.relative]}{against}"
 
 
 class Recipe(_Model):
@@ -224,6 +227,9 @@ class Recipe(_Model):
         return frozenset(refs - BUILTIN_DATA)
 
 
+#: Gates on them may name what the speed is compared with.
+_SPEEDS = frozenset({"latency", "throughput", "prefill_tokens_per_s", "decode_tokens_per_s"})
+
 GATE_METRICS = (
     "size",
     "latency",
@@ -265,6 +271,8 @@ GATE_METRICS = (
 def parse_gate(metric: str, bound: str) -> Gate:
     """Parse a bound. A signed percentage is a change, an unsigned percentage a share of the source, `x` a factor.
 
+    A relative bound on a speed may end in `runtime` or `best`; see Gate.
+
     Raises ValueError for an unknown metric or an invalid bound.
     """
     match = _GATE.match(bound)
@@ -272,13 +280,18 @@ def parse_gate(metric: str, bound: str) -> Gate:
         raise ValueError(f"gate {metric!r} is not one of {', '.join(GATE_METRICS)}")
     if not match:
         raise ValueError(f"gate {metric}: {bound!r} is not a bound like '<= +3%', '<= 35%', '>= 1.5x' or '>= 0.99'")
-    operator, number, unit = match.groups()
+    operator, number, unit, against = match.groups()
+    if against is not None and (unit is None or metric not in _SPEEDS):
+        raise ValueError(
+            f"gate {metric}: {against!r} belongs to a relative bound on a speed, e.g. latency: '<= 0.7x {against}'"
+        )
     value = float(number)
     if unit == "%":
         kind, value = ("change" if number[0] in "+-" else "share"), value / 100
     else:
         kind = "times" if unit == "x" else "absolute"
-    return Gate.model_validate({"metric": metric, "operator": operator, "value": value, "relative": kind})
+    gate = {"metric": metric, "operator": operator, "value": value, "relative": kind, "against": against or "source"}
+    return Gate.model_validate(gate)
 
 
 def parse_recipe(raw: Any, *, for_a_service: bool = False) -> Recipe:

@@ -390,6 +390,13 @@ def timed_by_turns(recipe: Recipe, header: ModelHeader) -> bool:
     return measuring.timed_by_turns(recipe, header, _outputs(recipe, header), _most(passes))
 
 
+def timed_uncompressed(recipe: Recipe, header: ModelHeader) -> tuple[Export, ...]:
+    """Return the exports of the uncompressed model that are timed beside the artifacts. The estimate assumes the same."""
+    given, _ = _chain(recipe, header)
+    passes = [options.cost(seen, recipe.calibration) for options, seen in zip(recipe.passes, given, strict=True)]
+    return measuring.timed_uncompressed(recipe, header, _outputs(recipe, header), _most(passes))
+
+
 def _most(costs: Sequence[Cost]) -> int:
     return max((cost.memory_bytes for cost in costs), default=0)
 

@@ -32,7 +32,10 @@ class JobRequest(Request):
         description="answer at once with the result of an identical job, if one has succeeded; "
         "left out: a schedule's own fires do, other submissions don't",
     )
-    force: bool = Field(False, description="run even if the result is known: overrides `reuse`")
+    force: bool = Field(
+        False,
+        description="run even if the result is known, and measure the source again even if its figures are: overrides `reuse`",
+    )
 
 
 class JobCreate(JobRequest):

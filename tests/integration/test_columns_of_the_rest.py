@@ -3,6 +3,7 @@
 import hashlib
 import zlib
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,17 @@ from nightpress.core.service.access.keys import KeyRing, create_key, revoke
 from nightpress.core.service.access.quotas import QuotaBook
 from nightpress.core.service.jobs.checkpoints import CheckpointIndex, StoredFile
 from nightpress.core.service.jobs.records import Worker, WorkerOffer
+from nightpress.core.service.jobs.source_figures import KeptSource
 from nightpress.core.service.jobs.store import JobStore
 from nightpress.core.service.promotions.store import PromotionStore
 from nightpress.core.service.tables.access import api_keys, audit_log, gpu_usage, tenants
-from nightpress.core.service.tables.jobs import checkpoint_files, checkpoints, idempotency_keys, workers
+from nightpress.core.service.tables.jobs import (
+    checkpoint_files,
+    checkpoints,
+    idempotency_keys,
+    source_figures,
+    workers,
+)
 from nightpress.core.service.tables.promotions import promotions
 from nightpress.core.service.tables.schedules import schedule_runs, schedules
 from nightpress.core.service.tables.webhooks import webhook_attempts, webhook_deliveries, webhooks
@@ -45,6 +53,7 @@ COVERED = {
     idempotency_keys,
     schedule_runs,
     schedules,
+    source_figures,
     tenants,
     webhook_attempts,
     webhook_deliveries,
@@ -183,6 +192,17 @@ def test_checkpoints(engine: Engine, rows: Rows, store: JobStore) -> None:
     file = {"digest": "d" * 64, "path": "folder/of-it", "size": 11, "sha256": "e" * 64, "step": 12}
     rows.check(checkpoint_files, {**file, "job_id": lease.job_id})
     rows.all_seen(checkpoints, checkpoint_files)
+
+
+def test_outputs_of_sources(engine: Engine, rows: Rows, store: JobStore) -> None:
+    row = {"digest": "d" * 64, "tenant_id": "tenant-a", "model_digest": "sha256:of-the-model", "outdated": False}
+    times = {"measured_at": rows.now, "used_at": rows.now}
+    for kept in (KeptSource("job_1", "e" * 64, 11), KeptSource("job_2", "f" * 64, 12)):  # inserted, then replaced
+        store.sources.put("d" * 64, kept, tenant_id="tenant-a", model_digest="sha256:of-the-model")
+        rows.check(source_figures, {**row, **asdict(kept), **times})
+    store.sources.outdate("tenant-a", "sha256:of-the-model")
+    rows.check(source_figures, {**row, **asdict(kept), **times, "outdated": True})
+    rows.all_seen(source_figures)
 
 
 # Webhooks and promotions ---------------------------------------------------------------------------------------------

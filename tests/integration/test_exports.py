@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import pytest
 
-from nightpress.core.compress.environment import bfloat16_held_down
 from nightpress.core.compress.evaluate import quality
 from nightpress.core.compress.export import onnx, openvino, safetensors
 from nightpress.core.compress.export.consumer import run_consumer
@@ -18,6 +17,7 @@ from nightpress.core.compress.graph import tracing
 from nightpress.core.compress.graph.dynamic_int8 import codes_of, fold_transposes, quantize_onnx, sensitive_layers
 from nightpress.core.compress.passes import PassContext
 from nightpress.core.errors import ErrorCode, NightpressError
+from nightpress.core.processor import bfloat16_held_down
 from nightpress.core.recipes.exports import Export
 from nightpress.core.recipes.inspect import FolderFiles, inspect_model
 from nightpress.core.recipes.models import parse_recipe

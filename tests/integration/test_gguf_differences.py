@@ -1,6 +1,7 @@
 """Easily missed differences between a GGUF file and its model: ignored config keys, stored heads of tied models, tokenization."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +11,16 @@ import torch
 import transformers
 from safetensors.numpy import load_file, save_file
 
-from nightpress.core.compress.export import gguf
+from nightpress.core.compress.evaluate import quality
+from nightpress.core.compress.export import compressed_tensors, gguf
+from nightpress.core.compress.export.consumer import run_consumer
+from nightpress.core.compress.export.verify import verify
 from nightpress.core.compress.model.cosines import whole_cosine
 from nightpress.core.errors import ErrorCode, NightpressError
 from nightpress.core.recipes.exports import Export
 from nightpress.core.recipes.header import ModelHeader
 from nightpress.core.recipes.inspect import FolderFiles, inspect_model
+from nightpress.core.recipes.models import parse_recipe
 from tests.integration.test_decoder_exports import byte_level_tokenizer
 from tests.press import lay_out, press
 
@@ -269,3 +274,52 @@ def test_text_that_llama_cpp_can_not_clean_alike_is_refused(normalizer: dict[str
 def test_what_llama_cpp_reads_otherwise_is_noted(llama_cpp: Any, minilm: Path, tmp_path: Path):
     _, report, _ = press(lay_out(tmp_path / "job", minilm, {"passes": [], "exports": ["gguf"], "evaluate": []}))
     assert any("Korean" in note for note in report.artifacts[0].notes)
+
+
+def _exchange_queries_and_keys(tensors: dict[str, Any]) -> None:
+    name, other = (f"model.layers.1.self_attn.{part}_proj.weight" for part in "qk")
+    tensors[name], tensors[other] = tensors[other], tensors[name]
+
+
+def _transpose_a_matrix(tensors: dict[str, Any]) -> None:
+    name = "model.layers.1.self_attn.o_proj.weight"
+    tensors[name] = np.ascontiguousarray(tensors[name].T)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("weights", ["f16", "q8_0"])
+def test_a_broken_file_is_refused(weights: str, llama_cpp: Any, tmp_path: Path):
+    """A missing file, half a file, and files with a wrong matrix each. The whole file passes."""
+    source = _save("llama", tmp_path / "source", num_key_value_heads=4)
+    export = {"format": "gguf", "type": weights}
+    recipe = parse_recipe({"name": "t", "passes": [], "exports": [export], "evaluate": []})
+    header = inspect_model(FolderFiles(source))
+    task = quality.prepare(recipe, header, source, {}, threads=1).task
+    scratch = tmp_path / "scratch"
+    theirs = run_consumer(compressed_tensors.CONSUMER, source, task, name="source", scratch=scratch)
+
+    def judge(folder: Path) -> None:
+        seen = run_consumer(gguf.CONSUMER, folder, task, name="gguf", scratch=scratch)
+        verify(recipe, recipe.exports[0], seen, source=theirs, traced=None, task=task)
+
+    def saved(model: Path, name: str) -> Path:
+        gguf.save(model, tmp_path / name, header, weights=weights, pooling="mean")
+        return tmp_path / name
+
+    judge(saved(source, "whole"))
+    for change in (_exchange_queries_and_keys, _transpose_a_matrix):
+        model = tmp_path / f"model{change.__name__}"
+        shutil.copytree(source, model)
+        tensors = load_file(model / "model.safetensors")
+        change(tensors)
+        save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
+        with pytest.raises(NightpressError) as refused:
+            judge(saved(model, change.__name__))
+        assert refused.value.code == ErrorCode.VERIFICATION_FAILED, change.__name__
+    cut = saved(source, "cut") / gguf.FILE_NAME
+    cut.write_bytes(cut.read_bytes()[: cut.stat().st_size // 2])
+    (tmp_path / "empty").mkdir()
+    for folder in (cut.parent, tmp_path / "empty"):
+        with pytest.raises(NightpressError) as refused:
+            judge(folder)
+        assert refused.value.code == ErrorCode.VERIFICATION_FAILED, folder.name

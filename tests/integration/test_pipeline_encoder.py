@@ -35,7 +35,7 @@ def done(tmp_path_factory: pytest.TempPathFactory):
             {"metric": "auto", "samples": 16, "length": 48},
             {"metric": "latency", "batch": [1, 4], "length": 32, "repeats": 5},
         ],
-        "gates": {"size": "<= 60%", "kl_divergence": "<= 1"},
+        "gates": {"size": "<= 60%", "kl_divergence": "<= 1", "latency": "<= 1000x best"},
     }
     job = lay_out(tmp_path_factory.mktemp("job") / "job", bert_tiny_dir(), recipe)
     return Done(job, *press(job))
@@ -70,7 +70,7 @@ def test_the_artifacts_are_half_the_size_or_less_although_embeddings_are_tied(do
     for artifact in done.report.artifacts:
         assert artifact.size_bytes < 0.6 * done.report.source.size_bytes
     assert done.report.verdict == "accepted"
-    assert len(done.report.gates) == 4
+    assert len(done.report.gates) == 6
 
 
 @pytest.mark.parametrize("export", ["onnx", "openvino"])
@@ -97,6 +97,30 @@ def test_each_shape_is_timed_for_the_source_and_for_each_artifact(done: Done):
         assert [(timing.batch, timing.length, timing.repeats) for timing in subject.timings] == [(1, 32, 5), (4, 32, 5)]
         assert all(0 < timing.p50_ms <= timing.p95_ms for timing in subject.timings)
         assert subject.peak_memory_bytes > 50e6
+
+
+def test_speed_over_the_source_and_over_the_uncompressed_model_are_measured_by_turns(done: Done):
+    for artifact in done.report.artifacts:
+        for timing in artifact.timings:
+            both = timing.speedup, timing.over_uncompressed
+            assert all(speedup is not None and speedup.by_turns for speedup in both)
+            for speedup in both:
+                assert speedup.low <= speedup.value <= speedup.high
+                assert speedup.value == pytest.approx(speedup.source_p50_ms / timing.p50_ms)
+            assert both[0].source_p50_ms != both[1].source_p50_ms, "two models were timed"
+    assert all(timing.over_uncompressed is None for timing in done.report.source.timings)
+
+
+def test_a_gate_on_the_best_is_decided_by_the_faster_of_both(done: Done):
+    found = {result.artifact: result for result in done.report.gates if "best" in result.gate}
+    assert set(found) == {"onnx", "openvino"}
+    for artifact in done.report.artifacts:
+        least = min(min(timing.speedup.low, timing.over_uncompressed.low) for timing in artifact.timings)
+        assert found[artifact.name].observed == pytest.approx(1 / least)
+        assert found[artifact.name].passed
+    for name in ("report.html", "report.md"):
+        page = (done.folder / "out" / name).read_text()
+        assert "uncompressed model in the same runtime" in page
 
 
 def test_every_model_says_where_it_was_measured(done: Done):

@@ -16,6 +16,7 @@ from nightpress.core.recipes.models import Recipe
 from nightpress.core.service.access.quotas import QuotaBook
 from nightpress.core.service.jobs.records import Worker
 from nightpress.core.service.jobs.service import JobService
+from nightpress.core.service.jobs.source_figures import KeptSource
 from nightpress.core.service.jobs.store import JobStore
 from nightpress.core.service.registry.datasets import DataSetRegistry
 from nightpress.core.service.registry.models import ModelRegistry
@@ -280,3 +281,17 @@ def test_a_job_older_than_an_hour_says_that_no_worker_ever_came(world: World):
     waiting = world.store.reader.get(TENANT, job.id)
     assert waiting is not None
     assert "No cpu worker has been seen lately" in str(world.store.roster.fleet().notice(waiting))
+
+
+def test_force_lets_the_source_be_measured_again(world: World):
+    digest = str(world.models.get(TENANT, "tiny").digest)
+    for tenant in (TENANT, "stranger"):
+        world.store.sources.put(tenant, KeptSource("job_1", "a" * 64, 1), tenant_id=tenant, model_digest=digest)
+    world.service.submit(TENANT, wanted(reuse=True))
+    assert world.store.sources.take(TENANT) is not None
+    world.service.submit(TENANT, wanted(force=True))
+    assert world.store.sources.take(TENANT) is None
+    assert world.store.sources.take("stranger") is not None
+    world.store.sources.put(TENANT, KeptSource("job_2", "a" * 64, 1), tenant_id=TENANT, model_digest=digest)
+    world.service.submit_all(TENANT, [wanted(), wanted(force=True)])
+    assert world.store.sources.take(TENANT) is None

@@ -5,8 +5,9 @@ from typing import Any
 import pytest
 
 from nightpress.core.compress.evaluate import gates
+from nightpress.core.errors import NightpressError
 from nightpress.core.handoff.report import GateResult, GenerationTiming, Measurement, Speedup, Subject, Timing
-from nightpress.core.recipes.models import parse_recipe
+from nightpress.core.recipes.models import parse_gate, parse_recipe
 
 
 def _figure(name: str, data: str, value: float = 0.8, change: float | None = None, of: str = "") -> Measurement:
@@ -127,3 +128,43 @@ def test_an_unknown_peak_of_memory_misses_the_gate(ours: int | None, theirs: int
     (found,) = _decided({"memory": "<= 200%"}, _subject("source", peak_memory_bytes=theirs), artifact)
     assert not found.passed
     assert found.observed is None
+
+
+@pytest.mark.parametrize(
+    ("bound", "observed"),
+    [("<= 0.7x", 0.5), ("<= 0.7x source", 0.5), ("<= 0.7x runtime", 0.8), ("<= 0.7x best", 0.8), ("<= 70% best", 0.8)],
+)
+def test_a_gate_on_speed_names_what_it_is_compared_with(bound: str, observed: float) -> None:
+    timing = _timing(1, 4.0, _speedup(2.5, 2.0, 3.0)).model_copy(update={"over_uncompressed": _speedup(1.5, 1.25, 1.8)})
+    artifact = _subject("onnx", timings=(timing,))
+    (found,) = _decided({"latency": bound}, _subject("source", timings=(_timing(1, 10.0),)), artifact)
+    assert found.observed == pytest.approx(observed)
+    assert found.passed is (observed <= 0.7)
+    assert ("uncompressed" in found.explanation) is (observed == 0.8)
+
+
+def test_a_gate_on_the_best_is_missed_where_the_runtimes_own_was_not_timed() -> None:
+    artifact = _subject("onnx", timings=(_timing(1, 4.0, _speedup(2.5, 2.0, 3.0)),))
+    (found,) = _decided({"latency": "<= 0.7x best"}, _subject("source", timings=(_timing(1, 10.0),)), artifact)
+    assert (found.observed, found.passed) == (None, False)
+
+
+def test_transformers_own_uncompressed_model_is_the_source() -> None:
+    artifact = _subject("safetensors", timings=(_timing(1, 4.0, _speedup(2.5, 2.0, 3.0)),))
+    for base in ("runtime", "best"):
+        bound = {"latency": f"<= 0.7x {base}"}
+        (found,) = _decided(bound, _subject("source", timings=(_timing(1, 10.0),)), artifact)
+        assert (found.observed, found.passed) == (0.5, True)
+
+
+@pytest.mark.parametrize(
+    "gate", [{"latency": "<= 5 best"}, {"size": "<= 0.5x best"}, {"latency": "<= 0.5xbest"}, {"latency": "<= 0.5x all"}]
+)
+def test_only_a_relative_gate_on_a_speed_names_it(gate: dict[str, str]) -> None:
+    with pytest.raises(NightpressError, match="gate"):
+        parse_recipe({"name": "t", "passes": [], "exports": ["onnx"], "gates": gate})
+
+
+def test_a_gate_is_written_as_it_is_read() -> None:
+    for bound in ("<= 0.7x best", ">= 1.5x runtime", "<= 70%"):
+        assert str(parse_gate("latency", bound)) == f"latency {bound}"

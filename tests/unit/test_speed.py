@@ -6,10 +6,9 @@ import numpy as np
 import pytest
 
 from nightpress.core.compress import report as reports
-from nightpress.core.compress.evaluate.beside import SourceBeside
+from nightpress.core.compress.evaluate.beside import ConsumerBeside
 from nightpress.core.compress.evaluate.remarks import remarks
 from nightpress.core.compress.evaluate.speed import speedup
-from nightpress.core.compress.export.consumer import Observed
 from nightpress.core.compress.export.task import Task
 from nightpress.core.compress.report.costs import speed_line
 from nightpress.core.handoff.report import Report, Speedup
@@ -82,8 +81,7 @@ def test_a_speed_that_is_told_apart_stands_with_its_interval() -> None:
 def test_what_does_not_fit_beside_the_artifact_is_not_started(
     source: int | None, artifact: int | None, limit: int, tmp_path: Path
 ) -> None:
-    seen = Observed({}, (), (), source, {}, "", 0.0, tmp_path)
     task = Task("embedding", (), (), np.zeros(4, np.int64), "mean", 1, 1)
     runner = tmp_path / "no such runner"
-    with SourceBeside(runner, tmp_path, task, seen, scratch=tmp_path, limit=limit) as beside:
+    with ConsumerBeside(runner, tmp_path, task, source, name="source", scratch=tmp_path, limit=limit) as beside:
         assert beside.open(artifact) is None

@@ -11,7 +11,7 @@ def test_weights_have_7_bits_where_the_processor_is_told_to_do_without_vnni(
     monkeypatch: pytest.MonkeyPatch, isa: str, bits: int
 ):
     monkeypatch.setattr(
-        "nightpress.core.compress.environment._cpuinfo",
+        "nightpress.core.processor._cpuinfo",
         lambda _field: "avx2 avx512f avx512_vnni avx_vnni avx512_bf16 amx_int8",
     )
     monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", isa)

@@ -1,44 +1,57 @@
-"""Runs the source's process beside an artifact's, so that both can be timed by turns."""
+"""Runs the process of another model beside an artifact's, so that both can be timed by turns."""
 
 from collections.abc import Callable
 from pathlib import Path
 
 from nightpress.core.compress.environment import free_gpu_memory
-from nightpress.core.compress.export.consumer import Consumer, Device, Observed
+from nightpress.core.compress.export.consumer import Consumer, Device
 from nightpress.core.compress.export.task import Task
 
 _SPARE = 0.9  #: share of the job's memory limit that may be planned; the rest is for memory that no peak shows
 
 
-class SourceBeside:
-    """A context manager that starts the source's consumer when the first artifact is timed, and keeps it for the later artifacts."""
+class ConsumerBeside:
+    """A context manager that starts a model's consumer when the first artifact is timed, and keeps it for the later artifacts."""
 
     def __init__(
         self,
         runner: Path,
         folder: Path,
         task: Task,
-        seen: Observed,
+        peak: int | None,
         *,
+        name: str,
         scratch: Path,
         limit: int,
+        peak_gpu: int | None = None,
         device: Device = "cpu",
+        others: Callable[[], int] = lambda: 0,
         progress: Callable[[float, str], None] = lambda _fraction, _text: None,
     ) -> None:
-        """seen: the source's results from its own measurement on the device. limit: bytes that the job may use; 0: only the machine's."""
-        self._runner, self._folder, self._task, self._seen = runner, folder, task, seen
-        self._scratch, self._limit, self._device, self._progress = scratch, limit, device, progress
+        """peak, peak_gpu: memory in bytes that the model takes, on the host and on a GPU. None: unknown, or no GPU.
+
+        name: of the model, for errors and files. limit: bytes that the job may use; 0: only the machine's. others: the bytes of further
+        processes that run already.
+        """
+        self._runner, self._folder, self._task, self._peak, self._peak_gpu = runner, folder, task, peak, peak_gpu
+        self._name, self._scratch, self._limit, self._device = name, scratch, limit, device
+        self._others, self._progress = others, progress
         self._consumer: Consumer | None = None
 
-    def __enter__(self) -> "SourceBeside":
+    def __enter__(self) -> "ConsumerBeside":
         return self
 
     def __exit__(self, *_: object) -> None:
         if self._consumer is not None:
             self._consumer.__exit__(*_)
 
+    @property
+    def held(self) -> int:
+        """Bytes that its process takes now; 0 if it was not started."""
+        return 0 if self._consumer is None else self._consumer.peak_memory or 0
+
     def open(self, artifact_peak: int | None) -> Consumer | None:
-        """The source's consumer with the model loaded. None if memory does not hold it beside the artifact's process, or a peak is unknown.
+        """The consumer with the model loaded. None if memory does not hold it beside the artifact's process, or a peak is unknown.
 
         artifact_peak: peak memory of the artifact's process in bytes; None: unknown.
         """
@@ -46,31 +59,30 @@ class SourceBeside:
             return self._consumer
         if not self._fits(artifact_peak):
             return None
-        shown = self._task.only_timed
         self._consumer = Consumer(
             self._runner,
             self._folder,
-            shown,
-            name="source",
+            self._task.only_timed,
+            name=self._name,
             scratch=self._scratch,
             device=self._device,
-            stem="source-beside",
+            stem=f"{self._name}-beside",
             progress=self._progress,
         )
         self._consumer.run()
         return self._consumer
 
     def _fits(self, artifact_peak: int | None) -> bool:
-        source_peak = self._seen.peak_memory
-        if source_peak is None or artifact_peak is None:
+        peak = self._peak
+        if peak is None or artifact_peak is None:
             return False
-        if self._device == "cuda" and (self._seen.peak_gpu or 0) > _SPARE * free_gpu_memory():
+        if self._device == "cuda" and (self._peak_gpu or 0) > _SPARE * free_gpu_memory():
             return False
         available = _kilobytes("/proc/meminfo", "MemAvailable:")
-        if available is not None and source_peak > _SPARE * available:
+        if available is not None and peak > _SPARE * available:
             return False
         ours = _kilobytes("/proc/self/status", "RssAnon:") or 0
-        return not self._limit or ours + artifact_peak + source_peak <= _SPARE * self._limit
+        return not self._limit or ours + artifact_peak + self._others() + peak <= _SPARE * self._limit
 
 
 def _kilobytes(file: str, field: str) -> int | None:

@@ -11,7 +11,10 @@ from nightpress.core.handoff.report import (
     Timing,
     same_device,
 )
+from nightpress.core.recipes.exports import TORCH_FORMATS
 from nightpress.core.recipes.models import Gate, Recipe
+
+_PLAIN = "the uncompressed model in the same runtime"
 
 
 def decide(recipe: Recipe, source: Subject, artifacts: tuple[Subject, ...]) -> tuple[GateResult, ...]:
@@ -67,7 +70,7 @@ def _timing(gate: Gate, source: Subject, artifact: Subject) -> list[GateResult]:
         if ours is None:
             results.append(_unknown(gate, artifact, f"it was not taken {what}"))
             continue
-        results.append(_speed(gate, artifact, _figure(gate, ours), ours.speedup, what))
+        results += _speeds(gate, artifact, _figure(gate, ours), (ours.speedup, ours.over_uncompressed), what)
     return results
 
 
@@ -88,26 +91,43 @@ def _generation(gate: Gate, source: Subject, artifact: Subject) -> list[GateResu
         if ours is None:
             results.append(_unknown(gate, artifact, f"it was not taken {what}"))
             continue
-        speedup = ours.decode_speedup if gate.metric == "decode_tokens_per_s" else ours.prefill_speedup
-        results.append(_speed(gate, artifact, _figure(gate, ours), speedup, what))
+        decoding = (ours.decode_speedup, ours.decode_over_uncompressed)
+        reading = (ours.prefill_speedup, ours.prefill_over_uncompressed)
+        speedups = decoding if gate.metric == "decode_tokens_per_s" else reading
+        results += _speeds(gate, artifact, _figure(gate, ours), speedups, what)
     return results
 
 
-def _speed(gate: Gate, artifact: Subject, value: float, speedup: Speedup | None, what: str) -> GateResult:
-    """An absolute gate compares the median. A relative gate compares the unfavourable end of the speedup over the source."""
+def _speeds(
+    gate: Gate, artifact: Subject, value: float, speedups: tuple[Speedup | None, Speedup | None], what: str
+) -> list[GateResult]:
+    """The results of a gate on a speed: one for each base that it is compared with. A relative gate `best` has two.
+
+    speedups: over the source, and over the uncompressed model in the artifact's runtime. transformers runs the source itself.
+    """
+    over_source, over_uncompressed = speedups
+    bases = [("the source", over_source)]
+    if gate.against != "source" and artifact.format not in TORCH_FORMATS:
+        plain = (_PLAIN, over_uncompressed)
+        bases = [plain] if gate.against == "runtime" else [*bases, plain]
+    return [_speed(gate, artifact, value, speedup, base, what) for base, speedup in bases]
+
+
+def _speed(gate: Gate, artifact: Subject, value: float, speedup: Speedup | None, base: str, what: str) -> GateResult:
+    """An absolute gate compares the median. A relative gate compares the unfavourable end of the speedup over the base."""
     if gate.relative == "absolute":
         return _compare(gate, artifact, value, None, f"median {what}")
     if speedup is None:
-        return _unknown(gate, artifact, f"it was not compared with the source's {what}")
+        return _unknown(gate, artifact, f"it was not compared with {base} {what}")
     inverse = gate.metric == "latency"
     point, *ends = (1 / value if inverse else value for value in (speedup.value, speedup.low, speedup.high))
     upper = _is_upper(gate)
     end = max(ends) if upper else min(ends)
     said = _end_of(
-        upper, "the spread" if not speedup.by_turns else "the 95% interval", _format(gate, _relative(gate, point))
+        upper, "the spread" if not speedup.by_turns else "the 95% interval", _format(gate, _relative(gate, point), base)
     )
-    apart = "" if speedup.told_apart else "; not told apart from the source"
-    return _compare(gate, artifact, value, end, f"{said}, median {what}{apart}")
+    apart = "" if speedup.told_apart else f"; not told apart from {base}"
+    return _compare(gate, artifact, value, end, f"{said}, median {what}{apart}", base)
 
 
 def _quality(gate: Gate, subjects: Sequence[Subject], artifact: Subject) -> list[GateResult]:
@@ -170,8 +190,10 @@ def _end_of(upper: bool, interval: str, point: str) -> str:
     return f"{'upper' if upper else 'lower'} end of {interval} around {point}"
 
 
-def _compare(gate: Gate, artifact: Subject, value: float, ratio: float | None, what: str) -> GateResult:
-    """Compare with the gate's limit. value: the figure; ratio: the figure divided by the source's, needed by relative gates."""
+def _compare(
+    gate: Gate, artifact: Subject, value: float, ratio: float | None, what: str, base: str = "the source"
+) -> GateResult:
+    """Compare with the gate's limit. value: the figure; ratio: the figure divided by the base's, needed by relative gates."""
     if gate.relative == "absolute":
         observed = value
     else:
@@ -188,7 +210,7 @@ def _compare(gate: Gate, artifact: Subject, value: float, ratio: float | None, w
         artifact=artifact.name,
         observed=observed,
         passed=passed,
-        explanation=f"{_format(gate, observed)} ({what})",
+        explanation=f"{_format(gate, observed, base)} ({what})",
     )
 
 
@@ -196,13 +218,13 @@ def _relative(gate: Gate, ratio: float) -> float:
     return ratio - 1 if gate.relative == "change" else ratio
 
 
-def _format(gate: Gate, observed: float) -> str:
+def _format(gate: Gate, observed: float, base: str = "the source") -> str:
     """The figure as text, in the unit of the gate."""
     return {
         "absolute": f"{observed:.5g}",
         "change": f"{100 * observed:+.2f}%",
-        "share": f"{100 * observed:.1f}% of the source",
-        "times": f"{observed:.2f}x the source",
+        "share": f"{100 * observed:.1f}% of {base}",
+        "times": f"{observed:.2f}x {base}",
     }[gate.relative]
 
 

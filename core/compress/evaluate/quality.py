@@ -16,9 +16,10 @@ from nightpress.core.compress.export.consumer import Observed
 from nightpress.core.compress.export.task import Task, TimedGeneration, TimedShape, TokenSet
 from nightpress.core.errors import ErrorCode, NightpressError
 from nightpress.core.handoff.report import Measurement
+from nightpress.core.recipes.exports import Export
 from nightpress.core.recipes.header import ModelHeader
 from nightpress.core.recipes.models import GenerationSpeed, Latency, Metric, Quality, Recipe
-from nightpress.core.recipes.plan import timed_by_turns
+from nightpress.core.recipes.plan import timed_by_turns, timed_uncompressed
 
 _CHECK_ROWS = 8  #: texts of different lengths in the verification
 _UNCACHED_TOKENS = 4  #: few, because without a cache each token reads the whole text again
@@ -52,6 +53,9 @@ class Trial:
     task: Task
     evaluations: tuple[Evaluation, ...]
     seed: int
+    uncompressed: tuple[
+        Export, ...
+    ]  #: exports of the source that are timed by turns with the artifacts of their runtime
     by_turns: bool  #: whether source and artifact may be timed by turns; the plan's estimate assumes the same
     screen: tuple[Evaluation, ...] = ()  #: evaluations on few texts, for a screening right after the passes
 
@@ -116,6 +120,7 @@ def prepare(
         ),
         evaluations=tuple(evaluations),
         seed=_SEED + recipe.seed,
+        uncompressed=timed_uncompressed(recipe, header),
         by_turns=timed_by_turns(recipe, header),
         screen=screen,
     )
@@ -207,7 +212,13 @@ def _prepare_images(
         classes=header.classes,
         threads=threads,
     )
-    return Trial(task, tuple(evaluations), seed=_SEED + recipe.seed, by_turns=timed_by_turns(recipe, header))
+    return Trial(
+        task,
+        tuple(evaluations),
+        seed=_SEED + recipe.seed,
+        uncompressed=timed_uncompressed(recipe, header),
+        by_turns=timed_by_turns(recipe, header),
+    )
 
 
 def _image_sequences(pixels: NDArray[np.float32], classes: list[int] | None) -> tokenized.Sequences:

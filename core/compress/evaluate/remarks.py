@@ -13,6 +13,7 @@ def remarks(artifact: Subject, source: Subject) -> tuple[str, ...]:
         *_of_size(artifact, source),
         *_of_place(artifact, source),
         *_of_latency(artifact),
+        *_of_runtime(artifact),
         *_of_writing(artifact, source),
     )
 
@@ -45,6 +46,23 @@ def _of_latency(artifact: Subject) -> Iterator[str]:
             yield f"Its speed is not told apart from the source's {where}: {times(speedup)} as fast."
         elif speedup.value * _SLOWER < 1:
             yield f"Slower than the source {where}: {ours.p50_ms:.1f} ms against {speedup.source_p50_ms:.1f} ms."
+
+
+def _of_runtime(artifact: Subject) -> Iterator[str]:
+    found: list[tuple[Speedup | None, str]] = [
+        *(
+            (timing.over_uncompressed, f"at batch {timing.batch} × {timing.length} tokens")
+            for timing in artifact.timings
+        ),
+        *(
+            (wrote.decode_over_uncompressed, f"in decoding at batch {wrote.batch} × prompt of {wrote.prompt} tokens")
+            for wrote in artifact.generation
+            if wrote.cached
+        ),
+    ]
+    for speedup, where in found:
+        if speedup is not None and speedup.told_apart and speedup.value * _SLOWER < 1:
+            yield f"Slower than the uncompressed model in the same runtime {where}: {times(speedup)} as fast."
 
 
 def _of_writing(artifact: Subject, source: Subject) -> Iterator[str]:

@@ -28,6 +28,7 @@ def timings(observed: Observed, task: Task, source: Observed | None = None) -> t
                 throughput=1000 * per_run / float(p50),
                 throughput_unit="tokens/s" if task.name == "causal-lm" else "sequences/s",
                 speedup=_speedup_of(runs, _theirs(observed, source, "timings", at), observed.beside),
+                over_uncompressed=_speedup_of(runs, _uncompressed(observed, "timings", at), observed.uncompressed),
             )
         )
     return tuple(found)
@@ -44,7 +45,7 @@ def generation_timings(
         rates = 1000 * writing["batch"] * decode.shape[1] / decode.sum(axis=1)
         prefill_p50, prefill_p95 = np.percentile(prefill, [50, 95])
         token_p50, token_p95 = np.percentile(decode, [50, 95])
-        theirs = _theirs(observed, source, "writings", at)
+        theirs, plain = _theirs(observed, source, "writings", at), _uncompressed(observed, "writings", at)
         found.append(
             GenerationTiming(
                 batch=writing["batch"],
@@ -67,6 +68,12 @@ def generation_timings(
                 decode_speedup=_speedup_of(
                     decode.mean(axis=1), None if theirs is None else theirs[:, 1:].mean(axis=1), observed.beside
                 ),
+                prefill_over_uncompressed=_speedup_of(
+                    prefill, None if plain is None else plain[:, 0], observed.uncompressed
+                ),
+                decode_over_uncompressed=_speedup_of(
+                    decode.mean(axis=1), None if plain is None else plain[:, 1:].mean(axis=1), observed.uncompressed
+                ),
             )
         )
     return tuple(found)
@@ -75,6 +82,12 @@ def generation_timings(
 def _theirs(observed: Observed, source: Observed | None, kind: str, at: int) -> Array | None:
     """The source's runs of the same shape in milliseconds: those that took turns with the artifact's, or else the earlier ones."""
     held = observed.beside or source
+    return None if held is None else np.asarray(getattr(held, kind)[at]["milliseconds"])
+
+
+def _uncompressed(observed: Observed, kind: str, at: int) -> Array | None:
+    """The runs of the uncompressed model in the artifact's runtime, in milliseconds. None if they did not take turns."""
+    held = observed.uncompressed
     return None if held is None else np.asarray(getattr(held, kind)[at]["milliseconds"])
 
 

@@ -21,10 +21,10 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from nightpress.core.compress.environment import bfloat16_held_down
 from nightpress.core.compress.export.consumer_faults import check_finite, failed
 from nightpress.core.compress.export.task import Task, TimedGeneration, TimedShape
 from nightpress.core.compress.model.checkpoint import disk_errors
+from nightpress.core.processor import bfloat16_held_down
 
 _STDERR_READ = 32768  #: bytes at the end of a process's standard error
 _SHAPE_SECONDS = 8.0  #: longest time for one shape and one model
@@ -48,6 +48,9 @@ class Observed:
     seconds: float
     outputs_file: Path
     beside: "ModelRuns | None" = None  #: the source's runs, if both took turns
+    uncompressed: "ModelRuns | None" = (
+        None  #: the runs of the uncompressed model in the same runtime, if both took turns
+    )
     peak_gpu: int | None = None  #: bytes of the GPU's memory; None: it ran on the processor
     loaded_as: Mapping[str, Any] = field(
         default_factory=lambda: {"device": "cpu"}
@@ -60,6 +63,8 @@ class ModelRuns:
 
     timings: tuple[dict[str, Any], ...]
     writings: tuple[dict[str, Any], ...]
+    peak_memory: int | None = None  #: bytes, of the process until the end of these runs; None: unknown
+    peak_gpu: int | None = None  #: bytes of the GPU's memory
 
 
 class Consumer:
@@ -78,14 +83,14 @@ class Consumer:
         scratch: Path,
         device: Device = "cpu",
         reference: Path | None = None,
-        probes: Sequence[str] = (),
+        probes: Mapping[str, float] | None = None,
         stem: str | None = None,
         progress: Callable[[float, str], None] = lambda _fraction, _text: None,
     ) -> None:
         """Start the process. name: the artifact's name, or `source`. stem: the stem of its files in `scratch`; None: the name.
 
         device: cuda only for the runner of transformers. reference: the outputs of the source, for the artifact to be compared with.
-        probes: layers to be asked one by one, see probes.py; only for the runner of transformers.
+        probes: layers to be asked one by one, and the factor of each; see probes.py.
         """
         self.name, self._progress, self._started = name, progress, time.monotonic()
         self.peak_memory: int | None = None  #: bytes, of the process until now; None if the system does not report it
@@ -105,7 +110,7 @@ class Consumer:
                     {
                         "folder": folder.name,
                         "device": device,
-                        "probes": list(probes),
+                        "probes": dict(probes or {}),
                         "float32": bfloat16_held_down(),
                         **task.request(),
                         **{key: None if file is None else str(file.resolve()) for key, file in files.items()},
@@ -189,6 +194,10 @@ class Consumer:
         raise failed(self.name, status, self._errors.read().decode(errors="replace"))
 
 
+#: Peak memory of an artifact's process in bytes → the consumer of another model, or None if memory does not hold it, too.
+Beside = Callable[[int | None], Consumer | None]
+
+
 def run_consumer(
     runner: Path,
     folder: Path,
@@ -198,14 +207,16 @@ def run_consumer(
     scratch: Path,
     device: Device = "cpu",
     reference: Path | None = None,
-    probes: Sequence[str] = (),
-    beside: Callable[[int | None], Consumer | None] = lambda _peak: None,
+    probes: Mapping[str, float] | None = None,
+    stem: str | None = None,
+    beside: Beside = lambda _peak: None,
+    uncompressed: Beside = lambda _peak: None,
     progress: Callable[[float, str], None] = lambda _fraction, _text: None,
 ) -> Observed:
     """Load `folder` in a fresh process and run the task there.
 
-    beside: gets the peak memory of this process and returns the source's loaded consumer, to take turns with. If it returns None, the
-    artifact is timed alone. Raises the errors of `Consumer.run`.
+    beside, uncompressed: return the loaded consumers of the source, and of the uncompressed model in the same runtime, to take turns with.
+    The artifact is timed without those that are None. Raises the errors of `Consumer.run`.
     """
     timed = len(task.shapes) + len(task.writings)
     share = len(task.sets) / max(1, len(task.sets) + timed)  # the part of the progress that is for the sets
@@ -218,17 +229,19 @@ def run_consumer(
         device=device,
         reference=reference,
         probes=probes,
+        stem=stem,
         progress=lambda fraction, text: progress(share * fraction, text),
     ) as consumer:
         seen = consumer.run()
-        other = beside(consumer.peak_memory) if timed else None
-        models = [consumer] if other is None else [consumer, other]
+        others = [start(consumer.peak_memory) if timed else None for start in (beside, uncompressed)]
+        models = [consumer, *(other for other in others if other is not None)]
         ours, *theirs = _take_turns(task, models, lambda fraction, text: progress(share + (1 - share) * fraction, text))
         return replace(
             seen,
             timings=ours.timings,
             writings=ours.writings,
-            beside=theirs[0] if theirs else None,
+            beside=theirs.pop(0) if others[0] is not None else None,
+            uncompressed=theirs.pop(0) if others[1] is not None else None,
             peak_memory=consumer.peak_memory,
             peak_gpu=consumer.peak_gpu,
             seconds=consumer.seconds,
@@ -253,8 +266,10 @@ def _take_turns(
                 _shape_runs(request, found[at]) for request, found in zip(wanted[:shapes], runs, strict=False)
             ),
             writings=_generation_runs(wanted[shapes:], [found[at] for found in runs[shapes:]]),
+            peak_memory=model.peak_memory,
+            peak_gpu=model.peak_gpu,
         )
-        for at in range(len(models))
+        for at, model in enumerate(models)
     )
 
 

@@ -66,6 +66,11 @@ class Task:
         """The same task without its examples."""
         return replace(self, sets=())
 
+    @property
+    def only_examples(self) -> "Task":
+        """The same task without what is timed."""
+        return replace(self, shapes=(), writings=())
+
     def request(self) -> dict[str, Any]:
         """The part of a runner's request that describes the task; see core/compress/runners/measure.py."""
         sets = [

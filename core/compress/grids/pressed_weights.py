@@ -8,10 +8,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from nightpress.core.compress.grids.grid import Grid
+from nightpress.core.compress.grids.grid import LARGEST_FLOAT, Grid
 from nightpress.core.compress.grids.packing import unpack_bits
+from nightpress.core.compress.grids.stored import unpack_e2m1
 from nightpress.core.compress.model.checkpoint import read_shards
 from nightpress.core.compress.model.source import SourceTensors
+from nightpress.core.recipes.schemes import BLOCK
 
 _PACKED = "_packed"
 
@@ -70,8 +72,16 @@ class PressedWeights:
         """Those of the packed weights whose codes are integers in 32-bit words, as `codes` reads them. The others are fp4."""
         return frozenset(name for name in self._packed if self._source.stored(f"{name}_packed").info.dtype == "I32")
 
+    @property
+    def coded(self) -> frozenset[str]:
+        """The names of the weights that a pass has replaced by codes of any kind and scales."""
+        return frozenset(name for name in self.names if f"{name}_scale" in self._source)
+
     def shape(self, name: str) -> tuple[int, ...]:
         if name in self._packed:
+            if name not in self.integers:
+                rows, pairs = self._source.stored(f"{name}_packed").info.shape  # two fp4 numbers in a byte
+                return rows, 2 * pairs
             rows, columns = self._source.read(f"{name}_shape").tolist()
             return int(rows), int(columns)
         return self._source.stored(name).info.shape
@@ -101,12 +111,50 @@ class PressedWeights:
         codes = unpack_bits(self._source.read(f"{name}_packed")[at], bits, columns)
         return Codes(bits, codes.numpy(), self._source.read(f"{name}_scale")[at].float().numpy(), zeros)
 
+    def rows(self, name: str, rows: NDArray[np.int64]) -> NDArray[np.float32]:
+        """Some rows of a coded weight, dequantized: [rows, in]. The kind of codes and scales is told by their dtypes and shapes."""
+        if name in self.integers:
+            return self.codes(name, rows).dequantize()
+        at, scale = torch.from_numpy(rows), self._source.read(f"{name}_scale")
+        if name in self._packed:
+            codes = unpack_e2m1(self._source.read(f"{name}_packed")[at])
+            scales = (
+                _bytes_of(scale)[at].view(torch.float8_e8m0fnu if scale.dtype == torch.uint8 else scale.dtype).float()
+            )
+            if f"{name}_global_scale" in self._source:
+                scales = scales / self._source.read(f"{name}_global_scale")
+            wide = scales.repeat_interleave(codes.shape[1] // scales.shape[1], 1)
+        else:
+            written = self._source.read(name)
+            codes, scale = _bytes_of(written)[at].view(written.dtype).float(), scale.float()
+            if scale.dim() == 2 and scale.shape == (len(written), 1):
+                wide = scale[at]
+            elif scale.dim() == 2:  # a scale for each block
+                wide = scale[at // BLOCK].repeat_interleave(BLOCK, 1)[:, : codes.shape[1]]
+            else:
+                wide = scale
+        found: NDArray[np.float32] = (codes * wide).numpy()
+        return found
+
+    def input_peak(self, name: str) -> float | None:
+        """The largest input that a layer rounds without cutting it off; None: it keeps its inputs, or has a scale for each token."""
+        scale = f"{name.removesuffix('weight')}input_scale"
+        if scale not in self._source:
+            return None
+        largest = 127 if self._source.stored(name).info.dtype == "I8" else LARGEST_FLOAT[8]
+        return float(self._source.read(scale).float()) * largest
+
     def floats(self, name: str) -> NDArray[np.float32]:
         """The tensor in float32, dequantized if it is packed."""
         if name in self._packed:
             return self.codes(name).dequantize()
         array: NDArray[np.float32] = self._source.read(name).to(torch.float32).numpy()
         return array
+
+
+def _bytes_of(tensor: torch.Tensor) -> torch.Tensor:
+    """The same tensor as bytes: torch can't pick rows of 8-bit floats. Other dtypes are returned as they are."""
+    return tensor.view(torch.uint8) if tensor.element_size() == 1 else tensor
 
 
 def _bits(words: int, columns: int) -> int:

@@ -137,7 +137,7 @@ def from_tensors(name: str, scheme: Scheme, written: Mapping[str, Tensor]) -> Te
         return dequantized(Coded(codes, scale, zero_point), scheme)
     if scheme.bits == 8:
         return dequantized(Coded(written[name].float(), scale), scheme)
-    codes = _unpack_e2m1(written[f"{name}_packed"])
+    codes = unpack_e2m1(written[f"{name}_packed"])
     if scheme.format == "mxfp4-pack-quantized":
         return dequantized(Coded(codes, scale.view(torch.float8_e8m0fnu)), scheme)
     return dequantized(Coded(codes, scale, global_scale=written[f"{name}_global_scale"]), scheme)
@@ -153,7 +153,7 @@ def _pack_e2m1(values: Tensor) -> Tensor:
     return places[:, ::2] | (places[:, 1::2] << 4)
 
 
-def _unpack_e2m1(packed: Tensor) -> Tensor:
+def unpack_e2m1(packed: Tensor) -> Tensor:
     places = torch.stack((packed & 0xF, packed >> 4), dim=-1).view(len(packed), -1).int()
     numbers = torch.tensor(E2M1, device=packed.device)
     return torch.where(places > 7, -numbers[places & 7], numbers[places & 7])

@@ -17,7 +17,6 @@ from numpy.typing import NDArray
 
 from nightpress.core.compress.context import PassContext
 from nightpress.core.compress.data.calibration import calibration_samples
-from nightpress.core.compress.environment import cpu_features
 from nightpress.core.compress.graph.static_ranges import Texts, calibrated, session
 from nightpress.core.compress.graph.tracing import Traced
 from nightpress.core.compress.model.checkpoint import disk_errors, write_file
@@ -25,6 +24,7 @@ from nightpress.core.compress.model.cosines import row_cosines
 from nightpress.core.compress.passes.registry import graph_pass
 from nightpress.core.compress.runners.measure import pool
 from nightpress.core.handoff.report import PassRecord
+from nightpress.core.processor import cpu_features
 from nightpress.core.recipes.costs import TRIAL_TOKENS
 from nightpress.core.recipes.linears import invalid
 from nightpress.core.recipes.passes import StaticInt8

@@ -8,21 +8,21 @@ from nightpress.core.handoff.report import GenerationTiming, PassRecord, Report,
 from nightpress.core.recipes.profile import Profile, by_kind
 
 
-def speed_line(what: str, said: str, speedups: Sequence[Speedup]) -> str:
+def speed_line(what: str, said: str, speedups: Sequence[Speedup], base: str = "the source's") -> str:
     """One line on the speedups at all shapes: their range, and one interval that spans all of theirs. "" if nothing was timed.
 
-    what: begins the line if no speedup is significant. said: a format for the range, e.g. `{} the speed`.
+    what: begins the line if no speedup is significant. said: a format for the range, e.g. `{} the speed`. base: what it is compared with.
     """
     if not speedups:
         return ""
     ends = f"[{min(speedup.low for speedup in speedups):.1f}×, {max(speedup.high for speedup in speedups):.1f}×]"
     apart = [speedup for speedup in speedups if speedup.told_apart]
     if not apart:
-        return f"{what} not told apart from the source's {ends}"
+        return f"{what} not told apart from {base} {ends}"
     low, high = f"{min(speedup.value for speedup in speedups):.1f}", f"{max(speedup.value for speedup in speedups):.1f}"
     line = said.format(f"{low}×" + (f" to {high}×" if low != high else "")) + f" {ends}"
     blurred = len(speedups) - len(apart)
-    return line + (f", not told apart from the source's at {blurred} of {len(speedups)} shapes" if blurred else "")
+    return line + (f", not told apart from {base} at {blurred} of {len(speedups)} shapes" if blurred else "")
 
 
 class Table(NamedTuple):

@@ -20,6 +20,7 @@ from nightpress.core.handoff.report import (
 Row = tuple[str, str, list[tuple[str, str]]]  #: (label, the source's figure, [(an artifact's figure, its change)])
 _NONE = ("–", "")
 _UNKNOWN = "unknown"
+_PLAIN = "the uncompressed model in the same runtime"
 
 
 def headline(report: Report) -> list[tuple[str, str, str]]:
@@ -27,9 +28,18 @@ def headline(report: Report) -> list[tuple[str, str, str]]:
     lines = []
     for artifact in report.artifacts:
         parts = [f"{artifact.size_bytes / report.source.size_bytes:.0%} of the size"]
+        plain = [timing.over_uncompressed for timing in artifact.timings if timing.over_uncompressed]
+        writing = [wrote.decode_over_uncompressed for wrote in artifact.generation if wrote.cached]
         lines_of_speed = (
             speed_line("speed", "{} the speed", _speedups(artifact, report.source)),
+            speed_line("speed", f"{{}} the speed of {_PLAIN}", plain, f"that of {_PLAIN}"),
             speed_line("decoding", "decodes {} as fast", _decode_speedups(artifact, report.source)),
+            speed_line(
+                "decoding",
+                f"decodes {{}} as fast as {_PLAIN}",
+                [speedup for speedup in writing if speedup],
+                f"that of {_PLAIN}",
+            ),
         )
         parts += [line for line in lines_of_speed if line]
         first = artifact.measurements[0] if artifact.measurements else None
@@ -98,7 +108,7 @@ def rows_of(report: Report) -> list[Row]:
                 throughput,
             )
         )
-    rows += _generation_rows(source, artifacts)
+    rows += _generation_rows(source, artifacts) + _runtime_rows(artifacts)
     process = [artifact.peak_memory_bytes for artifact in artifacts]
     rows += _memory_row("Peak memory of the process", source.peak_memory_bytes, process, shares=all(alike))
     if source.peak_gpu_bytes or any(artifact.peak_gpu_bytes for artifact in artifacts):
@@ -168,6 +178,33 @@ def _generation_rows(source: Subject, artifacts: tuple[Subject, ...]) -> list[Ro
         peaks = [figure.peak_memory_bytes if figure else None for figure in ours]
         rows += _memory_row(f"Peak memory, {shape}", base.peak_memory_bytes, peaks)
     return rows
+
+
+def _runtime_rows(artifacts: Sequence[Subject]) -> list[Row]:
+    """Speeds over the uncompressed model in each artifact's own runtime. No rows if none was measured."""
+    found: dict[str, dict[str, Speedup]] = {}
+    for artifact in artifacts:
+        for timing in artifact.timings:
+            if timing.over_uncompressed:
+                label = f"batch {timing.batch} × {timing.length} tokens"
+                found.setdefault(label, {})[artifact.name] = timing.over_uncompressed
+        for wrote in artifact.generation:
+            if wrote.cached and wrote.decode_over_uncompressed:
+                label = f"decode, batch {wrote.batch} × prompt of {wrote.prompt}"
+                found.setdefault(label, {})[artifact.name] = wrote.decode_over_uncompressed
+    return [
+        (
+            f"Against the uncompressed model in the same runtime, {label}",
+            _NONE[0],
+            [
+                (f"{of[artifact.name].source_p50_ms:.1f} ms uncompressed", _times(of[artifact.name], 1, True))
+                if artifact.name in of
+                else _NONE
+                for artifact in artifacts
+            ],
+        )
+        for label, of in found.items()
+    ]
 
 
 def _prefill(timing: GenerationTiming) -> str:

@@ -14,7 +14,7 @@ A runner is a script `<consumer>_runner.py` beside this file. Its function `load
    [B, tokens]. Only transformers is called with `cached` false.
 
 The working directory contains the folder. The request is a JSON file: folder, task, pooling, threads, device (cpu or cuda), longest (tokens of a text), float32
-(whether the runtime must not choose bfloat16), probes (names of layers to be asked one by one), inputs (.npz), outputs (.npz), answer (.json), reference (.npz or null) and sets. Each set
+(whether the runtime must not choose bfloat16), probes (layers to be asked one by one, see `_run_probes`), inputs (.npz), outputs (.npz), answer (.json), reference (.npz or null) and sets. Each set
 has a name, a kind (`pooled`, `logits`, `last`, `tokens` or `generated`) and `rows`, the size of a batch. Its arrays in `inputs` are named
 `<name>.ids` and so on.
 
@@ -101,9 +101,11 @@ def run_sets(
 
 
 def probe_vectors(columns: int) -> Array:
-    """The vectors that a layer with so many inputs is asked with: float32 [4, columns], normal with a mean of 1."""
-    random = np.random.default_rng(columns).standard_normal((4, columns))
-    vectors: Array = (1 + random).astype(np.float32)
+    """The vectors that a layer with so many inputs is asked with: float32 [4, columns], half of the numbers 1 and the others 0.
+
+    Both are exact in 8 bits, so a layer that rounds its inputs gives the same answers as one that does not.
+    """
+    vectors: Array = np.random.default_rng(columns).integers(0, 2, (4, columns)).astype(np.float32)
     return vectors
 
 
@@ -112,11 +114,14 @@ def probe_rows(rows: int) -> NDArray[np.int64]:
     return np.unique(np.linspace(0, rows - 1, min(rows, 64)).astype(np.int64))
 
 
-def _run_probes(forward: Forward, layers: list[str]) -> dict[str, Array]:
-    """The answers of single layers, [4, rows] each. Layers that the model does not have under their names are left out."""
+def _run_probes(forward: Forward, layers: dict[str, float]) -> dict[str, Array]:
+    """The answers of single layers, [4, rows] each. Layers that the model does not have under their names are left out.
+
+    layers: name → the factor by which the vectors are multiplied before the layer, and its answers divided after it.
+    """
     found: dict[str, Array] = {}
-    for name in layers:
-        probed = forward.probed(name)  # type: ignore[attr-defined]  # only the runner of transformers is asked
+    for name, factor in layers.items():
+        probed = forward.probed(name, factor)  # type: ignore[attr-defined]  # only runners that have it are asked
         if probed is not None:
             found[f"{PROBE}{name}"] = probed
     return found

@@ -22,8 +22,9 @@ _PAST = "past_key_values."
 class Forward:
     """The graph's first output for whole texts."""
 
-    def __init__(self, session: Any) -> None:
-        self.session = session
+    def __init__(self, session: Any, file: Path) -> None:
+        self.session, self._file = session, file
+        self._graph: Any = None
         self.inputs = {value.name: value for value in session.get_inputs()}
         self.past = [name for name in self.inputs if name.startswith(_PAST)]
         if self.past:
@@ -31,6 +32,39 @@ class Forward:
 
     def __call__(self, ids: Any, mask: Any) -> Any:
         return self._run(ids, mask, None)[0]
+
+    def probed(self, name: str, factor: float) -> Any:
+        """The answers of one product with packed weights, as `transformers_runner.OnCpu.probed`: its node, alone in a graph.
+
+        None if the graph has no such node: a layer whose groups no block divides stays in float.
+        """
+        import onnx
+
+        if self._graph is None:
+            self._graph = onnx.load(self._file, load_external_data=False).graph
+        codes = f"{name}.weight_codes"
+        node = next((node for node in self._graph.node if codes in node.input), None)
+        if node is None:
+            return None
+        constants = [each for each in self._graph.initializer if each.name in node.input]
+        for constant in constants:
+            if onnx.external_data_helper.uses_external_data(constant):
+                onnx.external_data_helper.load_external_data_for_tensor(constant, str(self._file.parent))
+        columns = next(attribute.i for attribute in node.attribute if attribute.name == "K")
+        floats = onnx.TensorProto.FLOAT
+        ends = [
+            [onnx.helper.make_tensor_value_info(end, floats, [None, None])] for end in (node.input[0], node.output[0])
+        ]
+        alone = onnx.helper.make_model(
+            onnx.helper.make_graph([node], "layer", *ends, initializer=constants),
+            opset_imports=[onnx.helper.make_opsetid("", 20), onnx.helper.make_opsetid(node.domain, 1)],
+            ir_version=10,
+        )
+        import onnxruntime
+
+        session = onnxruntime.InferenceSession(alone.SerializeToString(), providers=["CPUExecutionProvider"])
+        answered = session.run(None, {node.input[0]: factor * measure.probe_vectors(columns)})[0] / factor
+        return answered[:, measure.probe_rows(answered.shape[1])]
 
     def _continued(self, ids: Any, mask: Any) -> Any:
         """The same output in two steps. The second step gets the first half of the text only through its keys and values."""
@@ -57,7 +91,7 @@ def load(request: dict[str, Any]) -> tuple[Forward, dict[str, str], str]:
     session = measure.execute(snippet)["session"]
     import onnxruntime
 
-    return Forward(session), {"onnxruntime": onnxruntime.__version__}, snippet
+    return Forward(session, Path(request["folder"], "model.onnx")), {"onnxruntime": onnxruntime.__version__}, snippet
 
 
 if __name__ == "__main__":

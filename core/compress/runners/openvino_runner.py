@@ -19,8 +19,9 @@ model = openvino.Core().compile_model({file!r}, "CPU", settings)
 class Forward:
     """The graph's first output for whole texts."""
 
-    def __init__(self, model: Any) -> None:
-        self.call = model.create_infer_request()
+    def __init__(self, model: Any, file: Path, settings: dict[str, Any]) -> None:
+        self.call, self._file, self._settings = model.create_infer_request(), file, settings
+        self._products: dict[str, Any] | None = None
         self.inputs = {name for port in model.inputs for name in port.names}
         if "beam_idx" in self.inputs:
             self.continued = self._continued
@@ -29,6 +30,38 @@ class Forward:
         if "beam_idx" in self.inputs:
             self.call.reset_state()
         return self._run(ids, mask)
+
+    def probed(self, name: str, factor: float) -> Any:
+        """The answers of one product with packed weights, as `transformers_runner.OnCpu.probed`: the product, alone in a graph.
+
+        None if the graph has no such product.
+        """
+        import openvino
+        from openvino import opset13 as ops
+
+        if self._products is None:
+            self._graph = openvino.Core().read_model(self._file)
+            self._products = {
+                node.get_friendly_name(): node
+                for node in self._graph.get_ordered_ops()
+                if node.get_type_name() == "MatMul" and node.input_value(1).get_node().get_type_name() != "Constant"
+            }
+        # A checkpoint with a head and a model loaded without its head have different prefixes in their names.
+        same = (
+            known
+            for known in self._products
+            if known == name or name.endswith(f".{known}") or known.endswith(f".{name}")
+        )
+        node = self._products.get(name) or self._products.get(next(same, ""))
+        if node is None:
+            return None
+        turned, weight = bool(node.get_attributes().get("transpose_b")), node.input_value(1)
+        columns = weight.get_shape()[1 if turned else 0]
+        given = ops.parameter([-1, columns], openvino.Type.f32)
+        product = ops.matmul(given, weight, False, turned)
+        alone = openvino.Core().compile_model(openvino.Model([product], [given]), "CPU", self._settings)
+        answered = np.array(alone([factor * measure.probe_vectors(columns)])[0], np.float32) / factor
+        return answered[:, measure.probe_rows(answered.shape[1])]
 
     def _continued(self, ids: Any, mask: Any) -> Any:
         """The same output in two steps. The second step gets the first half of the text only through the model's state."""
@@ -53,10 +86,14 @@ def load(request: dict[str, Any]) -> tuple[Forward, dict[str, str], str]:
     # OpenVINO chooses bfloat16 if the processor has it, even if ONEDNN_MAX_CPU_ISA forbids it. Then it has no kernel for a softmax.
     more = ', "INFERENCE_PRECISION_HINT": "f32"' if request["float32"] else ""
     snippet = SNIPPET.format(threads=request["threads"], more=more, file=f"{request['folder']}/model.xml")
-    model = measure.execute(snippet)["model"]
+    loaded = measure.execute(snippet)
     import openvino
 
-    return Forward(model), {"openvino": openvino.__version__.split("-")[0]}, snippet
+    return (
+        Forward(loaded["model"], Path(request["folder"], "model.xml"), loaded["settings"]),
+        {"openvino": openvino.__version__.split("-")[0]},
+        snippet,
+    )
 
 
 if __name__ == "__main__":

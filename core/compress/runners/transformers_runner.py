@@ -82,18 +82,23 @@ class OnCpu:
     def __call__(self, ids: Any, mask: Any) -> Any:
         return self._run(ids, mask).float().cpu().numpy()
 
-    def probed(self, name: str) -> Any:
-        """A linear layer's answers to `measure.probe_vectors` at `measure.probe_rows`, without its bias. None if there is no such layer."""
+    def probed(self, name: str, factor: float = 1.0) -> Any:
+        """A linear layer's answers to `measure.probe_vectors` at `measure.probe_rows`, without its bias. None if there is no such layer.
+
+        factor: the vectors are multiplied by it, and the answers divided, so that the layer's own scale of its inputs holds them.
+        """
         import torch
 
         layer = self._layer(name)
         if layer is None:
             return None
-        given = torch.from_numpy(measure.probe_vectors(layer.in_features)).to(self.model.device, self.model.dtype)
+        vectors = factor * torch.from_numpy(measure.probe_vectors(layer.in_features))
+        given = vectors.to(self.model.device, self.model.dtype)
         with torch.inference_mode():
             answered = layer(given).float()
             if layer.bias is not None:
                 answered = answered - layer.bias.float()
+            answered = answered / factor
         return answered[:, torch.from_numpy(measure.probe_rows(answered.shape[1])).to(answered.device)].cpu().numpy()
 
     def _layer(self, name: str) -> Any:

@@ -6,7 +6,8 @@ from nightpress.core.compress import environment
 from nightpress.core.compress.model.checkpoint import write_file
 from nightpress.core.compress.passes.registry import model_pass
 from nightpress.core.compress.stages.clock import parts
-from nightpress.core.compress.stages.job import PressJob, State, naming_the_package
+from nightpress.core.compress.stages.job import PressJob, naming_the_package
+from nightpress.core.compress.stages.state import State
 from nightpress.core.handoff.checkpoints import FinishedPass, pass_folder, pass_record, prefix_digests
 from nightpress.core.recipes.inspect import FolderFiles, inspect_model
 from nightpress.core.recipes.passes import PassOptions

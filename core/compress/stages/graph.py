@@ -4,6 +4,8 @@ Graph formats share one graph, traced from the pressed model. Passes of the stag
 """
 
 import gc
+import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,9 @@ from nightpress.core.compress.graph.tracing import Traced
 from nightpress.core.compress.memory import return_freed_memory
 from nightpress.core.compress.passes.registry import graph_pass_of
 from nightpress.core.compress.stages.clock import Report, parts
-from nightpress.core.compress.stages.job import Exported, PressJob, State, naming_the_package
+from nightpress.core.compress.stages.job import PressJob, naming_the_package
+from nightpress.core.compress.stages.state import Exported, State
+from nightpress.core.errors import ErrorCode, NightpressError
 from nightpress.core.recipes.exports import GRAPH_FORMATS, Export
 
 _EXPORTERS = {
@@ -35,6 +39,33 @@ def run(job: PressJob, state: State) -> None:
         folder = job.out / export.name
         runner = _save(job, state, export, folder, job.clock.span(start, end))
         state.exported.append(Exported(export, folder, runner))
+    for plain in state.trial.uncompressed:
+        job.clock.at(0.7, f"exporting the uncompressed model as {plain.name}, to time it beside the artifact")
+        try:
+            state.uncompressed[plain.format] = _save_uncompressed(job, state, plain)
+        except NightpressError as error:
+            if error.code is ErrorCode.DISK_FULL:
+                raise
+            state.notes.append(f"The uncompressed model could not be exported as {plain.name}, to time it: {error}")
+            job.warn(state.notes[-1])
+
+
+def _save_uncompressed(job: PressJob, state: State, export: Export) -> Exported:
+    """Export the source as it is. The trace is no checkpoint: nothing but a speed depends on it."""
+    exporter: Any = _EXPORTERS[export.format]
+    folder, header, weights = job.work / "uncompressed" / export.name, state.source_header, export.weights
+    assert weights is not None
+    shutil.rmtree(folder, ignore_errors=True)  # of an earlier attempt
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    if export.format == "gguf":
+        gguf.save(job.source, folder, header, weights=weights, pooling=state.trial.task.pooling)
+    else:
+        context = job.context(header, lambda _fraction, _text: None, index=len(job.recipe.passes))
+        check = state.trial.task.sets[0].sequences
+        traced = tracing.trace(job.source, header, check, replace(context, checkpoint=lambda _path, _step: None))
+        exporter.save(job.source, folder, traced, [], weights=weights)
+        _free_graphs()
+    return Exported(export, folder, Path(exporter.CONSUMER))
 
 
 def _save(job: PressJob, state: State, export: Export, folder: Path, report: Report) -> Path:

@@ -1,7 +1,6 @@
-"""One job: its folder, its clock, the frames that it sends, and the state that its stages share."""
+"""One job: its folder, its clock, and the frames that it sends."""
 
 import contextlib
-import dataclasses
 import time
 from collections.abc import Iterator
 from functools import partial
@@ -10,18 +9,15 @@ from pathlib import Path
 import torch
 
 from nightpress.core.compress.context import PassContext
-from nightpress.core.compress.evaluate.quality import Trial
-from nightpress.core.compress.export.consumer import Device, Observed
-from nightpress.core.compress.graph.tracing import Traced
+from nightpress.core.compress.export.consumer import Device
 from nightpress.core.compress.stages.clock import Clock, Emit, Report
 from nightpress.core.errors import ErrorCode, NightpressError
 from nightpress.core.handoff.frames import Checkpoint, Log, Metric, Span
-from nightpress.core.handoff.report import PassRecord, Screening, Subject
+from nightpress.core.handoff.report import PassRecord, Subject
 from nightpress.core.handoff.spec import DATA_DIR, OUT_DIR, SOURCE_DIR, WORK_DIR, JobSpec
 from nightpress.core.recipes.exports import Export
 from nightpress.core.recipes.header import ModelHeader
 from nightpress.core.recipes.passes import PassOptions, catalog
-from nightpress.core.recipes.profile import Profile
 
 
 class PressJob:
@@ -73,10 +69,14 @@ class PressJob:
         self.emit(Log(level="warning", text=text))
 
     def publish(self, subject: Subject) -> None:
-        """Send a model's figures as metrics."""
+        """Send a model's figures as metrics: those that it has."""
         self.emit(Metric(name=f"{subject.name}.size_bytes", value=subject.size_bytes))
         for found in subject.measurements:
             self.emit(Metric(name=f"{subject.name}.{found.name}", value=found.value))
+        self.publish_speed(subject)
+
+    def publish_speed(self, subject: Subject) -> None:
+        """Send a model's timings as metrics."""
         for timing in subject.timings:
             self.emit(Metric(name=f"{subject.name}.p50_ms.{timing.batch}x{timing.length}", value=timing.p50_ms))
         for writing in subject.generation:
@@ -102,34 +102,6 @@ class PressJob:
         self.emit(Span(name=f"pass {record.name}", started_ns=began_ns, ended_ns=ended_ns))
         self.log(f"{record.name}: {len(record.layers)} layers in {record.seconds:.1f} s")
         return record
-
-
-@dataclasses.dataclass(frozen=True)
-class Exported:
-    """An artifact that is written, but not verified yet."""
-
-    export: Export
-    folder: Path
-    runner: Path  #: the script that loads the artifact in a process of its own
-
-
-@dataclasses.dataclass
-class State:
-    """The results of a job so far. Each stage reads the results of the earlier stages and adds its own."""
-
-    source_header: ModelHeader
-    trial: Trial  #: the examples and timings that all models are measured with
-    source: Subject  #: the source's figures
-    observed: Observed  #: the source's outputs
-    folder: Path  #: the model as the passes so far have written it
-    header: ModelHeader  #: of that model; after a pass that must be last, of the model before that pass
-    records: list[PassRecord] = dataclasses.field(default_factory=list)
-    traced: Traced | None = None  #: the graph of the pressed model, if an export needs one
-    exported: list[Exported] = dataclasses.field(default_factory=list)
-    artifacts: list[Subject] = dataclasses.field(default_factory=list)
-    profiles: list[Profile] = dataclasses.field(default_factory=list)
-    screening: Screening | None = None  #: set if the job ends right after its passes
-    versions: dict[str, str] = dataclasses.field(default_factory=dict)  #: of the libraries in the consumers' processes
 
 
 @contextlib.contextmanager

@@ -1,58 +1,27 @@
 """The stage that measures: first the source, before anything is pressed; then each artifact, loaded by its consumer in a fresh process."""
 
 import contextlib
-from collections.abc import Callable, Iterator
-from dataclasses import replace
+from collections.abc import Iterator
 
 from nightpress.core.compress import environment
 from nightpress.core.compress.evaluate import quality, speed
-from nightpress.core.compress.evaluate.beside import SourceBeside
-from nightpress.core.compress.evaluate.quality import Trial
+from nightpress.core.compress.evaluate.beside import ConsumerBeside
 from nightpress.core.compress.evaluate.remarks import remarks
-from nightpress.core.compress.export import gguf, safetensors
-from nightpress.core.compress.export.consumer import Consumer, Device, Observed, consumer_name, run_consumer
-from nightpress.core.compress.export.probes import compare, probed_layers
+from nightpress.core.compress.export import gguf
+from nightpress.core.compress.export.consumer import Beside, Consumer, run_consumer
+from nightpress.core.compress.export.probes import PROBED_FORMATS, compare, probed_layers
 from nightpress.core.compress.export.program import usage_program
 from nightpress.core.compress.export.verify import verify
 from nightpress.core.compress.passes.registry import ModelPair, measure_pass_of
 from nightpress.core.compress.runners.measure import LOADING
+from nightpress.core.compress.stages.baseline import measured_on
 from nightpress.core.compress.stages.clock import Report, parts
-from nightpress.core.compress.stages.job import Exported, PressJob, State, folder_bytes, naming_the_package
-from nightpress.core.handoff.report import MeasuredOn, Subject
-from nightpress.core.recipes.costs import CONSUMER_BYTES
-from nightpress.core.recipes.header import ModelHeader
+from nightpress.core.compress.stages.job import PressJob, folder_bytes, naming_the_package
+from nightpress.core.compress.stages.state import Exported, State
+from nightpress.core.errors import ErrorCode, NightpressError
+from nightpress.core.handoff.report import Subject
+from nightpress.core.recipes.measuring import uncompressed_bytes
 from nightpress.core.recipes.plan import stored
-
-#: Peak memory of an artifact's process → the source's consumer, or None.
-Beside = Callable[[int | None], Consumer | None]
-
-
-def measure_source(job: PressJob, header: ModelHeader, trial: Trial) -> tuple[Subject, Observed]:
-    """The source's figures and outputs. All artifacts are compared with them."""
-    job.clock.enter("baseline")
-    observed = run_consumer(
-        safetensors.CONSUMER,
-        job.source,
-        trial.source_task,
-        name="source",
-        scratch=job.scratch,
-        device=job.device_of(None),
-        progress=job.clock.span(0.03, 0.3),
-    )
-    subject = Subject(
-        name="source",
-        format="safetensors",
-        size_bytes=folder_bytes(job.brought),
-        parameters=header.parameters,
-        measurements=quality.measurements(trial, observed, None),
-        timings=speed.timings(observed, trial.task),
-        generation=speed.generation_timings(observed, trial.task.threads),
-        measured_on=_measured_on(observed),
-        peak_memory_bytes=observed.peak_memory,
-        peak_gpu_bytes=observed.peak_gpu,
-    )
-    job.publish(subject)
-    return subject, observed
 
 
 def run(job: PressJob, state: State) -> None:
@@ -66,43 +35,17 @@ def run(job: PressJob, state: State) -> None:
     for device in ("cuda", "cpu"):
         artifacts = [artifact for artifact in state.exported if job.device_of(artifact.export) == device]
         if artifacts:
-            with _source_beside(job, state, device) as beside:
+            with state.baseline.beside(device) as beside:
                 for artifact in artifacts:
                     name = artifact.export.name
                     measured[name] = _measure(job, state, artifact, *spans[name], beside)
                     job.publish(measured[name])
-    state.artifacts += [measured[artifact.export.name] for artifact in state.exported]
+    state.source = state.baseline.finish()
+    for artifact in state.exported:
+        subject = measured[artifact.export.name]
+        noted = (*subject.notes, *remarks(subject, state.source))
+        state.artifacts.append(subject.model_copy(update={"notes": noted}))
     _look(job, state)
-
-
-@contextlib.contextmanager
-def _source_beside(job: PressJob, state: State, device: Device) -> Iterator[Beside]:
-    """Yields the function that loads the source on this device, to take turns with an artifact there, if memory holds both."""
-    seen = state.observed
-    if device != job.device_of(None):  # the source was measured on the GPU: what it takes on the processor is estimated
-        seen = replace(seen, peak_memory=CONSUMER_BYTES + 4 * state.source_header.parameters, peak_gpu=None)
-    with SourceBeside(
-        safetensors.CONSUMER,
-        job.source,
-        state.trial.task,
-        seen,
-        scratch=job.scratch,
-        limit=job.spec.memory_limit,
-        device=device,
-        progress=lambda _fraction, what: job.clock.at(0.0, f"the source beside it: {what}"),
-    ) as source:
-        yield source.open if state.trial.by_turns or device == "cuda" else lambda _peak: None
-
-
-def _measured_on(observed: Observed) -> MeasuredOn:
-    loaded = observed.loaded_as
-    return MeasuredOn(
-        device=loaded["device"],
-        name=loaded.get("name") or environment.processor(),
-        dtype=loaded.get("dtype", ""),
-        consumer=consumer_name(observed.versions),
-        dispatched=loaded.get("dispatched", False),
-    )
 
 
 def _measure(
@@ -116,44 +59,80 @@ def _measure(
     """Load one artifact, verify its outputs, and measure it."""
     job.clock.enter("verifying")
     name, task, device = artifact.export.name, state.trial.task, job.device_of(artifact.export)
+    baseline = state.baseline
     job.clock.at(start, f"loading {name} in a fresh process")
-    packed = probed_layers(state.folder) if artifact.export.format == "compressed-tensors" else []
-    observed = run_consumer(
-        artifact.runner,
-        artifact.folder,
-        task,
-        name=name,
-        scratch=job.scratch,
-        device=device,
-        reference=state.observed.outputs_file,
-        probes=packed,
-        beside=beside,
-        progress=_evaluating(job, start, end, name),
-    )
+    packed = probed_layers(state.folder) if artifact.export.format in PROBED_FORMATS else {}
+    with _uncompressed_beside(job, state, artifact) as uncompressed:
+        observed = run_consumer(
+            artifact.runner,
+            artifact.folder,
+            task,
+            name=name,
+            scratch=job.scratch,
+            device=device,
+            reference=baseline.observed.outputs_file,
+            probes=packed,
+            beside=beside,
+            uncompressed=uncompressed,
+            progress=_evaluating(job, start, end, name),
+        )
     state.versions |= observed.versions
     of_tokens: tuple[str, ...] = ()
     if artifact.export.format == "gguf":
         of_tokens = gguf.check_tokens(job.source, artifact.folder, name=name, scratch=job.scratch)
-    probes = compare(state.folder, observed.outputs, observed.loaded_as["dtype"]) if packed else None
+    probes = compare(state.folder, observed.outputs, observed.loaded_as.get("dtype", "")) if packed else None
     verification = verify(
-        job.recipe, artifact.export, observed, source=state.observed, traced=state.traced, task=task, probes=probes
+        job.recipe, artifact.export, observed, source=baseline.observed, traced=state.traced, task=task, probes=probes
     )
-    timed_source = state.observed if device == job.device_of(None) else None
-    subject = Subject(
+    baseline.took_turns(observed, device)
+    timed_source = baseline.timed() if observed.beside is None and device == baseline.device else None
+    return Subject(
         name=name,
         format=name,
         size_bytes=folder_bytes(artifact.folder),
         parameters=state.header.parameters,
-        measurements=quality.measurements(state.trial, state.observed, observed),
+        measurements=quality.measurements(state.trial, baseline.observed, observed),
         timings=speed.timings(observed, task, timed_source),
         generation=speed.generation_timings(observed, task.threads, timed_source),
-        measured_on=_measured_on(observed),
+        measured_on=measured_on(observed),
         peak_memory_bytes=observed.peak_memory,
         peak_gpu_bytes=observed.peak_gpu,
         verification=verification,
         usage=usage_program(artifact.export.format, artifact.folder, state.header),
+        notes=of_tokens,
     )
-    return subject.model_copy(update={"notes": (*of_tokens, *remarks(subject, state.source))})
+
+
+@contextlib.contextmanager
+def _uncompressed_beside(job: PressJob, state: State, artifact: Exported) -> Iterator[Beside]:
+    """Yields the function that loads the uncompressed model in the artifact's runtime, if it is timed and memory holds it, too."""
+    plain = state.uncompressed.get(artifact.export.format)
+    if plain is None:
+        yield lambda _peak: None
+        return
+    with ConsumerBeside(
+        plain.runner,
+        plain.folder,
+        state.trial.task,
+        uncompressed_bytes(state.source_header, plain.export),
+        name=f"uncompressed-{plain.export.name}",
+        scratch=job.scratch,
+        limit=job.spec.memory_limit,
+        others=lambda: state.baseline.held_beside,
+        progress=lambda _fraction, what: job.clock.at(0.0, f"the uncompressed model beside it: {what}"),
+    ) as consumer:
+
+        def start(artifact_peak: int | None) -> Consumer | None:
+            try:
+                return consumer.open(artifact_peak)
+            except NightpressError as error:
+                if error.code is ErrorCode.DISK_FULL:
+                    raise
+                state.notes.append(f"The uncompressed model can't be timed as {plain.export.name}: {error}")
+                job.warn(state.notes[-1])
+                return None
+
+        yield start
 
 
 def _evaluating(job: PressJob, start: float, end: float, name: str) -> Report:

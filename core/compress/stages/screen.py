@@ -4,7 +4,8 @@ from nightpress.core.compress.evaluate import quality
 from nightpress.core.compress.evaluate.screening import surely_missed
 from nightpress.core.compress.export import safetensors
 from nightpress.core.compress.export.consumer import run_consumer
-from nightpress.core.compress.stages.job import PressJob, State
+from nightpress.core.compress.stages.job import PressJob
+from nightpress.core.compress.stages.state import State
 from nightpress.core.handoff.report import Screening
 from nightpress.core.recipes.anatomy import OWN_SHAPES
 from nightpress.core.recipes.exports import TORCH_FORMATS
@@ -22,10 +23,10 @@ def run(job: PressJob, state: State) -> None:
         name="screening",
         scratch=job.scratch,
         device=job.device_of(None),
-        reference=state.observed.outputs_file,
+        reference=state.baseline.observed.outputs_file,
         progress=job.clock.span(0.5, 0.52),
     )
-    figures = quality.figures_of(state.trial.screen, state.trial.seed, state.observed, observed)
+    figures = quality.figures_of(state.trial.screen, state.trial.seed, state.baseline.observed, observed)
     missed = surely_missed(job.recipe.parsed_gates(), figures, "screening")
     if missed:
         worst = "; ".join(f"{result.gate}: {result.explanation}" for result in missed)

@@ -4,7 +4,7 @@ import hashlib
 import json
 import threading
 import time
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Generic, Protocol, TypeVar
 
@@ -97,6 +97,8 @@ class JobService:
             if job is None:
                 raise
             return job, False
+        if wanted.force:
+            self._measure_anew([new])
         job, created = self._admit(new, idempotency)
         if created and wanted.reuse and not wanted.force:
             job = self._store.requests.reuse(job)
@@ -136,6 +138,7 @@ class JobService:
         self._quotas.check_storage(tenant_id)
         if any(new.queue == "gpu" for new in news):
             self._quotas.check_gpu(tenant_id)
+        self._measure_anew(new for new, request in zip(news, wanted, strict=True) if request.force)
         made = self._store.submission.submit_all(news, max_queued=quotas.max_queued_jobs or NO_BOUND)
         return [
             self._store.requests.reuse(job) if request.reuse and not request.force else job
@@ -199,6 +202,11 @@ class JobService:
             fingerprint=_fingerprint(old.model_digest, old.recipe, old.data),
         )
         return self._admit(new)[0]
+
+    def _measure_anew(self, news: Iterable[NewJob]) -> None:
+        """Let the next job on each model measure its source, whatever is kept of it. Before the jobs are written: they may start at once."""
+        for new in news:
+            self._store.sources.outdate(new.tenant_id, new.model_digest)
 
     def _max_queued(self, new: NewJob) -> int:
         """The most jobs that the tenant may have queued. Raises quota_exceeded if the storage or the GPU time is used up."""

@@ -9,6 +9,7 @@ from nightpress.core.service.jobs.expiry import JobExpiry
 from nightpress.core.service.jobs.queries import JobReader
 from nightpress.core.service.jobs.requests import JobRequests
 from nightpress.core.service.jobs.roster import WorkerRoster
+from nightpress.core.service.jobs.source_figures import SourceFigures
 from nightpress.core.service.jobs.submission import JobSubmission
 
 
@@ -25,3 +26,4 @@ class JobStore:
         self.attempts = JobAttempts(engine)
         self.expiry = JobExpiry(engine)
         self.roster = WorkerRoster(engine)
+        self.sources = SourceFigures(engine)

@@ -219,6 +219,24 @@ checkpoint_files = Table(
     Column("job_id", String(40), nullable=False),  #: the job whose attempt wrote it
 )
 
+#: The outputs of a source in storage, as the job `job_id` measured them. The digest says for what: see core/handoff/source_outputs.py.
+source_figures = Table(
+    "source_figures",
+    metadata,
+    Column("digest", String(64), primary_key=True),
+    Column("tenant_id", String(64), nullable=False),
+    Column("model_digest", String(80), nullable=False),
+    # No foreign key: the outputs stay when the job is deleted.
+    Column("job_id", String(40), nullable=False),
+    Column("sha256", String(64), nullable=False),
+    Column("size", BigInteger, nullable=False),
+    Column("outdated", Boolean, nullable=False),  #: a user wants the source to be measured anew
+    Column("measured_at", UtcDateTime, nullable=False),
+    Column("used_at", UtcDateTime, nullable=False, index=True),
+    CheckConstraint("size >= 0", name="size"),
+    Index("ix_source_figures_model", "tenant_id", "model_digest"),
+)
+
 job_artifacts = Table(
     "job_artifacts",
     metadata,

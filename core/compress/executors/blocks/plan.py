@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 from nightpress.core.compress.context import PassContext
-from nightpress.core.compress.environment import multiplies_bfloat16
 from nightpress.core.compress.executors.watch import split_mask
 from nightpress.core.compress.model.checkpoint import SAFETENSORS_DTYPES, read_shards
 from nightpress.core.compress.model.experts import Experts
 from nightpress.core.compress.model.skeleton import Batch, Skeleton
 from nightpress.core.compress.model.source import SourceTensors
+from nightpress.core.processor import multiplies_bfloat16
 from nightpress.core.recipes.costs import batch_tokens
 
 #: Format of the records that a run writes. A release with another format starts an interrupted run from the beginning.

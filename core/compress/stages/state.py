@@ -1,0 +1,43 @@
+"""The results of a job so far: what its stages hand to each other."""
+
+import dataclasses
+from pathlib import Path
+
+from nightpress.core.compress.evaluate.quality import Trial
+from nightpress.core.compress.graph.tracing import Traced
+from nightpress.core.compress.stages.baseline import Baseline
+from nightpress.core.handoff.report import PassRecord, Screening, Subject
+from nightpress.core.recipes.exports import Export
+from nightpress.core.recipes.header import ModelHeader
+from nightpress.core.recipes.profile import Profile
+
+
+@dataclasses.dataclass(frozen=True)
+class Exported:
+    """An artifact that is written, but not verified yet."""
+
+    export: Export
+    folder: Path
+    runner: Path  #: the script that loads the artifact in a process of its own
+
+
+@dataclasses.dataclass
+class State:
+    """The results of a job so far. Each stage reads the results of the earlier stages and adds its own."""
+
+    source_header: ModelHeader
+    trial: Trial  #: the examples and timings that all models are measured with
+    baseline: Baseline  #: the source's outputs and timed runs
+    source: Subject  #: the source's figures; its timings only after the stage `measure`
+    folder: Path  #: the model as the passes so far have written it
+    header: ModelHeader  #: of that model; after a pass that must be last, of the model before that pass
+    records: list[PassRecord] = dataclasses.field(default_factory=list)
+    traced: Traced | None = None  #: the graph of the pressed model, if an export needs one
+    exported: list[Exported] = dataclasses.field(default_factory=list)
+    #: format → the uncompressed model in that format, to be timed beside the artifacts of its runtime
+    uncompressed: dict[str, Exported] = dataclasses.field(default_factory=dict)
+    artifacts: list[Subject] = dataclasses.field(default_factory=list)
+    profiles: list[Profile] = dataclasses.field(default_factory=list)
+    notes: list[str] = dataclasses.field(default_factory=list)  #: for the report
+    screening: Screening | None = None  #: set if the job ends right after its passes
+    versions: dict[str, str] = dataclasses.field(default_factory=dict)  #: of the libraries in the consumers' processes
