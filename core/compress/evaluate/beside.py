@@ -66,11 +66,16 @@ class SourceBeside:
             return False
         if self._device == "cuda" and (self._seen.peak_gpu or 0) > _SPARE * free_gpu_memory():
             return False
-        available = _kilobytes("/proc/meminfo", "MemAvailable:")
-        if available is not None and source_peak > _SPARE * available:
-            return False
-        ours = _kilobytes("/proc/self/status", "RssAnon:") or 0
-        return not self._limit or ours + artifact_peak + source_peak <= _SPARE * self._limit
+        return room_for(source_peak, artifact_peak, self._limit)
+
+
+def room_for(source_peak: int, artifact_peak: int, limit: int) -> bool:
+    """Whether memory holds the source's process beside the artifact's. limit: bytes that the job may use; 0: only the machine's."""
+    available = _kilobytes("/proc/meminfo", "MemAvailable:")
+    if available is not None and source_peak > _SPARE * available:
+        return False
+    ours = _kilobytes("/proc/self/status", "RssAnon:") or 0
+    return not limit or ours + artifact_peak + source_peak <= _SPARE * limit
 
 
 def _kilobytes(file: str, field: str) -> int | None:

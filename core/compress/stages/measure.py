@@ -14,6 +14,7 @@ from nightpress.core.compress.export.consumer import Consumer, Device, Observed,
 from nightpress.core.compress.export.probes import compare, probed_layers
 from nightpress.core.compress.export.program import usage_program
 from nightpress.core.compress.export.verify import verify
+from nightpress.core.compress.export.vllm import interpreter
 from nightpress.core.compress.passes.registry import ModelPair, measure_pass_of
 from nightpress.core.compress.runners.measure import LOADING
 from nightpress.core.compress.stages.clock import Report, parts
@@ -23,6 +24,7 @@ from nightpress.core.recipes.costs import CONSUMER_BYTES
 from nightpress.core.recipes.header import ModelHeader
 from nightpress.core.recipes.plan import stored
 
+SERVED_FROM = 0.9  #: the part of the job that is done when vLLM serves; without vLLM, the measuring lasts until 0.98
 #: Peak memory of an artifact's process → the source's consumer, or None.
 Beside = Callable[[int | None], Consumer | None]
 
@@ -47,7 +49,7 @@ def measure_source(job: PressJob, header: ModelHeader, trial: Trial) -> tuple[Su
         measurements=quality.measurements(trial, observed, None),
         timings=speed.timings(observed, trial.task),
         generation=speed.generation_timings(observed, trial.task.threads),
-        measured_on=_measured_on(observed),
+        measured_on=measured_on(observed),
         peak_memory_bytes=observed.peak_memory,
         peak_gpu_bytes=observed.peak_gpu,
     )
@@ -59,8 +61,9 @@ def run(job: PressJob, state: State) -> None:
     """Verify and measure each artifact, and run the passes of the stage `measure`."""
     if job.spec.device == "cuda":
         environment.give_back_gpu_memory()
+    end = SERVED_FROM if interpreter() is not None else 0.98
     spans = dict(
-        zip((artifact.export.name for artifact in state.exported), parts(0.7, 0.98, len(state.exported)), strict=True)
+        zip((artifact.export.name for artifact in state.exported), parts(0.7, end, len(state.exported)), strict=True)
     )
     measured: dict[str, Subject] = {}
     for device in ("cuda", "cpu"):
@@ -94,7 +97,7 @@ def _source_beside(job: PressJob, state: State, device: Device) -> Iterator[Besi
         yield source.open if state.trial.by_turns or device == "cuda" else lambda _peak: None
 
 
-def _measured_on(observed: Observed) -> MeasuredOn:
+def measured_on(observed: Observed) -> MeasuredOn:
     loaded = observed.loaded_as
     return MeasuredOn(
         device=loaded["device"],
@@ -147,7 +150,7 @@ def _measure(
         measurements=quality.measurements(state.trial, state.observed, observed),
         timings=speed.timings(observed, task, timed_source),
         generation=speed.generation_timings(observed, task.threads, timed_source),
-        measured_on=_measured_on(observed),
+        measured_on=measured_on(observed),
         peak_memory_bytes=observed.peak_memory,
         peak_gpu_bytes=observed.peak_gpu,
         verification=verification,
