@@ -4,7 +4,6 @@ They run where NIGHTPRESS_VLLM_PYTHON names an environment that `make vllm` made
 """
 
 import json
-
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -21,6 +20,7 @@ from nightpress.core.compress.export.consumer import Observed
 from nightpress.core.compress.grids.packing import pack_bits, unpack_bits
 from nightpress.core.compress.passes import MODEL_PASSES, PassContext
 from nightpress.core.errors import ErrorCode, NightpressError
+from nightpress.core.handoff.frames import Metric
 from nightpress.core.recipes.calibration import Calibration
 from nightpress.core.recipes.inspect import FolderFiles, inspect_model
 from nightpress.core.recipes.models import parse_recipe
@@ -95,3 +95,128 @@ def test_vllm_answers_as_the_dequantized_weights_do(form: str, tmp_path: Path):
     assert verification.consumer.startswith("vllm ")
     assert "vllm.LLM(" in verification.load_snippet
     assert seen.wrote
+
+
+def _changed(artifact: Path, target: Path, change: Callable[[Tensors], None]) -> Path:
+    shutil.copytree(artifact, target)
+    tensors = load_file(target / "model.safetensors")
+    change(tensors)
+    kept = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    save_file(kept, target / "model.safetensors", metadata={"format": "pt"})
+    return target
+
+
+def transpose_a_scale(tensors: Tensors) -> None:
+    name = next(name for name in tensors if name.endswith("layers.0.mlp.down_proj.weight_scale"))
+    scale = tensors[name]
+    tensors[name] = scale.t().reshape(scale.shape) if scale.shape[1] > 1 else scale.flip(0)
+
+
+def swap_queries_and_keys(tensors: Tensors) -> None:
+    for name in [name for name in tensors if ".q_proj.weight" in name]:
+        other = name.replace("q_proj", "k_proj")
+        tensors[name], tensors[other] = tensors[other], tensors[name]
+
+
+def shift_zero_points(tensors: Tensors) -> None:
+    """All zero points off by one, as when a version of the format counts them otherwise."""
+    for name in [name for name in tensors if name.endswith("weight_zero_point")]:
+        rows, _ = tensors[name.replace("zero_point", "shape")].tolist()
+        zeros = unpack_bits(tensors[name].t().contiguous(), 4, rows)
+        tensors[name] = pack_bits(torch.where(zeros < 7, zeros + 1, zeros - 1), 4).t()
+
+
+BROKEN: dict[str, tuple[str, Callable[[Tensors], None]]] = {
+    "int4, a scale transposed": ("int4 group", transpose_a_scale),
+    "int4, queries and keys swapped": ("int4 group", swap_queries_and_keys),
+    "int4, zero points off by one": ("int4 group asymmetric", shift_zero_points),
+    "int8 activations, a scale turned": ("int8 activations", transpose_a_scale),
+    "int8 activations, queries and keys swapped": ("int8 activations", swap_queries_and_keys),
+    "fp8, queries and keys swapped": ("fp8", swap_queries_and_keys),
+}
+
+
+@pytest.mark.parametrize("case", BROKEN)
+def test_a_broken_artifact_is_refused(case: str, tmp_path: Path):
+    form, change = BROKEN[case]
+    if form.startswith("int4") and "avx512f" not in environment.cpu_features():
+        pytest.skip("vLLM's kernels for int4 need AVX-512")
+    source = tiny(tmp_path / "source")
+    meant = pressed(source, tmp_path / "pressed", RUN[form])
+    artifact = _changed(meant, tmp_path / "broken", change)
+    found, seen = asked(source, artifact, meant, tmp_path / "scratch")
+    with pytest.raises(NightpressError, match="answers otherwise than it should") as refused:
+        served.verify_served("it", found, seen, bound=bound(artifact))
+    assert refused.value.code == ErrorCode.VERIFICATION_FAILED
+
+
+def test_a_missing_shard_is_refused_with_what_vllm_said(tmp_path: Path):
+    source = tiny(tmp_path / "source")
+    artifact = pressed(source, tmp_path / "pressed", RUN["int8 activations"])
+    tensors = load_file(artifact / "model.safetensors")
+    (artifact / "model.safetensors").unlink()
+    index: dict[str, str] = {}
+    for at in range(2):
+        part = {name: tensor for name, tensor in tensors.items() if ("layers.1" in name) == bool(at)}
+        index |= dict.fromkeys(part, f"model-{at}.safetensors")
+        save_file(part, artifact / f"model-{at}.safetensors", metadata={"format": "pt"})
+    body = {"metadata": {"total_size": 0}, "weight_map": index}
+    (artifact / "model.safetensors.index.json").write_text(json.dumps(body))
+    (artifact / "model-1.safetensors").unlink()
+    with pytest.raises(NightpressError) as refused:
+        asked(source, artifact, artifact, tmp_path / "scratch")
+    assert refused.value.code == ErrorCode.VERIFICATION_FAILED
+    assert "layers.1" in refused.value.message or "model-1.safetensors" in str(refused.value.details)
+
+
+def test_a_form_without_a_kernel_here_is_noted_with_what_vllm_said(tmp_path: Path):
+    """vLLM has no kernel for int8 weights with float inputs on any processor. That says nothing about a GPU."""
+    recipe = {
+        "passes": [{"pass": "weight-only", "bits": 8}],
+        "exports": ["compressed-tensors"],
+        "evaluate": [{"metric": "fidelity", "samples": 4, "length": 16}],
+    }
+    manifest, report, _ = press(lay_out(tmp_path / "job", tiny(tmp_path / "model"), recipe))
+    [artifact] = report.artifacts
+    assert artifact.serving is None
+    assert any("no kernel for this form on this processor" in note and "CPUWNA16" in note for note in artifact.notes)
+    assert manifest.artifacts[0].consumer.startswith("transformers ")
+
+
+def test_a_job_verifies_and_times_in_vllm(tmp_path: Path):
+    recipe = {
+        "target": "gpu-vllm",
+        "passes": RUN["int8 activations"],
+        "calibration": {"samples": 4, "length": 32},
+        "exports": ["compressed-tensors"],
+        "evaluate": [
+            {"metric": "fidelity", "samples": 4, "length": 16},
+            {"metric": "latency", "batch": 1, "length": 16, "repeats": 5},
+        ],
+    }
+    manifest, report, frames = press(lay_out(tmp_path / "job", tiny(tmp_path / "model"), recipe))
+    [artifact] = report.artifacts
+    serving = artifact.serving
+    assert serving is not None
+    assert serving.verification is not None
+    assert serving.verification.passed
+    assert serving.verification.value <= serving.verification.bound
+    assert serving.measured_on.consumer.startswith("vllm ")
+    assert serving.measured_on.device == "cpu"
+    assert serving.measured_on.dtype == "bfloat16"
+    assert serving.gap is not None
+    assert serving.chosen is not None
+    assert serving.peak_memory_bytes is not None
+    assert [timing.requests for timing in serving.timings] == [1, 8, 64]
+    assert all(timing.speedup is not None for timing in serving.timings)
+    assert all(0 < timing.first_p50_ms <= timing.first_p95_ms for timing in serving.timings)
+    assert all(0 < timing.slowest <= timing.tokens_per_s <= timing.fastest for timing in serving.timings)
+    assert report.source.serving is not None
+    assert len(report.source.serving.timings) == 3
+    assert manifest.artifacts[0].consumer == serving.measured_on.consumer
+    assert {f"compressed-tensors.vllm.tokens_per_s.{n}" for n in (1, 8, 64)} <= {
+        frame.name for frame in frames if isinstance(frame, Metric)
+    }
+    page = (tmp_path / "job" / "out" / "report.html").read_text()
+    assert "64 of 64 tokens, 32 written" in page
+    assert not (tmp_path / "job" / "work" / "measured").exists()

@@ -124,7 +124,7 @@ def dequantized_answers(
         return run_consumer(
             safetensors.CONSUMER,
             folder,
-            _scored(task, written),
+            scored(task, written),
             name="dequantized",
             scratch=scratch / "reference",
             device=device,
@@ -133,10 +133,10 @@ def dequantized_answers(
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _scored(task: Task, written: NDArray[Any]) -> Task:
+def scored(task: Task, written: NDArray[Any]) -> Task:
     """The texts of the task with what vLLM wrote, [texts, tokens], to be scored by transformers."""
     ids = np.concatenate([task.sets[0].sequences.ids, written], axis=1)
     targets = np.concatenate([ids[:, 1:], np.full((len(ids), 1), -1)], axis=1)
     sequences = tokenized.Sequences(ids, np.ones_like(ids), targets=targets)
-    scored = TokenSet(WRITTEN, "tokens", sequences, compared=np.zeros(ids.shape, np.bool_))
-    return Task(task.name, (scored,), (), task.timing_ids, task.pooling, task.classes, task.threads)
+    chosen = TokenSet(WRITTEN, "tokens", sequences, compared=np.zeros(ids.shape, np.bool_))
+    return Task(task.name, (chosen,), (), task.timing_ids, task.pooling, task.classes, task.threads)
