@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 from nightpress.core.compress import environment
 from nightpress.core.compress.evaluate import served
@@ -20,11 +20,15 @@ from nightpress.core.compress.export.consumer import Observed
 from nightpress.core.compress.grids.packing import pack_bits, unpack_bits
 from nightpress.core.compress.passes import MODEL_PASSES, PassContext
 from nightpress.core.errors import ErrorCode, NightpressError
-from nightpress.core.handoff.frames import Metric
+from nightpress.core.handoff.frames import Metric, Result, parse_frame
+from nightpress.core.handoff.report import REPORT_FILE, read_report
+from nightpress.core.handoff.spec import OUT_DIR, SOURCE_DIR, SPEC_FILE
 from nightpress.core.recipes.calibration import Calibration
 from nightpress.core.recipes.inspect import FolderFiles, inspect_model
 from nightpress.core.recipes.models import parse_recipe
+from nightpress.worker.process import ChildProcess
 from tests.every_family import save_family
+from tests.folders import load_tensors
 from tests.press import lay_out, press
 
 PYTHON = vllm.interpreter()
@@ -98,8 +102,9 @@ def test_vllm_answers_as_the_dequantized_weights_do(form: str, tmp_path: Path):
 
 
 def _changed(artifact: Path, target: Path, change: Callable[[Tensors], None]) -> Path:
-    shutil.copytree(artifact, target)
-    tensors = load_file(target / "model.safetensors")
+    """A copy with changed tensors, in a single file."""
+    shutil.copytree(artifact, target, ignore=shutil.ignore_patterns("*.safetensors", "*.index.json"))
+    tensors = load_tensors(artifact)
     change(tensors)
     kept = {name: tensor.contiguous() for name, tensor in tensors.items()}
     save_file(kept, target / "model.safetensors", metadata={"format": "pt"})
@@ -153,20 +158,12 @@ def test_a_broken_artifact_is_refused(case: str, tmp_path: Path):
 def test_a_missing_shard_is_refused_with_what_vllm_said(tmp_path: Path):
     source = tiny(tmp_path / "source")
     artifact = pressed(source, tmp_path / "pressed", RUN["int8 activations"])
-    tensors = load_file(artifact / "model.safetensors")
-    (artifact / "model.safetensors").unlink()
-    index: dict[str, str] = {}
-    for at in range(2):
-        part = {name: tensor for name, tensor in tensors.items() if ("layers.1" in name) == bool(at)}
-        index |= dict.fromkeys(part, f"model-{at}.safetensors")
-        save_file(part, artifact / f"model-{at}.safetensors", metadata={"format": "pt"})
-    body = {"metadata": {"total_size": 0}, "weight_map": index}
-    (artifact / "model.safetensors.index.json").write_text(json.dumps(body))
-    (artifact / "model-1.safetensors").unlink()
+    missing = sorted(artifact.glob("*.safetensors"))[1]
+    missing.unlink()
     with pytest.raises(NightpressError) as refused:
         asked(source, artifact, artifact, tmp_path / "scratch")
     assert refused.value.code == ErrorCode.VERIFICATION_FAILED
-    assert "layers.1" in refused.value.message or "model-1.safetensors" in str(refused.value.details)
+    assert missing.name in refused.value.message + str(refused.value.details["stderr"])
 
 
 def test_a_form_without_a_kernel_here_is_noted_with_what_vllm_said(tmp_path: Path):
@@ -220,3 +217,33 @@ def test_a_job_verifies_and_times_in_vllm(tmp_path: Path):
     page = (tmp_path / "job" / "out" / "report.html").read_text()
     assert "64 of 64 tokens, 32 written" in page
     assert not (tmp_path / "job" / "work" / "measured").exists()
+
+
+def test_vllm_runs_inside_a_jobs_walls(tmp_path: Path):
+    """In a child: without a network, with a view of its own folder and of the two environments alone."""
+    recipe = {
+        "name": "walls",
+        "passes": [_INT],
+        "exports": ["compressed-tensors"],
+        "evaluate": [{"metric": "fidelity", "samples": 4, "length": 16}],
+    }
+    if "avx512f" not in environment.cpu_features():
+        recipe["passes"] = RUN["int8 activations"]
+    child = ChildProcess(tmp_path / "jobs", threads=1, network=False, vllm_python=PYTHON)
+    try:
+        shutil.copytree(tiny(tmp_path / "model"), child.job_dir / SOURCE_DIR, dirs_exist_ok=True)
+        spec = {"job_id": "job_1", "attempt": 1, "model_name": "m", "model_digest": "d", "recipe": recipe}
+        (child.job_dir / SPEC_FILE).write_text(json.dumps(spec))
+        child.begin(patience_s=1000)
+        with open(child.frames, "rb", closefd=False) as stream:
+            result = [parse_frame(line) for line in stream][-1]
+        assert isinstance(result, Result)
+        assert result.error is None
+        report = read_report((child.job_dir / OUT_DIR / REPORT_FILE).read_bytes())
+    finally:
+        child.kill()
+        child.remove()
+    serving = report.artifacts[0].serving
+    assert serving is not None
+    assert serving.wrote
+    assert serving.timings == ()
