@@ -18,7 +18,7 @@ class Bench:
 
     measures: str
     minutes: float  #: usual duration on two idle cores
-    needs: Literal["", "a GPU", "arguments"] = ""
+    needs: Literal["", "a GPU", "arguments", "an environment with vLLM"] = ""
 
 
 #: In the order of running: first those that measure milliseconds, while the machine is cool and idle.
@@ -46,6 +46,9 @@ BENCHES = {
         "Size and perplexity of every method on a small language model; hours without a GPU.", 15, "a GPU"
     ),
     "blocks_gpu": Bench("Seconds and GPU memory of calibrated passes, a layer of known shapes.", 10, "a GPU"),
+    "vllm": Bench(
+        "Every scheme in vLLM, transformers and llama.cpp; int4 served by vLLM.", 60, "an environment with vLLM"
+    ),
     "whole_job": Bench(
         "A whole job on a model of 8 billion parameters: the seconds of each phase, and peaks.", 4, "a GPU"
     ),

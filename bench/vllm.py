@@ -146,9 +146,8 @@ def speeds(folder: Path, python: Path, threads: int) -> Iterator[Figure]:
             for name, runs in rounds.items():
                 found = served.served_timing(request, runs, rounds["source"], by_turns=True)
                 at = f"speed/{name} in vLLM, {request.requests} at a time"
-                yield Figure(
-                    f"{at}/tokens_per_s", round(found.tokens_per_s, 1), "tokens/s", (found.slowest, found.fastest)
-                )
+                ends = round(found.slowest, 1), round(found.fastest, 1)
+                yield Figure(f"{at}/tokens_per_s", round(found.tokens_per_s, 1), "tokens/s", ends)
                 yield Figure(f"{at}/first", round(found.first_p50_ms, 1), "ms")
                 yield Figure(f"{at}/between", round(found.token_p50_ms, 1), "ms")
                 prefill = 1000 * request.requests * request.prompt / found.first_p50_ms

@@ -16,7 +16,9 @@ _ROUNDS = 4  #: of each number of requests, with the first, which is not timed
 _STEP = 8  #: time of writing a token for several requests at once, in tokens of a forward pass
 _CACHE_BLOCK = 128  #: tokens; vLLM gives each request whole blocks of its cache
 _CACHE_SPARE = 64 * 1024**2
-VLLM_BYTES = 1150 * 1024**2  #: anonymous memory of vLLM's process without model and cache, measured with 0.32
+VLLM_BYTES = (
+    900 * 1024**2
+)  #: anonymous memory of vLLM's process without model and cache; 830 MiB were measured with 0.32
 _START_S = 25.0  #: to import vLLM and start its engine
 
 

@@ -98,7 +98,7 @@ def test_vllm_answers_as_the_dequantized_weights_do(form: str, tmp_path: Path):
     verification = served.verify_served(form, found, seen, bound=bound(artifact))
     assert verification.consumer.startswith("vllm ")
     assert "vllm.LLM(" in verification.load_snippet
-    assert seen.wrote
+    assert seen.outputs["vllm.tokens"].shape == (8, 16)
 
 
 def _changed(artifact: Path, target: Path, change: Callable[[Tensors], None]) -> Path:
@@ -111,10 +111,11 @@ def _changed(artifact: Path, target: Path, change: Callable[[Tensors], None]) ->
     return target
 
 
-def transpose_a_scale(tensors: Tensors) -> None:
-    name = next(name for name in tensors if name.endswith("layers.0.mlp.down_proj.weight_scale"))
-    scale = tensors[name]
-    tensors[name] = scale.t().reshape(scale.shape) if scale.shape[1] > 1 else scale.flip(0)
+def transpose_scales(tensors: Tensors) -> None:
+    """The scales of all down projections. A single layer's would hardly show; each is asked by itself in test_broken_layers.py."""
+    for name in [name for name in tensors if name.endswith("down_proj.weight_scale")]:
+        scale = tensors[name]
+        tensors[name] = scale.t().reshape(scale.shape) if scale.shape[1] > 1 else scale.flip(0)
 
 
 def swap_queries_and_keys(tensors: Tensors) -> None:
@@ -132,10 +133,10 @@ def shift_zero_points(tensors: Tensors) -> None:
 
 
 BROKEN: dict[str, tuple[str, Callable[[Tensors], None]]] = {
-    "int4, a scale transposed": ("int4 group", transpose_a_scale),
+    "int4, scales transposed": ("int4 group", transpose_scales),
     "int4, queries and keys swapped": ("int4 group", swap_queries_and_keys),
     "int4, zero points off by one": ("int4 group asymmetric", shift_zero_points),
-    "int8 activations, a scale turned": ("int8 activations", transpose_a_scale),
+    "int8 activations, scales turned": ("int8 activations", transpose_scales),
     "int8 activations, queries and keys swapped": ("int8 activations", swap_queries_and_keys),
     "fp8, queries and keys swapped": ("fp8", swap_queries_and_keys),
 }
@@ -245,5 +246,4 @@ def test_vllm_runs_inside_a_jobs_walls(tmp_path: Path):
         child.remove()
     serving = report.artifacts[0].serving
     assert serving is not None
-    assert serving.wrote
     assert serving.timings == ()

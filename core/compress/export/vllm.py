@@ -45,6 +45,7 @@ def variables(scratch: Path, device: Device) -> dict[str, str]:
         "VLLM_NO_USAGE_STATS": "1",
         "DO_NOT_TRACK": "1",
         "VLLM_LOGGING_LEVEL": "ERROR",
+        "PYTHONSAFEPATH": "1",  # vLLM starts Python once more to look at a model's class: not from the job's folder
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # bound to single cores, its threads wait for what else runs there
     }
     if device == "cpu":  # without it, small functions are compiled even by `enforce_eager`
