@@ -1,10 +1,11 @@
 """What vLLM's processor path, transformers and llama.cpp make of each scheme that we write, and how fast vLLM serves int4.
 
-    NIGHTPRESS_VLLM_PYTHON=… python -m bench.vllm [--forms NAME …] [--isa avx512|avx2|as-is] [--no-speed]
+    NIGHTPRESS_VLLM_PYTHON=… python -m bench.vllm [--forms NAME …] [--isa amx|avx512|avx2] [--no-speed]
 
 The model is SmolLM2-135M in bf16. Each consumer reads the same texts, and its log-probabilities are compared with those of the dequantized
-weights in transformers, in float32: ‖a − b‖ / ‖b − mean b‖. A form without a figure was refused. `--isa avx2` lets vLLM choose its build
-for processors without AVX-512. Speeds are of whole rounds of requests; source and artifact take turns.
+weights in transformers, in float32: ‖a − b‖ / ‖b − mean b‖. A form without a figure was refused. vLLM has other kernels for processors with AMX, with AVX-512 alone
+and with neither; `--isa` lets it choose those of a lesser one than there is. Speeds are of whole rounds of requests; source and artifact
+take turns.
 """
 
 import json
@@ -60,14 +61,15 @@ FORMS: Mapping[str, list[dict[str, Any]]] = {
     "fp8 cache, then int4": [CACHE, INT4],
     "fp8 cache, then int8 with inputs": [CACHE, {"pass": "smoothquant"}],
 }
-SOURCE, TIMED = "none: the source in bf16", "int4, groups"
+TIMED = "int4, groups"
+ISA = {"amx": "", "avx512": "AVX512_CORE_VNNI", "avx2": "AVX2"}  #: as ONEDNN_MAX_CPU_ISA; empty: all that there is
 _CALIBRATION = Calibration(samples=4, length=128)
 
 
 def main() -> int:
     parser = make_parser("vllm", __doc__)
     parser.add_argument("--forms", nargs="*", choices=list(FORMS), default=list(FORMS), metavar="NAME")
-    parser.add_argument("--isa", choices=["as-is", "avx512", "avx2"], default="as-is")
+    parser.add_argument("--isa", choices=list(ISA), default="amx", help="what vLLM may use of the processor")
     parser.add_argument("--no-speed", action="store_true")
     parser.add_argument("--threads", type=int, default=2)
     options = parser.parse_args()
@@ -75,8 +77,8 @@ def main() -> int:
     if python is None:
         print(f"skipped: {vllm.VARIABLE} is not set", file=sys.stderr)
         return 0
-    if options.isa == "avx2":
-        os.environ["ONEDNN_MAX_CPU_ISA"] = "AVX2"
+    if options.isa != "amx":
+        os.environ["ONEDNN_MAX_CPU_ISA"] = ISA[options.isa]
     with tempfile.TemporaryDirectory(prefix="nightpress-bench-") as folder:
         figures = list(measure(Path(folder), python, options.forms, options.isa, options.threads))
         if not options.no_speed:
@@ -88,17 +90,16 @@ def measure(folder: Path, python: Path, forms: list[str], isa: str, threads: int
     """How far each consumer's answers are from the dequantized weights', for each form."""
     source = smollm_dir("bfloat16")
     task = make_task(source, threads, timed=False)
-    column = "avx2" if isa == "avx2" else "avx512"
     for at, form in enumerate(forms):
         artifact, scratch = make(source, folder / str(at), FORMS[form]), folder / str(at) / "scratch"
         seen = attempt(f"{form} in vLLM", lambda: in_vllm(artifact, task, python, scratch))  # noqa: B023
         if seen is not None:
             meant = vllm.dequantized_answers(artifact, task, seen, scratch=scratch)
             found = served.answers(seen.outputs, meant.outputs)
-            yield Figure(f"forms/{form}/{column}", round(found.error, 4), "relative error")
-            yield Figure(f"forms/{form}/{column}_gap", round(found.gap, 4), "nats")
-            yield Figure(f"forms/{form}/{column}_chosen", round(found.chosen, 3), "of the written tokens")
-        if isa != "avx2":
+            yield Figure(f"forms/{form}/{isa}", round(found.error, 4), "relative error")
+            yield Figure(f"forms/{form}/{isa}_gap", round(found.gap, 4), "nats")
+            yield Figure(f"forms/{form}/{isa}_chosen", round(found.chosen, 3), "of the written tokens")
+        if isa == "amx":
             yield from others(form, source, artifact, task, scratch)
 
 

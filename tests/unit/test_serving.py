@@ -9,6 +9,7 @@ import pytest
 
 from nightpress.client.cli.doctor import check_vllm
 from nightpress.core.compress import report as reports
+from nightpress.core.compress.environment import cpu_features
 from nightpress.core.compress.evaluate import served
 from nightpress.core.compress.export import vllm
 from nightpress.core.compress.export.consumer import Observed
@@ -173,7 +174,7 @@ def test_without_an_environment_the_report_says_that_vllm_was_not_run(tmp_path: 
 @pytest.mark.parametrize(
     ("group", "cache", "on_cpu", "on_gpu"),
     [
-        ({"input_activations": None, "weights": {"num_bits": 4}}, None, True, False),
+        ({"input_activations": None, "weights": {"num_bits": 4}}, None, "amx_int8" in cpu_features(), False),
         ({"input_activations": None, "weights": {"num_bits": 8}}, None, False, False),
         ({"input_activations": {"num_bits": 8}, "weights": {"num_bits": 8}}, None, True, True),
         ({"input_activations": None, "weights": {"num_bits": 8}}, {"num_bits": 8}, True, True),

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nightpress.core.compress.data import tokenized
+from nightpress.core.compress.environment import cpu_features
 from nightpress.core.compress.export import safetensors
 from nightpress.core.compress.export.consumer import Consumer, Device, Observed, run_consumer
 from nightpress.core.compress.export.task import Task, TimedServing, TokenSet
@@ -24,7 +25,7 @@ CONSUMER = Path(__file__).parents[1] / "runners" / "vllm_runner.py"
 VARIABLE = "NIGHTPRESS_VLLM_PYTHON"  #: the interpreter of that environment
 WRITTEN = "vllm"  #: the name of the set whose prompts are read and continued
 #: What vLLM says if it has no kernel for a form on this device. It says nothing about other devices.
-NO_KERNEL = ("Failed to find a kernel", "cpu_gemm_wna16")
+NO_KERNEL = ("Failed to find a kernel", "cpu_gemm_wna16", "convert_weight_packed_scale_zp")
 _REPEATS = 5
 
 
@@ -54,12 +55,12 @@ def variables(scratch: Path, device: Device) -> dict[str, str]:
 
 
 def rounds_inputs(folder: Path, device: Device) -> bool:
-    """Whether vLLM rounds what enters the layers, or the cache, to 8 bits: as the scheme says, or for int4 by its own choice on a processor."""
+    """Whether vLLM rounds what enters the layers, or the cache, to 8 bits: as the scheme says, or for int4 by its own choice with AMX."""
     stored = json.loads((folder / "config.json").read_bytes()).get("quantization_config") or {}
     groups = stored.get("config_groups", {}).values()
+    with_amx = device == "cpu" and "amx_int8" in cpu_features()
     return stored.get("kv_cache_scheme") is not None or any(
-        group["input_activations"] is not None or (device == "cpu" and group["weights"]["num_bits"] == 4)
-        for group in groups
+        group["input_activations"] is not None or (with_amx and group["weights"]["num_bits"] == 4) for group in groups
     )
 
 

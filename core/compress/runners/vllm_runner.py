@@ -14,8 +14,15 @@ sys.path.insert(0, str(Path(__file__).parent))
 import measure  # type: ignore[import-not-found]
 import numpy as np
 
-#: Values of ONEDNN_MAX_CPU_ISA that forbid AVX-512. vLLM chooses its kernels by the processor alone, so the choice is made for it.
-_AVX2 = frozenset({"SSE41", "AVX", "AVX2", "AVX2_VNNI", "AVX2_VNNI_2"})
+#: ONEDNN_MAX_CPU_ISA → the tests of the processor, in torch.cpu, that must fail. vLLM chooses its kernels by these, not by the variable.
+_NO_AMX = ("_is_amx_tile_supported", "_is_amx_fp16_supported")
+_AVX512_ALONE = (*_NO_AMX, "_is_avx512_bf16_supported")
+_AVX2 = (*_AVX512_ALONE, "_is_avx512_supported", "_is_vnni_supported")
+_HELD_DOWN = {
+    **dict.fromkeys(("SSE41", "AVX", "AVX2", "AVX2_VNNI", "AVX2_VNNI_2"), _AVX2),
+    **dict.fromkeys(("AVX512_CORE", "AVX512_CORE_VNNI"), _AVX512_ALONE),
+    **dict.fromkeys(("AVX512_CORE_BF16", "AVX512_CORE_FP16"), _NO_AMX),
+}
 
 #: On a processor, `enforce_eager`: compiling takes minutes, and needs a compiler. On a GPU vLLM compiles and captures as it does when it serves.
 SNIPPET = """\
@@ -34,8 +41,8 @@ model = vllm.LLM(
 def load(request: dict[str, Any]) -> tuple[Any, ...]:
     import torch
 
-    if os.environ.get("ONEDNN_MAX_CPU_ISA", "").upper() in _AVX2:
-        torch.cpu._is_avx512_supported = lambda: False
+    for name in _HELD_DOWN.get(os.environ.get("ONEDNN_MAX_CPU_ISA", "").upper(), ()):
+        setattr(torch.cpu, name, lambda: False)
     on_gpu = request["device"] == "cuda"
     if on_gpu:  # the rest of the GPU belongs to others, e.g. to the job's own process
         free, total = torch.cuda.mem_get_info()

@@ -78,8 +78,11 @@ def _serve(
     except NightpressError as error:
         if not _has_no_kernel(error) or _device(job) == "cuda":
             raise
-        said = " ".join(str(error.details.get("stderr", "")).split())[-300:]
-        _note(state, artifact, f"vLLM was not run on it: it has no kernel for this form on this processor ({said}).")
+        _note(
+            state,
+            artifact,
+            f"vLLM has no kernel for this form on this processor, so it was not verified there. {error.message}",
+        )
         return
     job.clock.enter("verifying")
     tell(0.9, f"{name}: the dequantized weights' answers")
