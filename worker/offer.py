@@ -34,8 +34,8 @@ def make_offer(settings: Settings, worker_id: str) -> WorkerOffer:
     )
 
 
-def introduce(offer: WorkerOffer, *, draining: bool, unfit: str | None = None) -> Worker:
-    """This worker's current row in the roster."""
+def introduce(offer: WorkerOffer, *, draining: bool, unfit: str | None = None, vllm: bool = False) -> Worker:
+    """This worker's current row in the roster. vllm: whether it has an environment with vLLM."""
     return Worker(
         id=offer.worker_id,
         host=socket.gethostname(),
@@ -47,6 +47,7 @@ def introduce(offer: WorkerOffer, *, draining: bool, unfit: str | None = None) -
         draining=draining,
         unfit=unfit,
         gpu_memory=offer.gpu_memory,
+        vllm=vllm,
         gpu_memory_used=None if offer.gpu_uuid is None else _memory_used(offer.gpu_uuid),
     )
 

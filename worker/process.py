@@ -43,7 +43,15 @@ def _forked_by(process: psutil.Process) -> int | None:
 class ChildProcess:
     """One child, in its own folder. It is started before its job is known, and used for one job."""
 
-    def __init__(self, root: Path, *, threads: int, network: bool, command: Sequence[str] = CHILD_COMMAND) -> None:
+    def __init__(
+        self,
+        root: Path,
+        *,
+        threads: int,
+        network: bool,
+        command: Sequence[str] = CHILD_COMMAND,
+        vllm_python: Path | None = None,
+    ) -> None:
         self.job_dir = root.resolve() / new_id("run")
         self._begun = False
         self._seen: set[psutil.Process] = set()
@@ -63,7 +71,7 @@ class ChildProcess:
                 stdout=chatter_end,
                 stderr=chatter_end,
                 pass_fds=(frames_end,),
-                env=sandbox.child_environment(self.job_dir, threads),
+                env=sandbox.child_environment(self.job_dir, threads, vllm_python),
                 cwd=self.job_dir,
                 start_new_session=True,
             )

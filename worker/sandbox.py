@@ -41,10 +41,15 @@ _OPEN_FILES = 4096
 _SPARED_DISK = 1024**3
 
 
-def child_environment(job_dir: Path, threads: int) -> dict[str, str]:
-    """The complete environment of a child. It sets the number of threads, because torch and its libraries read it when imported."""
+def child_environment(job_dir: Path, threads: int, vllm_python: Path | None = None) -> dict[str, str]:
+    """The complete environment of a child. It sets the number of threads, because torch and its libraries read it when imported.
+
+    vllm_python: the interpreter of the environment with vLLM, which the child may then read; None: there is none.
+    """
     count = str(threads)
     env = {name: os.environ[name] for name in _PASSED_ON if name in os.environ}
+    if vllm_python is not None:
+        env[view.VLLM_PYTHON] = str(vllm_python.absolute())
     return env | {
         "HOME": str(job_dir / TMP_DIR),
         "TMPDIR": str(job_dir / TMP_DIR),

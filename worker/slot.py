@@ -73,7 +73,12 @@ class Slot:
         fitness.probe_again()
         unfit = fitness.reason or None
         self._store.roster.heartbeat_worker(
-            introduce(self._offer, draining=self._supervisor.draining.is_set(), unfit=unfit)
+            introduce(
+                self._offer,
+                draining=self._supervisor.draining.is_set(),
+                unfit=unfit,
+                vllm=self._supervisor.settings.vllm_python is not None,
+            )
         )
         mark_alive(self._supervisor.settings.data_dir, "worker")
 

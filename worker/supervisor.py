@@ -108,7 +108,13 @@ class Supervisor:
 
     def _spawn(self) -> ChildProcess:
         network = not self.settings.sandbox_network
-        return ChildProcess(self._root, threads=self.threads, network=network, command=self._child_command)
+        return ChildProcess(
+            self._root,
+            threads=self.threads,
+            network=network,
+            command=self._child_command,
+            vllm_python=self.settings.vllm_python,
+        )
 
     def take_child(self) -> ChildProcess:
         spare, self._spare = self._spare, None

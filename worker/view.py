@@ -11,6 +11,7 @@ from nightpress.worker import kernel
 from nightpress.worker.kernel import MS_BIND, MS_NODEV, MS_NOEXEC, MS_NOSUID, MS_PRIVATE, MS_RDONLY, MS_REC, MS_REMOUNT
 
 TMP_DIR = "tmp"
+VLLM_PYTHON = "NIGHTPRESS_VLLM_PYTHON"  #: as in core/compress/export/vllm.py; a child is told by its environment
 SHARED_MEMORY = Path("/dev/shm")  # noqa: S108 - processes share semaphores and tensors there
 _ETC = ("ld.so.cache", "localtime", "nsswitch.conf", "passwd", "group", "ssl", "OpenCL", "alternatives")
 _DEVICES = ("null", "zero", "full", "random", "urandom")
@@ -34,7 +35,15 @@ def readable() -> list[Path]:
     paths += [Path(path) for path in os.environ.get("LD_LIBRARY_PATH", "").split(":") if path.startswith("/")]
     paths += [Path("/etc") / name for name in _ETC]
     paths += [project() / name for name in ("nightpress", "core", "worker")]
+    for python in interpreters()[1:]:  # the environment with vLLM, and the Python that it was made with
+        paths += [python.parents[1], python.resolve().parents[1]]
     return [path for path in paths if os.path.exists(path)]  # noqa: PTH110 - Path raises where it may not look
+
+
+def interpreters() -> list[Path]:
+    """The interpreters that run in a child: its own, and that of the environment with vLLM if there is one."""
+    named = os.environ.get(VLLM_PYTHON)
+    return [Path(sys.executable), *([Path(named)] if named else [])]
 
 
 def devices() -> list[Path]:
@@ -66,8 +75,9 @@ def enter(job_dir: Path, *, own_proc: bool, highest_pid: int = 0) -> None:
 def _fill(root: Path, job_dir: Path, *, own_proc: bool, highest_pid: int) -> None:
     for path in _outermost(readable()):
         _show(root, path)
-    for link in _links(Path(sys.executable)):
-        _link(root, link)
+    for python in interpreters():
+        for link in _links(python):
+            _link(root, link)
     _show(root, Path("/sys"))
     _make_dev(root)
     if own_proc:

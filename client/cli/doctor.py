@@ -3,6 +3,7 @@
 import importlib.metadata
 import importlib.util
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -88,6 +89,7 @@ def examine(session: Session, settings: Settings) -> Iterator[Check]:
     yield _check_disk(settings)
     yield _check_isolation(settings)
     yield from _check_torch()
+    yield check_vllm(settings.vllm_python)
 
 
 _REPAIR = {
@@ -266,6 +268,35 @@ def check_gpu(*, driver: bool, cuda: str | None, gpus: list[tuple[str, int]]) ->
         f"NVIDIA's driver is loaded, but torch, built for CUDA {cuda}, finds no GPU",
         f"Is the driver new enough for CUDA {cuda}? `nvidia-smi` prints its newest. Does CUDA_VISIBLE_DEVICES hide the GPU?",
     )
+
+
+_VLLM_PROBE = """
+import json, torch, vllm
+from vllm.platforms import current_platform
+print(json.dumps({"vllm": vllm.__version__, "torch": torch.__version__, "platform": current_platform.device_type}))
+"""
+
+
+def check_vllm(python: Path | None) -> Check:
+    """Import vLLM with the interpreter that NIGHTPRESS_VLLM_PYTHON names, without letting it report its use to anybody."""
+    if python is None:
+        return Check("vLLM", "ok", "NIGHTPRESS_VLLM_PYTHON is not set: artifacts for vLLM are not run in it")
+    quiet = {"VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1", "VLLM_LOGGING_LEVEL": "ERROR", "HF_HUB_OFFLINE": "1"}
+    command = [str(python), "-I", "-c", _VLLM_PROBE]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=180, check=True, env=os.environ | quiet)
+        found = json.loads(done.stdout.splitlines()[-1])
+    except (subprocess.SubprocessError, OSError, ValueError, IndexError) as error:
+        said = (getattr(error, "stderr", None) or str(error)).strip().splitlines()
+        why = said[-1][:300] if said else type(error).__name__
+        return Check(
+            "vLLM",
+            "failed",
+            f"{python} can't import it: {why}",
+            "Make its environment anew with `make vllm`, or unset NIGHTPRESS_VLLM_PYTHON.",
+        )
+    where = {"cuda": "on the GPU", "cpu": "on the processor"}.get(found["platform"], f"on {found['platform']}")
+    return Check("vLLM", "ok", f"vllm {found['vllm']}, torch {found['torch']}, {where}")
 
 
 def _installed(name: str) -> bool:

@@ -87,6 +87,8 @@ def press(
     require_core()
     os.environ.setdefault("OMP_NUM_THREADS", str(threads))  # torch reads it when it is imported
     os.environ.setdefault("GOMP_SPINCOUNT", "3000")
+    if (vllm_python := load_settings().vllm_python) is not None:  # the setting may come from a .env file
+        os.environ["NIGHTPRESS_VLLM_PYTHON"] = str(vllm_python.absolute())
 
     if device == "auto":
         device = _device(wanted, header, threads, quiet=session.json)
@@ -142,8 +144,9 @@ def _device(recipe: Recipe, header: ModelHeader, threads: int, *, quiet: bool) -
             "The recipe says `device: gpu`, and torch finds no GPU here.",
             hint="Set `device: auto`, or pass --device cpu.",
         )
-    fleet = [Seat("cpu", memory, threads)]
-    fleet += [] if on_gpu is None else [Seat("gpu", memory, threads, on_gpu)]
+    vllm = load_settings().vllm_python is not None
+    fleet = [Seat("cpu", memory, threads, vllm=vllm)]
+    fleet += [] if on_gpu is None else [Seat("gpu", memory, threads, on_gpu, vllm=vllm)]
     plan = make_plan(recipe, header, fleet)
     if on_gpu is not None and not quiet:
         output.note(f"On the {'GPU' if plan.queue == 'gpu' else 'processor'}: {plan.queue_reason}", "dim")

@@ -16,13 +16,13 @@ from nightpress.core.compress.evaluate import gates, quality
 from nightpress.core.compress.evaluate.finite import check_weights
 from nightpress.core.compress.lineage import read_lineage
 from nightpress.core.compress.model.checkpoint import disk_errors, write_file
-from nightpress.core.compress.stages import folder, graph, measure, screen, source
+from nightpress.core.compress.stages import folder, graph, measure, screen, serve, source
 from nightpress.core.compress.stages.baseline import Baseline
 from nightpress.core.compress.stages.clock import Emit
 from nightpress.core.compress.stages.job import PressJob
 from nightpress.core.compress.stages.state import State
 from nightpress.core.handoff.manifest import MANIFEST_FILE, ArtifactEntry, Manifest, describe_file, describe_folder
-from nightpress.core.handoff.report import DataUsed, Report, same_device
+from nightpress.core.handoff.report import DataUsed, Report, Subject, Verification, same_device
 from nightpress.core.handoff.spec import OUT_DIR
 from nightpress.core.recipes.calibration import BUILTIN_DATA
 from nightpress.core.recipes.inspect import FolderFiles, inspect_model
@@ -31,7 +31,7 @@ from nightpress.core.recipes.plan import make_plan
 
 #: The stages in their order. A pass runs in the stage that its options name. Passes of the stage `runtime` run when a graph is exported.
 #: A screening that finds that a gate is surely missed ends them.
-STAGES = (folder.run, screen.run, graph.run, measure.run)
+STAGES = (folder.run, screen.run, graph.run, measure.run, serve.run)
 
 
 def run(job_dir: Path, emit: Emit) -> Manifest:
@@ -122,7 +122,9 @@ def _conclude(job: PressJob, state: State) -> Manifest:
 
 
 def _entries(state: State) -> tuple[ArtifactEntry, ...]:
-    consumers = {artifact.name: artifact.verification.consumer for artifact in state.artifacts if artifact.verification}
+    consumers = {
+        artifact.name: found.consumer for artifact in state.artifacts if (found := _proof(artifact)) is not None
+    }
     return tuple(
         ArtifactEntry(
             format=artifact.export.name,
@@ -132,6 +134,12 @@ def _entries(state: State) -> tuple[ArtifactEntry, ...]:
         )
         for artifact in state.exported
     )
+
+
+def _proof(artifact: Subject) -> Verification | None:
+    """The verification by the consumer that the artifact is made for: vLLM's if it was run, else that of the library that measured it."""
+    served = artifact.serving.verification if artifact.serving else None
+    return served or artifact.verification
 
 
 def _write(job: PressJob, whole: Report, entries: tuple[ArtifactEntry, ...]) -> Manifest:

@@ -149,6 +149,40 @@ class Verification(_Model):
     load_snippet: str  #: the lines that loaded it, as executed
 
 
+class ServedTiming(_Model):
+    """Requests that vLLM serves at a time, greedily: `repeats` timed rounds after warm-up. All requests of a round arrive together."""
+
+    requests: int
+    prompt: int  #: tokens of each request
+    tokens: int  #: written for each request
+    repeats: int
+    tokens_per_s: float  #: written, of all requests, in the median round
+    slowest: float  #: tokens/s of the slowest round
+    fastest: float
+    first_p50_ms: float  #: from a request's arrival to its first token
+    first_p95_ms: float
+    token_p50_ms: float  #: between the tokens of a request
+    token_p95_ms: float
+    speedup: Speedup | None = None  #: in time for a round, over the source in vLLM; only of an artifact
+
+
+class Serving(_Model):
+    """A model in vLLM."""
+
+    measured_on: MeasuredOn
+    verification: Verification | None = None  #: only of an artifact
+    gap: float | None = (
+        None  #: mean distance of the log-probabilities from those of the dequantized weights, in nats; only of an artifact
+    )
+    chosen: float | None = (
+        None  #: share of the tokens that vLLM wrote which the dequantized weights would have chosen; only of an artifact
+    )
+    wrote: str = ""  #: a text that vLLM wrote, the continuation of a built-in text
+    timings: tuple[ServedTiming, ...] = ()  #: empty if the recipe times nothing
+    peak_memory_bytes: int | None = None  #: of vLLM's process; None: unknown
+    peak_gpu_bytes: int | None = None  #: of the GPU's memory that vLLM took; None: it ran on the processor
+
+
 class Subject(_Model):
     """The source model or one artifact."""
 
@@ -165,6 +199,7 @@ class Subject(_Model):
     peak_memory_bytes: int | None = None  #: of the consumer's process; None: unknown
     peak_gpu_bytes: int | None = None  #: of the GPU's memory that the consumer took; None: it ran on the processor
     verification: Verification | None = None
+    serving: Serving | None = None  #: None: vLLM was not run on it
     usage: str = (
         ""  #: a program that loads the artifact, gives it one text and prints the answer; empty if none is known
     )

@@ -101,6 +101,20 @@ class Cost(NamedTuple):
     host_bytes: int | None = None  #: memory of the host, if the job runs on a GPU; None: as `memory_bytes`
     host_work: float = 0.0  #: multiply-adds on the processor, also if the job runs on a GPU
 
+    def then(self, other: "Cost") -> "Cost":
+        """Return the cost of this and then `other`: the larger memory, and the sum of the times."""
+        hosts = (
+            None if self.host_bytes is None and other.host_bytes is None else max(self.held("gpu"), other.held("gpu"))
+        )
+        return Cost(
+            max(self.memory_bytes, other.memory_bytes),
+            self.seconds + other.seconds,
+            self.work + other.work,
+            max(self.gpu_bytes, other.gpu_bytes),
+            hosts,
+            self.host_work + other.host_work,
+        )
+
     def held(self, queue: Queue) -> int:
         """Return the bytes of the host's memory."""
         return self.memory_bytes if queue == "cpu" or self.host_bytes is None else self.host_bytes

@@ -22,6 +22,7 @@ class Seat:
     threads: int = THREADS
     gpu_memory: int | None = None  #: bytes; None: no GPU, or a GPU that does not report its memory
     seen_s: float = 0.0  #: seconds since it was last seen
+    vllm: bool = False  #: whether its jobs also run artifacts in vLLM
 
     def holds(self, memory: int, gpu_memory: int) -> bool:
         """Return whether a job with these needs in bytes fits."""

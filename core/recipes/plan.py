@@ -20,6 +20,7 @@ from nightpress.core.recipes.linears import invalid
 from nightpress.core.recipes.models import Evaluation, GenerationSpeed, Latency, Quality, Recipe, aim
 from nightpress.core.recipes.passes import PassOptions
 from nightpress.core.recipes.placement import Need, Placement, Queue, Seat, place, threads_of
+from nightpress.core.recipes.serving import serving_cost
 from nightpress.core.recipes.targets import check_target
 
 #: Task → name of the tied output head's weight, to which patterns of `ignore` apply.
@@ -82,9 +83,10 @@ def make_plan(recipe: Recipe, header: ModelHeader | None = None, fleet: Sequence
     estimate = None
     if header is not None:
         _check_model(recipe, header)
-        costs = _costs(recipe, header)
+        vllm = any(seat.vllm for seat in fleet)
+        costs = _costs(recipe, header, vllm=vllm)
         queue, reason = _placed(recipe, costs, fleet)
-        estimate = _estimate(recipe, header, costs, queue, fleet)
+        estimate = _estimate(recipe, header, costs, queue, fleet, vllm=vllm)
     else:
         queue, reason = _queue_without_model(recipe)
     warnings = dict.fromkeys(_warnings(recipe, header))
@@ -361,7 +363,7 @@ def _need(recipe: Recipe, costs: Sequence[Cost], queue: Queue, threads: int) -> 
 
 
 def _estimate(
-    recipe: Recipe, header: ModelHeader, costs: Sequence[Cost], queue: Queue, fleet: Sequence[Seat]
+    recipe: Recipe, header: ModelHeader, costs: Sequence[Cost], queue: Queue, fleet: Sequence[Seat], *, vllm: bool
 ) -> Estimate:
     outputs = _outputs(recipe, header)
     threads = threads_of(fleet, queue)
@@ -373,14 +375,19 @@ def _estimate(
         threads=threads,
         output_bytes=outputs,
         gpu_bytes=need.gpu_bytes,
-        leaner=tuple(choice for choice in _leaner(recipe, header, queue) if choice.memory_bytes < need.memory_bytes),
+        leaner=tuple(
+            choice for choice in _leaner(recipe, header, queue, vllm=vllm) if choice.memory_bytes < need.memory_bytes
+        ),
     )
 
 
-def _costs(recipe: Recipe, header: ModelHeader) -> list[Cost]:
+def _costs(recipe: Recipe, header: ModelHeader, *, vllm: bool) -> list[Cost]:
+    """Return the cost of each pass, and at the end that of measuring. vllm: artifacts are run in vLLM, too."""
     given, _ = _chain(recipe, header)
     found = [options.cost(seen, recipe.calibration) for options, seen in zip(recipe.passes, given, strict=True)]
-    return [*found, measuring.measuring_cost(recipe, header, _outputs(recipe, header), _most(found))]
+    measured = measuring.measuring_cost(recipe, header, _outputs(recipe, header), _most(found))
+    served = serving_cost(recipe, header) if vllm else None
+    return [*found, measured if served is None else measured.then(served)]
 
 
 def timed_by_turns(recipe: Recipe, header: ModelHeader) -> bool:
@@ -415,19 +422,25 @@ def _kept(recipe: Recipe) -> int:
     return MODELLING_BYTES if {options.scope for options in recipe.passes} & {"blocks", "train"} else 0
 
 
-def _leaner(recipe: Recipe, header: ModelHeader, queue: Queue) -> Iterable[Leaner]:
+def _leaner(recipe: Recipe, header: ModelHeader, queue: Queue, *, vllm: bool) -> Iterable[Leaner]:
     """Yield recipes with less calibration text: first fewer samples, then also shorter samples. Options of the passes are not changed."""
     given = recipe.calibration
     for share in (2, 4, 8):
         if given.samples >= 8 * share:
-            yield _with_calibration(recipe, header, queue, samples=given.samples // share, length=given.length)
+            yield _with_calibration(
+                recipe, header, queue, samples=given.samples // share, length=given.length, vllm=vllm
+            )
     for share in (2, 4):
         if given.samples >= 64 and given.length >= 128 * share:
-            yield _with_calibration(recipe, header, queue, samples=given.samples // 8, length=given.length // share)
+            yield _with_calibration(
+                recipe, header, queue, samples=given.samples // 8, length=given.length // share, vllm=vllm
+            )
 
 
-def _with_calibration(recipe: Recipe, header: ModelHeader, queue: Queue, *, samples: int, length: int) -> Leaner:
+def _with_calibration(
+    recipe: Recipe, header: ModelHeader, queue: Queue, *, samples: int, length: int, vllm: bool
+) -> Leaner:
     calibration = recipe.calibration.model_copy(update={"samples": samples, "length": length})
     leaner = recipe.model_copy(update={"calibration": calibration})
-    memory = _memory(leaner, _costs(leaner, header), queue)
+    memory = _memory(leaner, _costs(leaner, header, vllm=vllm), queue)
     return Leaner(change=f"`calibration: {{samples: {samples}, length: {length}}}`", memory_bytes=memory)

@@ -20,6 +20,7 @@ class WorkerView(View):
     gpu_memory: int | None = None
     gpu_memory_used: int | None = None  #: as of the last beat, by whoever uses it
     threads: int
+    vllm: bool = Field(False, description="Whether its jobs also run artifacts for vLLM in vLLM.")
     version: str
     state: Literal["idle", "busy", "draining", "unfit", "lost"]
     unfit: str | None = Field(

@@ -171,6 +171,7 @@ def test_workers(engine: Engine, rows: Rows, store: JobStore) -> None:
         unfit="the disk is full",
         gpu_memory=17,
         gpu_memory_used=18,
+        vllm=True,
     )
     told = {column.name: getattr(worker, column.name) for column in workers.c if not column.name.endswith("_at")}
     for _ in range(2):  # the first heartbeat inserts the row, the second updates it

@@ -78,11 +78,16 @@ class ConsumerBeside:
             return False
         if self._device == "cuda" and (self._peak_gpu or 0) > _SPARE * free_gpu_memory():
             return False
-        available = _kilobytes("/proc/meminfo", "MemAvailable:")
-        if available is not None and peak > _SPARE * available:
-            return False
-        ours = _kilobytes("/proc/self/status", "RssAnon:") or 0
-        return not self._limit or ours + artifact_peak + self._others() + peak <= _SPARE * self._limit
+        return room_for(peak, artifact_peak + self._others(), self._limit)
+
+
+def room_for(peak: int, running: int, limit: int) -> bool:
+    """Whether memory holds another process beside those that run, in bytes. limit: bytes that the job may use; 0: only the machine's."""
+    available = _kilobytes("/proc/meminfo", "MemAvailable:")
+    if available is not None and peak > _SPARE * available:
+        return False
+    ours = _kilobytes("/proc/self/status", "RssAnon:") or 0
+    return not limit or ours + running + peak <= _SPARE * limit
 
 
 def _kilobytes(file: str, field: str) -> int | None:

@@ -22,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nightpress.core.compress.export.consumer_faults import check_finite, failed
-from nightpress.core.compress.export.task import Task, TimedGeneration, TimedShape
+from nightpress.core.compress.export.task import Task, TimedGeneration, TimedServing, TimedShape
 from nightpress.core.compress.model.checkpoint import disk_errors
 from nightpress.core.processor import bfloat16_held_down
 
@@ -33,6 +33,7 @@ _WRITING_SECONDS = 20.0  #: longest time for one kind of decoding and one model
 _FEWEST_WRITINGS = 3  #: runs of decoding, even if they take longer than _WRITING_SECONDS
 _TELL_EVERY_S = 3.0
 Device = Literal["cpu", "cuda"]
+Timed = TimedShape | TimedGeneration | TimedServing
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,7 @@ class Observed:
     loaded_as: Mapping[str, Any] = field(
         default_factory=lambda: {"device": "cpu"}
     )  #: as the runner says; see runners/measure.py
+    wrote: str = ""  #: a text that the model wrote; empty if the runner gives none
 
 
 @dataclass(frozen=True)
@@ -86,8 +88,12 @@ class Consumer:
         probes: Mapping[str, float] | None = None,
         stem: str | None = None,
         progress: Callable[[float, str], None] = lambda _fraction, _text: None,
+        python: Path | None = None,
+        variables: Mapping[str, str] | None = None,
     ) -> None:
         """Start the process. name: the artifact's name, or `source`. stem: the stem of its files in `scratch`; None: the name.
+
+        python: the interpreter of another environment; None: this one. variables: further environment variables.
 
         device: cuda only for the runner of transformers. reference: the outputs of the source, for the artifact to be compared with.
         probes: layers to be asked one by one, and the factor of each; see probes.py.
@@ -119,11 +125,11 @@ class Consumer:
             )
         self._errors = tempfile.TemporaryFile()  # noqa: SIM115 - the process writes into it as long as it lives
         self._process = subprocess.Popen(
-            [sys.executable, "-I", "-B", str(runner), str(request.resolve())],
+            [str(python or sys.executable), "-I", "-B", str(runner), str(request.resolve())],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._errors,
-            env=consumer_environment(task.threads, scratch),
+            env=consumer_environment(task.threads, scratch) | dict(variables or {}),
             cwd=folder.parent,
         )
 
@@ -161,6 +167,7 @@ class Consumer:
             outputs_file=self._outputs,
             peak_gpu=self.peak_gpu,
             loaded_as=raw["loaded_as"],
+            wrote=raw["wrote"],
         )
 
     @property
@@ -168,7 +175,7 @@ class Consumer:
         """Seconds since the process was started."""
         return time.monotonic() - self._started
 
-    def time(self, wanted: TimedShape | TimedGeneration) -> dict[str, Any]:
+    def time(self, wanted: Timed) -> dict[str, Any]:
         """Run once and return the milliseconds. Raises the errors of `run`."""
         assert self._process.stdin is not None
         with contextlib.suppress(BrokenPipeError):  # the process has ended, and its error is read below
@@ -253,12 +260,12 @@ def _take_turns(
 ) -> tuple[ModelRuns, ...]:
     """Time every shape and every kind of decoding, with runs of the models by turns."""
     decode = all(model.decodes for model in models[:1])
-    wanted: list[TimedShape | TimedGeneration] = [*task.shapes, *(task.writings if decode else ())]
+    wanted: list[Timed] = [*task.shapes, *(task.writings if decode else ())]
     runs: list[list[list[dict[str, Any]]]] = []
     for at, request in enumerate(wanted):
         span = partial(_tell_share, progress, at, len(wanted), _describe(request))
         span(0.0)
-        runs.append(_rounds(request, models, span))
+        runs.append(timed_rounds(request, models, span))
     shapes = len(task.shapes)
     return tuple(
         ModelRuns(
@@ -278,14 +285,16 @@ def _tell_share(progress: Callable[[float, str], None], at: int, of: int, what: 
     progress((at + share) / of, what)
 
 
-def _describe(request: TimedShape | TimedGeneration) -> str:
+def _describe(request: Timed) -> str:
     if isinstance(request, TimedShape):
         return f"timing {request.batch} × {request.length}"
+    if isinstance(request, TimedServing):
+        return f"serving {request.requests} × {request.prompt}"
     return f"decoding {request.batch} × {request.prompt}{'' if request.cached else ' without a cache'}"
 
 
-def _rounds(
-    request: TimedShape | TimedGeneration, models: Sequence[Consumer], tell: Callable[[float], None]
+def timed_rounds(
+    request: Timed, models: Sequence[Consumer], tell: Callable[[float], None]
 ) -> list[list[dict[str, Any]]]:
     """The runs of each model, [models][rounds], after one warm-up run each. Every second round has the reverse order of models.
 
@@ -315,14 +324,12 @@ def _larger(a: int | None, b: int | None) -> int | None:
     return None if a is None or b is None else max(a, b)
 
 
-def _shape_runs(shape: TimedShape | TimedGeneration, runs: list[dict[str, Any]]) -> dict[str, Any]:
+def _shape_runs(shape: Timed, runs: list[dict[str, Any]]) -> dict[str, Any]:
     assert isinstance(shape, TimedShape)
     return {"batch": shape.batch, "length": shape.length, "milliseconds": [run["milliseconds"] for run in runs]}
 
 
-def _generation_runs(
-    wanted: Sequence[TimedShape | TimedGeneration], runs: Sequence[list[dict[str, Any]]]
-) -> tuple[dict[str, Any], ...]:
+def _generation_runs(wanted: Sequence[Timed], runs: Sequence[list[dict[str, Any]]]) -> tuple[dict[str, Any], ...]:
     """The milliseconds before each token [runs][tokens] and the peak memory.
 
     Without a cache, also `alike`: the share of tokens that are the same as with a cache.

@@ -80,10 +80,17 @@ def failed(name: str, status: int, stderr: str) -> NightpressError:
 _UNREAD = re.compile(r"^(?P<why>.+)\nError: \w+ on tensors destined for (?P<tensor>\S+?)\.? ", re.MULTILINE)
 
 
+#: The last error of a traceback in vLLM, which names its process before each line. It may go on over several lines.
+_RANKED = re.compile(r"^\[rank\d+\]: (?P<said>[\w.]*(?:Error|Exception)\b.*(?:\n.*)*)", re.MULTILINE)
+
+
 def _cause(stderr: str) -> str:
-    """The error that ended a process. transformers' last line only refers to the error, so the error itself is searched."""
+    """The error that ended a process. The last line of transformers, or of vLLM, is not the error, so the error itself is searched."""
     if found := _UNREAD.search(stderr):
         return f"{found['tensor']} could not be read: {found['why']}"
+    if ranked := list(_RANKED.finditer(stderr)):
+        lines = (re.sub(r"^\[rank\d+\]: *", "", line) for line in ranked[-1]["said"].splitlines())
+        return " ".join(line.strip() for line in lines if line.strip() and "Loading safetensors" not in line)
     return stderr.splitlines()[-1] if stderr else "it said nothing"
 
 

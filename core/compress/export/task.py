@@ -15,10 +15,10 @@ class TokenSet:
     """Examples for a runner, and the outputs that it keeps."""
 
     name: str
-    kind: str  #: the outputs that are kept: `pooled`, `logits`, `last`, `tokens` or `generated`
+    kind: str  #: the outputs that are kept: `pooled`, `logits`, `last`, `tokens`, `generated` or `written`
     sequences: Sequences
     compared: NDArray[np.bool_] | None = None  #: [N, S], the positions where whole distributions are compared
-    new_tokens: int = 0  #: for `generated`: the most tokens that the source generates
+    new_tokens: int = 0  #: for `generated` and `written`: the most tokens that are generated
     alone: bool = False  #: each batch has one text, because the model can't read padded texts
 
     def rows(self, classes: int) -> int:
@@ -49,6 +49,16 @@ class TimedGeneration:
 
 
 @dataclass(frozen=True)
+class TimedServing:
+    """Requests that are served at a time, to be timed in vLLM."""
+
+    requests: int
+    prompt: int
+    tokens: int  #: written for each request
+    repeats: int
+
+
+@dataclass(frozen=True)
 class Task:
     """The examples and timings that run with every model of a job, so that all models get the same inputs."""
 
@@ -60,6 +70,8 @@ class Task:
     classes: int  #: size of the vocabulary, or number of classes
     threads: int
     writings: tuple[TimedGeneration, ...] = ()
+    servings: tuple[TimedServing, ...] = ()  #: only in vLLM
+    cache_bytes: int = 0  #: of the key/value cache, only in vLLM
 
     @property
     def only_timed(self) -> "Task":
@@ -83,7 +95,7 @@ class Task:
             for data_set in self.sets
         ]
         told = {"task": self.name, "pooling": self.pooling, "threads": self.threads, "longest": self.longest}
-        return told | {"sets": sets}
+        return told | {"cache_bytes": self.cache_bytes, "sets": sets}
 
     def arrays(self) -> dict[str, NDArray[Any]]:
         """The runner's input arrays, by name."""
@@ -101,6 +113,10 @@ class Task:
     @property
     def longest(self) -> int:
         """The number of tokens of the longest text."""
-        widths = [int(data_set.sequences.ids.shape[1]) for data_set in self.sets]
-        written = [writing.prompt + writing.tokens for writing in self.writings]
+        widths = [
+            int(data_set.sequences.ids.shape[1]) + data_set.new_tokens * (data_set.kind == "written")
+            for data_set in self.sets
+        ]
+        requests: tuple[TimedGeneration | TimedServing, ...] = (*self.writings, *self.servings)
+        written = [request.prompt + request.tokens for request in requests]
         return max([*widths, *(shape.length for shape in self.shapes), *written])

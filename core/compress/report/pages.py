@@ -14,6 +14,7 @@ from markupsafe import Markup
 from nightpress.core.compress.report import charts, costs
 from nightpress.core.compress.report.figures import megabytes, shown
 from nightpress.core.compress.report.model_card import front_matter
+from nightpress.core.compress.report.serving import serving_tables
 from nightpress.core.compress.report.table import headline, rows_of
 from nightpress.core.handoff.compare import compare
 from nightpress.core.handoff.report import (
@@ -81,6 +82,7 @@ def _context(report: Report) -> dict[str, Any]:
             if record.series
         ],
         "profiles": costs.profiles(report),
+        "serving_tables": serving_tables(report),
         "generation_bars": [Markup(bar) for bar in costs.generation_bars(subjects)],  # noqa: S704
         "generation_plots": [
             (title, Markup(plot))  # noqa: S704 - escaped there

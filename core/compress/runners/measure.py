@@ -5,7 +5,7 @@ A runner is a script `<consumer>_runner.py` beside this file. Its function `load
 1. `forward(ids, mask)`: takes two int64 arrays [B, S]; for images, float32 pixels [B, C, H, W] and a mask [B, 1]. Returns the model's first
    output as a float32 array. If the model has a cache, `forward.continued` computes the same in two steps through the cache. If another
    process runs the model, `forward.peak_memory` is that process's peak in bytes. `forward.loaded_as`, if there is one, says how the model
-   was loaded: device, name of the processor or GPU, dtype, dispatched. On a GPU, `forward` is a `transformers_runner.OnGpu`, which also
+   was loaded: device, name of the processor or GPU, dtype, dispatched. `forward.wrote` is a text that the model wrote. On a GPU, `forward` is a `transformers_runner.OnGpu`, which also
    computes what is kept of the logits there, and `forward.peak_gpu` is the peak of the GPU's memory in bytes.
 2. `versions`: library → version.
 3. `snippet`: the code that loaded the folder. The runner executes this text, so a report shows exactly the code that ran.
@@ -15,7 +15,7 @@ A runner is a script `<consumer>_runner.py` beside this file. Its function `load
 
 The working directory contains the folder. The request is a JSON file: folder, task, pooling, threads, device (cpu or cuda), longest (tokens of a text), float32
 (whether the runtime must not choose bfloat16), probes (layers to be asked one by one, see `_run_probes`), inputs (.npz), outputs (.npz), answer (.json), reference (.npz or null) and sets. Each set
-has a name, a kind (`pooled`, `logits`, `last`, `tokens` or `generated`) and `rows`, the size of a batch. Its arrays in `inputs` are named
+has a name, a kind (`pooled`, `logits`, `last`, `tokens`, `generated` or, for vLLM, `written`) and `rows`, the size of a batch. Its arrays in `inputs` are named
 `<name>.ids` and so on.
 
 When the sets are done and the answer is written, the process prints `@ready`. Then it reads JSON lines from standard input until that is
@@ -74,16 +74,25 @@ def main(load: Callable[[Request], Any]) -> None:
         "load_seconds": loaded_s,
         "decodes": waits is not None,
         "loaded_as": getattr(forward, "loaded_as", {"device": "cpu"}),
+        "wrote": getattr(forward, "wrote", ""),
     }
     Path(request["answer"]).write_text(json.dumps(answer))
     _answer("ready", {}, forward, memory)
     for line in sys.stdin:
         wanted = json.loads(line)
-        timed = _write(waits, wanted, inputs, memory) if "prompt" in wanted else _time(forward, wanted, inputs)
-        _answer("timed", timed, forward, memory)
+        _answer("timed", _timed(forward, waits, wanted, inputs, memory), forward, memory)
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(0)  # some runtimes take long to unload, and everything is written
+
+
+def _timed(forward: Forward, waits: Waits, wanted: dict[str, Any], inputs: Any, memory: "_Memory") -> dict[str, Any]:
+    """One run of what a line asks for: several requests at a time, decoding, or a pass over whole texts."""
+    if "requests" in wanted:
+        prompts = np.resize(inputs["timing.ids"], (wanted["requests"], wanted["prompt"]))
+        found: dict[str, Any] = forward.served(prompts, wanted["tokens"])  # type: ignore[attr-defined]  # vLLM's runner has it
+        return found
+    return _write(waits, wanted, inputs, memory) if "prompt" in wanted else _time(forward, wanted, inputs)
 
 
 def run_sets(
@@ -180,6 +189,9 @@ def _run_set(
             score = getattr(forward, "scored", partial(_score, forward))
             targets, compared = (inputs[f"{name}.{key}"][rows, :width] for key in ("targets", "compared"))
             parts.append(score(given, mask[rows, :width], targets, compared))
+            continue
+        if kind == "written":
+            parts.append(forward.written(given, mask[rows, :width], wanted["new_tokens"]))  # type: ignore[attr-defined]
             continue
         out = run(given, mask[rows, :width])
         if kind == "last":

@@ -13,7 +13,7 @@ from nightpress.core.compress.export.consumer import Device
 from nightpress.core.compress.stages.clock import Clock, Emit, Report
 from nightpress.core.errors import ErrorCode, NightpressError
 from nightpress.core.handoff.frames import Checkpoint, Log, Metric, Span
-from nightpress.core.handoff.report import PassRecord, Subject
+from nightpress.core.handoff.report import PassRecord, Serving, Subject
 from nightpress.core.handoff.spec import DATA_DIR, OUT_DIR, SOURCE_DIR, WORK_DIR, JobSpec
 from nightpress.core.recipes.exports import Export
 from nightpress.core.recipes.header import ModelHeader
@@ -82,6 +82,14 @@ class PressJob:
         for writing in subject.generation:
             name = f"{subject.name}.decode_tokens_per_s.{writing.batch}x{writing.prompt}"
             self.emit(Metric(name=name, value=writing.decode_tokens_per_s))
+
+    def publish_serving(self, name: str, serving: Serving) -> None:
+        """Send the figures of a model in vLLM as metrics."""
+        for timing in serving.timings:
+            at = f"{name}.vllm"
+            self.emit(Metric(name=f"{at}.tokens_per_s.{timing.requests}", value=timing.tokens_per_s))
+            self.emit(Metric(name=f"{at}.first_token_p50_ms.{timing.requests}", value=timing.first_p50_ms))
+            self.emit(Metric(name=f"{at}.token_p50_ms.{timing.requests}", value=timing.token_p50_ms))
 
     def publish_pass(self, record: PassRecord, index: int) -> PassRecord:
         """Send a pass's warnings, metrics and span. index: of the pass in the recipe.

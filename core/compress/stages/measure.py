@@ -12,6 +12,7 @@ from nightpress.core.compress.export.consumer import Beside, Consumer, run_consu
 from nightpress.core.compress.export.probes import PROBED_FORMATS, compare, probed_layers
 from nightpress.core.compress.export.program import usage_program
 from nightpress.core.compress.export.verify import verify
+from nightpress.core.compress.export.vllm import interpreter
 from nightpress.core.compress.passes.registry import ModelPair, measure_pass_of
 from nightpress.core.compress.runners.measure import LOADING
 from nightpress.core.compress.stages.baseline import measured_on
@@ -23,13 +24,16 @@ from nightpress.core.handoff.report import Subject
 from nightpress.core.recipes.measuring import uncompressed_bytes
 from nightpress.core.recipes.plan import stored
 
+SERVED_FROM = 0.9  #: the part of the job that is done when vLLM serves; without vLLM, the measuring lasts until 0.98
+
 
 def run(job: PressJob, state: State) -> None:
     """Verify and measure each artifact, and run the passes of the stage `measure`."""
     if job.spec.device == "cuda":
         environment.give_back_gpu_memory()
+    end = SERVED_FROM if interpreter() is not None else 0.98
     spans = dict(
-        zip((artifact.export.name for artifact in state.exported), parts(0.7, 0.98, len(state.exported)), strict=True)
+        zip((artifact.export.name for artifact in state.exported), parts(0.7, end, len(state.exported)), strict=True)
     )
     measured: dict[str, Subject] = {}
     for device in ("cuda", "cpu"):

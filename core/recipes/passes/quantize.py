@@ -72,7 +72,7 @@ class Rounding(Quantizing):
     )
     embeddings: bool = Field(
         False,
-        description="Also round the token embeddings, on the same grid. transformers loads such embeddings, whether or not they are tied to the output head; vLLM doesn't.",
+        description="Also round the token embeddings, on the same grid. transformers loads such embeddings, whether or not they are tied to the output head; vLLM refuses them (tried with 0.32).",
     )
 
     @model_validator(mode="after")
@@ -126,7 +126,7 @@ class Rounding(Quantizing):
     def warnings(self, header: ModelHeader | None) -> Iterable[str]:
         yield from super().warnings(header)
         if self.embeddings:
-            yield "Rounded token embeddings are loaded by transformers, not by vLLM."
+            yield "Rounded token embeddings are loaded by transformers; vLLM (tried with 0.32) refuses them."
 
 
 class WeightOnly(Rounding):

@@ -215,6 +215,7 @@ class Worker:
     unfit: str | None = None  #: the fault of its machine; while there is one, the worker claims no jobs
     gpu_memory: int | None = None  #: bytes; None if there is no GPU
     gpu_memory_used: int | None = None  #: bytes used by all processes, at the last heartbeat
+    vllm: bool = False  #: whether its jobs also run artifacts in vLLM
     state: WorkerState = "idle"
     job_id: str | None = None
     started_at: dt.datetime | None = None

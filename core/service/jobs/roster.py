@@ -24,6 +24,7 @@ _TOLD = (
     "unfit",
     "gpu_memory",
     "gpu_memory_used",
+    "vllm",
 )
 LOST_SHOWN_S = 3600.0  #: seconds after its last heartbeat for which a lost worker is shown
 #: Seconds for which the fleet remembers a worker. A week: a GPU may run only at night or on workdays, or start when a job waits for it.
@@ -85,7 +86,7 @@ class WorkerRoster:
 
     def fleet(self) -> Fleet:
         """The kinds of workers that were seen within FLEET_MEMORY_S, each once, with the time since a worker of the kind was last seen."""
-        kind = (workers.c.queue, workers.c.memory, workers.c.threads, workers.c.gpu_memory)
+        kind = (workers.c.queue, workers.c.memory, workers.c.threads, workers.c.gpu_memory, workers.c.vllm)
         query = (
             select(*kind, func.max(workers.c.last_seen_at))
             .where(workers.c.last_seen_at >= db_now(-FLEET_MEMORY_S))
@@ -95,8 +96,8 @@ class WorkerRoster:
             rows = connection.execute(query).all()
             now = read_now(connection)
         seats = [
-            Seat(queue, memory, threads, gpu_memory, max(0.0, (now - seen).total_seconds()))
-            for queue, memory, threads, gpu_memory, seen in rows
+            Seat(queue, memory, threads, gpu_memory, max(0.0, (now - seen).total_seconds()), vllm)
+            for queue, memory, threads, gpu_memory, vllm, seen in rows
         ]
         return Fleet(tuple(seats), now)
 

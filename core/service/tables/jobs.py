@@ -16,6 +16,7 @@ from sqlalchemy import (
     Table,
     Text,
     UniqueConstraint,
+    false,
     literal_column,
     text,
 )
@@ -305,6 +306,7 @@ workers = Table(
     Column("version", String(40), nullable=False),
     Column("draining", Boolean, nullable=False),
     Column("unfit", String(1000)),  #: the fault of its machine; while there is one, the worker claims no jobs
+    Column("vllm", Boolean, nullable=False, server_default=false()),  #: whether its jobs also run artifacts in vLLM
     Column("started_at", UtcDateTime, nullable=False),
     Column("last_seen_at", UtcDateTime, nullable=False),
     Column("left_at", UtcDateTime),  #: when it stopped; plans also count workers that stopped lately
