@@ -28,8 +28,10 @@ from nightpress.core.compress.grids.dequantized import write_dequantized
 from nightpress.core.compress.passes import MODEL_PASSES, PassContext
 from nightpress.core.errors import NightpressError
 from nightpress.core.recipes.calibration import Calibration
+from nightpress.core.recipes.header import ModelHeader
 from nightpress.core.recipes.inspect import FolderFiles, inspect_model
 from nightpress.core.recipes.models import parse_recipe
+from nightpress.core.recipes.plan import make_plan
 from tests.models import smollm_dir
 
 INT4 = {"pass": "weight-only", "bits": 4, "group_size": 64}
@@ -109,7 +111,7 @@ def others(form: str, source: Path, artifact: Path, task: Task, scratch: Path) -
     whole = np.zeros((len(task.sets[0].sequences.ids), 0), np.int64)
     plain = vllm.scored(task, whole)
     forms = {"transformers": (safetensors.CONSUMER, lambda: artifact)}
-    forms["llama_cpp"] = (gguf.CONSUMER, lambda: _as_gguf(artifact, scratch / "gguf", header))
+    forms["llama_cpp"] = (gguf.CONSUMER, lambda: _as_gguf(form, artifact, scratch / "gguf", header))
     write_dequantized(artifact, scratch / "floats")
     meant = run_consumer(safetensors.CONSUMER, scratch / "floats", plain, name="meant", scratch=scratch / "plain")
     theirs = meant.outputs[f"{vllm.WRITTEN}.nll"]
@@ -125,7 +127,9 @@ def others(form: str, source: Path, artifact: Path, task: Task, scratch: Path) -
             yield Figure(f"forms/{form}/{name}", round(float(error), 4), "relative error")
 
 
-def _as_gguf(artifact: Path, folder: Path, header: Any) -> Path:
+def _as_gguf(form: str, artifact: Path, folder: Path, header: ModelHeader) -> Path:
+    """Raises NightpressError with the plan's reason if a GGUF can't carry the form."""
+    make_plan(parse_recipe({"name": "b", "passes": FORMS[form], "exports": ["gguf"]}), header)
     gguf.save(artifact, folder, header, weights="f16", pooling="mean")
     return folder
 
