@@ -14,6 +14,7 @@ from pydantic import BaseModel, TypeAdapter
 
 from nightpress.core.recipes.passes.named import CHECKED_ELSEWHERE
 from nightpress.core.recipes.plan import Plan
+from nightpress.core.recipes.possible import Possibility
 from nightpress.core.wire.base import Page
 from nightpress.core.wire.jobs import (
     ArtifactView,
@@ -83,6 +84,7 @@ _JOB, _JOBS, _JOB_LIST = reader(JobView), reader(Page[JobView]), items_reader(Jo
 _CANCELLED = reader(CancelledView)
 _UPLOADS = items_reader(UploadFile)
 _PASSES = items_reader(PassView)
+_POSSIBLE = items_reader(Possibility)
 _RECIPE, _RECIPES = reader(RecipeView), items_reader(RecipeView)
 _ARTIFACTS, _WORKERS, _QUEUES = items_reader(ArtifactView), items_reader(WorkerView), items_reader(QueueView)
 _EVENTS, _LOGS = items_reader(EventView), items_reader(LogView)
@@ -131,6 +133,11 @@ def post(
 def create_model(request: ModelCreate) -> Call[ModelView]:
     """Announce an upload, register a folder of the server, or have the server fetch a model: as the request says."""
     return post("/v1/models", _MODEL, request, timeout_s=_HASHING_S)
+
+
+def possible_for_model(model: str) -> Call[list[Possibility]]:
+    """Which passes and exports a model can have, and why not the others."""
+    return Call("GET", f"{path_of('models', model)}/possible", _POSSIBLE)
 
 
 def get_model(model: str) -> Call[ModelView]:

@@ -30,6 +30,7 @@ class Models(Resource[Driver]):
     list = ask(calls.page_models)
     iterate = pages(calls.page_models)
     get = ask(calls.get_model)
+    possible = ask(calls.possible_for_model)
     delete = ask(calls.delete_model)
     latest = ask(calls.latest_of)
     promote = ask(calls.promote)

@@ -198,7 +198,59 @@ def report_schema() -> str:
     return json.dumps(Report.model_json_schema(), indent=1) + "\n"
 
 
+_FAMILIES = Path(__file__).parent.parent / "tests" / "zoo" / "expected.json"
+_CELLS = (
+    "weight-only",
+    "gptq",
+    "awq",
+    "smoothquant",
+    "wanda",
+    "kv-cache",
+    "layers",
+    "onnx",
+    "openvino",
+    "gguf",
+)
+_MARKS = {"works": "yes", "refused": "no", "fails": "fails"}
+
+
+def families_page() -> str:
+    """What was tried on a tiny random model of each class of transformers, from the file that `python -m tests.zoo` writes."""
+    parts = [
+        "# Families\n\n",
+        _GENERATED,
+        (
+            "Each class of transformers was built in tiny, with random weights, and each pass and export was tried on it (`python -m tests.zoo`). "
+            "*yes*: it works, and what was loaded answers as it should. *no*: it is refused, with the reason below the table. *fails*: it breaks, "
+            "and this is known. A class that has no tiny form was not tried. Nothing here depends on this list: a model of another family is "
+            "taken by its structure ([decision](decisions/0117-families-by-structure.md)).\n"
+        ),
+    ]
+    for kind, rows in json.loads(_FAMILIES.read_bytes()).items():
+        tried = {name: row for name, row in rows.items() if "built" not in row}
+        cells = list(dict.fromkeys(cell for row in tried.values() for cell in row if cell not in {"class", "inspect"}))
+        order = [cell for cell in _CELLS if cell in cells]
+        lines: list[tuple[object, ...]] = [
+            (f"`{name}`", *(_MARKS[row[cell][0]] if cell in row else "" for cell in order))
+            for name, row in tried.items()
+        ]
+        counts = [sum(row.get(cell, [""])[0] == "works" for row in tried.values()) for cell in order]
+        lines.append((f"**of {len(tried)}**", *counts))
+        parts.append(f"\n## {kind[0].upper()}{kind[1:]}\n\n" + _table(("type", *order), lines))
+        reasons: dict[str, list[str]] = {}
+        for name, row in tried.items():
+            for cell in order:
+                if cell in row and row[cell][0] != "works":
+                    reasons.setdefault(f"{cell}: {row[cell][1].replace(name, '…')}", []).append(f"`{name}`")
+        parts.append("\n" if reasons else "")
+        parts += [f"- {', '.join(names)}: {_cell(why)}\n" for why, names in reasons.items()]
+        unbuilt = [f"`{name}`" for name, row in rows.items() if "built" in row]
+        parts.append(f"\nNot tried: {', '.join(unbuilt)}.\n" if unbuilt else "")
+    return "".join(parts)
+
+
 PAGES = {
+    "families.md": families_page,
     "settings.md": settings_page,
     "errors.md": errors_page,
     "recipes.md": recipes_page,

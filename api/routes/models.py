@@ -11,6 +11,7 @@ from nightpress.api.problems import documented
 from nightpress.api.routes import answer
 from nightpress.api.routes.uploads import add_upload_routes
 from nightpress.core.errors import ErrorCode
+from nightpress.core.recipes.possible import Possibility
 from nightpress.core.wire.base import Page
 from nightpress.core.wire.models import ModelCreate, ModelView
 
@@ -89,6 +90,17 @@ async def list_models(
 )
 async def get_model(reference: str, caller: ModelsReader, services: ServicesDep) -> Response:
     return answer(await services.call(services.resources.models.get, caller.tenant_id, reference))
+
+
+@router.get(
+    "/{reference}/possible",
+    response_model=Page[Possibility],
+    summary="Which passes and exports a model can have, and why not the others",
+    responses=documented(ErrorCode.NOT_FOUND, ErrorCode.CONFLICT),
+)
+async def get_possible(reference: str, caller: ModelsReader, services: ServicesDep) -> Response:
+    found = await services.call(services.resources.models.possible, caller.tenant_id, reference)
+    return answer(Page[Possibility](items=list(found)))
 
 
 add_upload_routes(router, lambda services: services.resources.models, ModelView, "model")

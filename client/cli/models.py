@@ -1,5 +1,6 @@
 """`nightpress models …`: list, show, add and remove models, and what a model's name means. Also how every command sends one."""
 
+from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Annotated
@@ -13,6 +14,7 @@ from nightpress.client.client import Client
 from nightpress.client.errors import ApiError
 from nightpress.client.folders import read_model_folder
 from nightpress.core.errors import ErrorCode
+from nightpress.core.recipes.possible import Possibility
 from nightpress.core.wire.models import ModelView
 
 models = typer.Typer(
@@ -83,9 +85,10 @@ def list_models(session: Session, context: typer.Context) -> None:
 @models.command("show")
 @takes_session
 def show_model(session: Session, model: Annotated[str, typer.Argument(metavar="MODEL")]) -> None:
-    """Print everything known about a model."""
+    """Print everything known about a model, and which passes and exports it can have."""
     with session.client() as client:
         view = client.models.get(model)
+        possible = client.models.possible(model) if view.state == "ready" else []
     if session.json:
         output.print_json(view)
         return
@@ -107,6 +110,19 @@ def show_model(session: Session, model: Annotated[str, typer.Argument(metavar="M
     output.print_table(
         ("file", "size", "SHA-256"), [(file.path, output.size_text(file.size), file.sha256) for file in view.files]
     )
+    print_possible(possible)
+
+
+def print_possible(possible: Sequence[Possibility]) -> None:
+    """Print which passes and exports a model can have, and why not the others."""
+    if not possible:
+        return
+    for kind, title in (("pass", "passes"), ("export", "exports")):
+        names = [found.name for found in possible if found.kind == kind and found.why_not is None]
+        output.say(f"{title}: {', '.join(names) or 'none'}")
+    refused = [found for found in possible if found.why_not is not None]
+    if refused:
+        output.print_table(("not possible", "because"), [(found.name, found.why_not) for found in refused])
 
 
 @models.command("history")

@@ -7,6 +7,7 @@ import typer
 import yaml
 
 from nightpress.client.cli import output
+from nightpress.client.cli.models import print_possible
 from nightpress.client.cli.session import Session, takes_session
 from nightpress.core.recipes.models import parse_recipe
 from nightpress.core.recipes.plan import Plan
@@ -107,10 +108,12 @@ def validate_recipe(
     with session.client() as client:
         mapping = client.recipes.get(chosen).recipe if isinstance(chosen, str) else chosen
         plan = client.recipes.validate(mapping, model)
+        possible = client.models.possible(model) if model is not None and not session.json else []
     if session.json:
         output.print_json(plan)
-    else:
-        _print_plan(plan)
+        return
+    _print_plan(plan)
+    print_possible(possible)
 
 
 def _print_plan(plan: Plan) -> None:

@@ -143,7 +143,10 @@ FAMILIES: Mapping[str, Family] = {
 }
 
 #: Lists in config.json with an entry for each block.
-BY_LAYER = ("layer_types", "no_rope_layers", "mlp_layer_types")
+BY_LAYER = ("layer_types", "no_rope_layers", "mlp_layer_types", "layers_block_type", "attention_layers")
+#: Keys of config.json for the number of blocks.
+_DEPTHS = ("num_hidden_layers", "n_layers", "n_layer", "num_layers", "encoder_layers", "decoder_layers")
+_BLOCK = re.compile(r"(?P<prefix>(?:[^.]*[^.0-9][^.]*\.)*)(?P<number>\d+)\.(?P<rest>.+)")
 #: Key of config.json for a model whose layers have their own shapes, which the other keys can't express: it holds the counts of each layer.
 OWN_SHAPES = "nightpress_shapes"
 
@@ -238,6 +241,41 @@ def anatomy_of(header: ModelHeader, asker: str) -> Anatomy:
         widths=tuple(into[1::2]),
         transposed=transposed,
     )
+
+
+def blocks_of(header: ModelHeader, asker: str) -> Anatomy:
+    """Return the anatomy of a model of any family, found in the names of its tensors: its blocks, without what is in them.
+
+    asker: the pass that the error names. Raises NightpressError(invalid_recipe) if the blocks can't be told apart, differ from each other
+    in their tensors, or are not counted by the config.
+    """
+    if header.model_type in FAMILIES:
+        return anatomy_of(header, asker)
+    blocks: dict[str, dict[int, set[tuple[str, tuple[int, ...]]]]] = {}
+    for tensor in header.tensors:
+        if (found := _BLOCK.match(tensor.name)) is not None:
+            inside = blocks.setdefault(found["prefix"], {}).setdefault(int(found["number"]), set())
+            inside.add((found["rest"], tensor.shape))
+    if len(blocks) != 1:
+        raise invalid(
+            f"`{asker}` can't take this model: its files have {len(blocks)} rows of blocks, and the pass takes one.",
+            "Leave it out.",
+        )
+    ((prefix, row),) = blocks.items()
+    if sorted(row) != list(range(len(row))) or len({frozenset(block) for block in row.values()}) != 1:
+        raise invalid(
+            f"`{asker}` can't take this model: its blocks differ, and what a block is follows from its place.",
+            "Leave it out.",
+        )
+    key = next((name for name in _DEPTHS if header.config.get(name) == len(row)), None)
+    if key is None:
+        raise invalid(
+            f"`{asker}` can't take this model: its config doesn't count its {len(row)} blocks.", "Leave it out."
+        )
+    nothing = Inner((), "")
+    path = prefix.removesuffix(".").rsplit(".", 1)[-1]
+    family = Family(path, nothing, nothing, layers=key)
+    return Anatomy(family, prefix, len(row), 0, 0, 1, (), (), transposed=False)
 
 
 def _inners(family: Family) -> Iterator[Inner]:

@@ -9,7 +9,8 @@ import math
 import re
 from typing import NamedTuple
 
-from nightpress.core.recipes.header import CONV1D, MIXTURES, SHARED_BLOCKS, ModelHeader
+from nightpress.core.recipes.header import CONV1D, SHARED_BLOCKS, ModelHeader
+from nightpress.core.recipes.linears import is_expert
 from nightpress.core.recipes.placement import Queue
 
 _MIB = 1024**2
@@ -73,7 +74,7 @@ def gpu_peak(
     written = 1.0 * itemsize if bits is None else bits / 8
     floats = _FLOAT if bits is not None else 0  #: bytes per weight that is dequantized from codes
     earlier = int(written * linear)  #: bytes of the previous block's result, until it is written
-    mixture = header.model_type in MIXTURES
+    mixture = header.has_experts
     waits = itemsize * tokens * (4 * width + 2 * inner.columns)
     in_turn = by_group and not mixture and header.model_type not in SHARED_BLOCKS and waits <= in_turn_bytes
     hidden = itemsize * tokens * width
@@ -137,7 +138,7 @@ def learning_peak(header: ModelHeader, tokens: int, width: int, *, batch: int, q
 def searched_bytes(header: ModelHeader) -> int:
     """Return the bytes that AWQ's search holds beside a block and its inputs' Gram matrices, on any device."""
     _, groups, _ = _largest_block(header)
-    return max(_searched(groups, header.model_type in MIXTURES, on_gpu=False), default=0)
+    return max(_searched(groups, header.has_experts, on_gpu=False), default=0)
 
 
 def _searched(groups: list[_Group], mixture: bool, *, on_gpu: bool) -> list[int]:
@@ -168,8 +169,7 @@ def _largest_block(header: ModelHeader) -> tuple[str, list[_Group], int]:
     if not sizes:
         return "", [], 2
     prefix = max(sizes, key=lambda name: sizes[name])
-    experts = int(header.config.get("num_local_experts") or header.config.get("num_experts") or 1)
-    chosen = int(header.config.get("num_experts_per_tok") or 1)
+    reached = header.expert_share
     groups: dict[str, _Group] = {}
     itemsize = 2
     for tensor in header.tensors:
@@ -178,7 +178,7 @@ def _largest_block(header: ModelHeader) -> tuple[str, list[_Group], int]:
         if tensor.dtype == "F32":
             itemsize = 4
         rows, columns = reversed(tensor.shape) if header.model_type in CONV1D else tensor.shape
-        share = chosen / experts if ".experts." in tensor.name else 1.0
+        share = reached if is_expert(tensor.name) else 1.0
         name = input_of(tensor.name)
         known = groups.get(name, _Group(columns, 0, 0, share))
         groups[name] = _Group(columns, known.weights + rows * columns, known.rows + rows, share)

@@ -6,7 +6,8 @@ from typing import NamedTuple
 
 from nightpress.core.recipes.block_peak import gpu_peak, input_of, learning_peak, searched_bytes
 from nightpress.core.recipes.calibration import Calibration
-from nightpress.core.recipes.header import CONV1D, MIXTURES, SHARED_BLOCKS, ModelHeader
+from nightpress.core.recipes.header import CONV1D, SHARED_BLOCKS, ModelHeader
+from nightpress.core.recipes.linears import is_expert
 from nightpress.core.recipes.placement import Queue
 
 _MIB = 1024**2
@@ -166,7 +167,7 @@ def blocks_cost(
     length = min(calibration.length, header.positions or calibration.length)
     tokens = calibration.samples * length
     waiting = in_turn_bytes(tokens, shape.width, shape.widest, 4)
-    at_once = not by_group or header.model_type in MIXTURES | SHARED_BLOCKS
+    at_once = not by_group or header.has_experts or header.model_type in SHARED_BLOCKS
     in_turn = waiting <= IN_TURN_BYTES["cpu"] and not at_once
     work: float = (1 if in_turn else 2) * tokens * shape.linear_weights
     work += tokens * length * shape.width * shape.blocks  # attention: half of QKᵀ, and half of its product with V
@@ -185,7 +186,7 @@ def blocks_cost(
         header,
         tokens,
         shape.width,
-        batch=batch_tokens("cuda", mixture=header.model_type in MIXTURES),
+        batch=batch_tokens("cuda", mixture=header.has_experts),
         in_turn_bytes=IN_TURN_BYTES["cuda"],
         gram=gram,
         bits=bits,
@@ -250,8 +251,7 @@ def _shape(header: ModelHeader) -> _Shape:
     distinct: set[tuple[str, str, int]] = set()
     outside = widest = solving = 0
     weights = 0.0
-    experts = int(header.config.get("num_local_experts") or header.config.get("num_experts") or 1)
-    chosen = int(header.config.get("num_experts_per_tok") or 1)
+    share = header.expert_share
     runs = int(header.config.get("num_hidden_layers") or 1) if header.model_type in SHARED_BLOCKS else 1
     for tensor in header.tensors:
         found = re.match(r".*?\.\d+\.", tensor.name)
@@ -265,12 +265,12 @@ def _shape(header: ModelHeader) -> _Shape:
         if len(tensor.shape) != 2:
             continue
         rows, columns = reversed(tensor.shape) if header.model_type in CONV1D else tensor.shape
-        weights += runs * math.prod(tensor.shape) * (chosen / experts if ".experts." in tensor.name else 1)
+        weights += runs * math.prod(tensor.shape) * (share if is_expert(tensor.name) else 1)
         widest = max(widest, columns)
         solving += rows * columns**2 // 2
         distinct.add((found[0], input_of(tensor.name), columns))
-    width = next((int(header.config[name]) for name in _WIDTHS if header.config.get(name)), widest)
-    squares = sum(columns**2 * (chosen / experts if ".experts." in name else 1) for _, name, columns in distinct)
+    width = next((int(header.text_config[name]) for name in _WIDTHS if header.text_config.get(name)), widest)
+    squares = sum(columns**2 * (share if ".experts." in name else 1) for _, name, columns in distinct)
     together: dict[str, int] = {}
     for block, _, columns in distinct:
         together[block] = together.get(block, 0) + columns**2

@@ -6,7 +6,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, model_serializer, model_validator
 
-from nightpress.core.recipes.header import DECODERS, ENCODERS, MIXTURES, ModelHeader, TensorInfo
+from nightpress.core.recipes.header import ModelHeader, TensorInfo
 from nightpress.core.recipes.linears import invalid
 from nightpress.core.recipes.llama_cpp import why_not_llama_cpp
 from nightpress.core.recipes.passes.base import ExportFormat
@@ -121,8 +121,8 @@ def runs_in_llama_cpp(header: ModelHeader) -> bool:
 
 def _refusal(export: Export, header: ModelHeader) -> str | None:
     kind = header.model_type
-    if export.format in GRAPH_FORMATS and kind not in (ENCODERS | DECODERS) - MIXTURES:
-        return f"no graph of a {kind} was ever checked"
+    if export.format in GRAPH_FORMATS and (why := why_no_graph(header)) is not None:
+        return why
     if export.format in GRAPH_FORMATS and (turning := _rope_type(header)) in _TURNED_BY_LENGTH:
         return f"rotary positions of kind {turning!r} are computed anew for longer texts, which a traced graph can't decide"
     if export.format in GRAPH_FORMATS and header.one_text_a_batch:
@@ -130,6 +130,17 @@ def _refusal(export: Export, header: ModelHeader) -> str | None:
     if export.carrier == "onnx" and kind == "falcon" and header.config.get("alibi"):
         return "transformers multiplies alibi's slopes in bfloat16, which ONNX Runtime has no product for"
     return why_not_llama_cpp(header) if export.format == "gguf" else None
+
+
+def why_no_graph(header: ModelHeader) -> str | None:
+    """Return why no graph of the model is made, although the exporter might trace it; None: it is tried."""
+    if header.task == "seq2seq":
+        return "a graph has one model, and an encoder-decoder runs its decoder once a token beside the encoder's answer"
+    if header.sees_images:
+        return "a graph is traced on a text's tokens, and this model reads images"
+    if "vision_config" in header.config or "audio_config" in header.config:
+        return "a graph would hold its text part alone, without the images that it is for"
+    return None
 
 
 def _rope_type(header: ModelHeader) -> str:

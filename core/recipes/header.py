@@ -1,77 +1,45 @@
 """The facts about a model that a plan needs, read from its config and its safetensors headers alone."""
 
+import re
 from collections.abc import Collection, Mapping
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from nightpress.core.recipes.brought import Brought
+from nightpress.core.recipes.classes import Kind, Task, kind_of, reads_both_ways, reads_onwards
 
-Task = Literal["causal-lm", "classification", "token-classification", "masked-lm", "embedding", "seq2seq", "other"]
+__all__ = ["Task"]
 
-_SUFFIXES: tuple[tuple[str, Task], ...] = (
-    ("ForCausalLM", "causal-lm"),
-    ("LMHeadModel", "causal-lm"),
-    ("ForSequenceClassification", "classification"),
-    ("ForImageClassification", "classification"),
-    ("ForTokenClassification", "token-classification"),
-    ("ForMaskedLM", "masked-lm"),
-    ("ForConditionalGeneration", "seq2seq"),
-    ("Model", "embedding"),
-)
-
-#: Values of `model_type` that can be evaluated and exported here; all others are refused at validation.
-ENCODERS = frozenset(
-    {
-        "bert",
-        "roberta",
-        "distilbert",
-        "mpnet",
-        "xlm-roberta",
-        "electra",
-        "albert",
-        "camembert",
-        "deberta-v2",
-        "modernbert",
-    }
-)
-DECODERS = frozenset(
-    {
-        "llama",
-        "qwen2",
-        "qwen3",
-        "mistral",
-        "gemma",
-        "gemma2",
-        "gemma3_text",
-        "phi",
-        "phi3",
-        "gpt2",
-        "gpt_neox",
-        "gpt_bigcode",
-        "opt",
-        "falcon",
-        "starcoder2",
-        "mixtral",
-        "qwen2_moe",
-        "qwen3_moe",
-        "olmoe",
-    }
-)
-
-ENCODER_DECODERS = frozenset({"t5"})
-VISION = frozenset({"vit"})
-
-#: Mixtures of experts: files hold a tensor for each expert's weight, and transformers holds those of all experts in a single tensor.
-MIXTURES = frozenset({"mixtral", "qwen2_moe", "qwen3_moe", "olmoe"})
-#: Families whose linear layers are Conv1D, with weights laid out [in, out].
-CONV1D = frozenset({"gpt2"})
+#: Families whose linear layers are Conv1D, with weights laid out [in, out]. The shapes alone don't tell.
+CONV1D = frozenset({"gpt2", "openai-gpt", "imagegpt", "decision_transformer"})
 #: Families whose blocks share their weights: a stored block runs several times.
 SHARED_BLOCKS = frozenset({"albert"})
+#: Families that count positions from the padding token's id, so that the first two are unused.
+_POSITIONS_AFTER_PADDING = frozenset(
+    {
+        "roberta",
+        "xlm-roberta",
+        "xlm-roberta-xl",
+        "roberta-prelayernorm",
+        "camembert",
+        "data2vec-text",
+        "longformer",
+        "mpnet",
+        "ibert",
+        "xmod",
+        "esm",
+    }
+)
+#: Keys of config.json for the number of experts that a token passes.
+_CHOSEN = ("num_experts_per_tok", "moe_topk", "moe_k", "top_k_experts", "num_experts_per_token")
+#: Keys of config.json for the longest text that a model takes.
+_POSITIONS = ("max_position_embeddings", "n_positions", "max_seq_len", "max_sequence_length")
 
 
 #: The meaning of a classifier's outputs: one of several classes, independent yes/no labels, or plain numbers.
 Head = Literal["classes", "labels", "numbers"]
+_EXPERT = re.compile(r"\.experts\.\d+\.")
 #: First parts (before the first dot) of the tensors' names in an encoder without a head.
 _BODY = frozenset({"embeddings", "encoder", "pooler", "transformer", "layers", "final_norm", "embeddings_project"})
 
@@ -84,7 +52,7 @@ def class_of(named: str, model_type: str, tensors: "Collection[TensorInfo]") -> 
     """
     body, has_head, _ = named.partition("For")
     bare = (
-        model_type in ENCODERS
+        reads_both_ways(model_type)
         and len(tensors) > 0
         and all(tensor.name.partition(".")[0] in _BODY for tensor in tensors)
     )
@@ -131,8 +99,31 @@ class ModelHeader(BaseModel):
         return sum(tensor.size for tensor in self.tensors)
 
     @property
+    def kind(self) -> Kind:
+        """What the model's class answers and reads, and the class of transformers that loads it."""
+        return kind_of(self.architecture, self.model_type)
+
+    @property
+    def text_config(self) -> Mapping[str, Any]:
+        """The config of the part that reads text: of a model that also sees or hears, the part of its own; else the whole config."""
+        part = self.config.get("text_config")
+        return {**self.config, **part} if isinstance(part, dict) else self.config
+
+    @property
+    def has_experts(self) -> bool:
+        """Whether the files hold a tensor for each expert's weight. transformers holds those of all experts in a single tensor."""
+        return any(".experts." in tensor.name and _EXPERT.search(tensor.name) is not None for tensor in self.tensors)
+
+    @property
+    def expert_share(self) -> float:
+        """The fraction of a text's tokens that reach an expert, if the router has no favourites."""
+        numbers = {found[0] for tensor in self.tensors if (found := _EXPERT.search(tensor.name)) is not None}
+        chosen = next((self.text_config[key] for key in _CHOSEN if isinstance(self.text_config.get(key), int)), 1)
+        return min(1.0, chosen / len(numbers)) if numbers else 1.0
+
+    @property
     def task(self) -> Task:
-        return next((task for suffix, task in _SUFFIXES if self.architecture.endswith(suffix)), "other")
+        return self.kind.task
 
     @property
     def is_decoder(self) -> bool:
@@ -154,27 +145,32 @@ class ModelHeader(BaseModel):
     @property
     def one_text_a_batch(self) -> bool:
         """Whether the model can't read padded texts: a decoder's classifier without a padding token can't find a text's end."""
-        return self.task == "classification" and self.model_type in DECODERS and padding_token(self.config) is None
+        return self.task == "classification" and reads_onwards(self.model_type) and padding_token(self.config) is None
 
     @property
     def tied_table(self) -> TensorInfo | None:
         """A language model's token embeddings [vocabulary, width], if its output head uses the same matrix; else None."""
-        rows = self.config.get("vocab_size")
+        rows = self.vocabulary
         tables = [tensor for tensor in self.tensors if len(tensor.shape) == 2 and tensor.shape[0] == rows]
         return tables[0] if self.task in {"causal-lm", "masked-lm"} and len(tables) == 1 else None
 
     @property
+    def vocabulary(self) -> int | None:
+        """The number of tokens that a language model knows; None: the config doesn't say."""
+        words = self.text_config.get("vocab_size")
+        return words if isinstance(words, int) else None
+
+    @property
     def sees_images(self) -> bool:
-        return self.model_type in VISION
+        return self.kind.senses == "images"
 
     @property
     def positions(self) -> int | None:
         """The longest text that the model takes, in tokens; None: the config names no limit."""
-        limit = self.config.get("max_position_embeddings") or self.config.get("n_positions")
+        limit = next((self.text_config[key] for key in _POSITIONS if self.text_config.get(key)), None)
         if not isinstance(limit, int):
             return None
-        # These families count positions from the padding token's id, so the first two are unused.
-        return limit - 2 if self.model_type in {"roberta", "xlm-roberta", "camembert", "mpnet"} else limit
+        return limit - 2 if self.model_type in _POSITIONS_AFTER_PADDING else limit
 
 
 def padding_token(config: Mapping[str, Any]) -> int | None:

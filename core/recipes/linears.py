@@ -16,6 +16,15 @@ _ROUTERS = frozenset({"gate", "router", "shared_expert_gate"})
 #: Heads over the vocabulary: most are tied to the embeddings, so they stay in float like them, even if the file holds a copy. `score` is a
 #: decoder's head over classes: its few rows decide every output.
 _OUTPUT_HEADS = frozenset({"lm_head", "embed_out", "vocab_projector", "generator_lm_head", "decoder", "score"})
+#: What a model sees or hears with, beside the text that it is pressed for. A model that only sees has its blocks elsewhere.
+_TOWERS = re.compile(
+    r"(^|\.)(vision_tower|visual|vision_encoder|vision_backbone|vision_embedder|audio_tower|audio_encoder|speech_encoder|image_encoder"
+    r"|multi_modal_projector|mm_projector|modality_projection|connector|aligner|abstractor|qformer|resampler)\."
+    r"|.\.(vision_model|audio_model|image_model|vit)\."
+)
+#: Names of heads and tables that are linear layers where they stand in a block.
+_HEADS_OUTSIDE = frozenset({"w", "head", "output", "output_projection", "fc", "dist_head", "final_layer"})
+_IN_A_BLOCK = re.compile(r"(^|\.)\d+\.")
 #: The families' names of the table of token embeddings.
 _TOKEN_EMBEDDINGS = frozenset({"embed_tokens", "embed_in", "word_embeddings", "wte"})
 
@@ -50,6 +59,10 @@ def is_linear_weight(tensor: TensorInfo, ignore: Iterable[str]) -> bool:
         return False
     leaf = module.rsplit(".", 1)[-1].lower()
     if "embed" in module.lower() or "norm" in leaf or leaf in _NOT_LINEAR | _ROUTERS | _OUTPUT_HEADS:
+        return False
+    if _TOWERS.search(module) or not _ROUTERS.isdisjoint(module.split(".")):
+        return False
+    if leaf in _HEADS_OUTSIDE and not _IN_A_BLOCK.search(module):
         return False
     return not matches(module, ignore)
 

@@ -177,7 +177,7 @@ def _logit_bytes(recipe: Recipe, header: ModelHeader) -> int:
     """Return the bytes of an evaluation's largest batch of logits over the vocabulary."""
     if header.task not in {"causal-lm", "masked-lm"}:
         return 0
-    row = 4 * int(header.config.get("vocab_size") or 0)
+    row = 4 * int(header.vocabulary or 0)
     lengths = [
         (min(evaluation.samples, _MOST_ROWS), evaluation.length)
         for evaluation in recipe.evaluate

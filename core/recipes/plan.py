@@ -7,6 +7,7 @@ from pydantic import BaseModel, ConfigDict
 
 from nightpress.core.errors import ErrorCode, NightpressError
 from nightpress.core.recipes import measuring
+from nightpress.core.recipes.classes import why_not_measured
 from nightpress.core.recipes.costs import (
     GPU_RUNTIME_BYTES,
     GPU_START_S,
@@ -15,7 +16,7 @@ from nightpress.core.recipes.costs import (
     Cost,
 )
 from nightpress.core.recipes.exports import Export
-from nightpress.core.recipes.header import DECODERS, ENCODER_DECODERS, ENCODERS, VISION, ModelHeader
+from nightpress.core.recipes.header import ModelHeader
 from nightpress.core.recipes.linears import invalid
 from nightpress.core.recipes.models import Evaluation, GenerationSpeed, Latency, Quality, Recipe, aim
 from nightpress.core.recipes.passes import PassOptions
@@ -206,15 +207,11 @@ def _warnings(recipe: Recipe, header: ModelHeader | None) -> Iterable[str]:
 
 
 def _check_model(recipe: Recipe, header: ModelHeader) -> None:
-    known = ENCODERS | DECODERS | ENCODER_DECODERS | VISION
-    alone = header.model_type in ENCODER_DECODERS and header.task != "seq2seq"
-    if header.model_type not in known or header.task == "other" or alone:
+    if (why := why_not_measured(header.architecture, header.model_type)) is not None:
         raise NightpressError(
             ErrorCode.UNSUPPORTED_ARCHITECTURE,
-            f"The model is a {header.architecture or 'model without a named class'} of type {header.model_type!r}, which cannot be evaluated and exported here yet.",
-            hint="Of encoder-decoders only whole ones with the head ForConditionalGeneration are known."
-            if alone
-            else f"Known types: {', '.join(sorted(known))}.",
+            f"The model is a {header.architecture or 'model without a named class'} of type {header.model_type!r}: {why[0]}.",
+            hint=why[1],
             model_type=header.model_type,
         )
     if not header.has_tokenizer and not header.sees_images:

@@ -137,7 +137,7 @@ def _parts(header: ModelHeader, anatomy: Anatomy, batch: int, length: int) -> It
     for index, heads in enumerate(anatomy.heads):
         add(index, "attention scores", None, 4 * batch * length * length * heads * anatomy.head_dim)
     if _tied(header):
-        vocabulary = int(header.config.get("vocab_size") or 0)
+        vocabulary = int(header.vocabulary or 0)
         add(None, "head", None, 2 * tokens * vocabulary * _output_width(header, anatomy))
     order = {kind: at for at, kind in enumerate(KINDS)}
     for (block, kind), (parameters, size, flops) in sorted(

@@ -2,7 +2,7 @@
 
 from collections.abc import Collection, Iterable, Mapping
 
-from nightpress.core.recipes.header import MIXTURES, ModelHeader, TensorInfo
+from nightpress.core.recipes.header import ModelHeader, TensorInfo
 from nightpress.core.recipes.linears import is_expert, is_table, module_of
 from nightpress.core.recipes.schemes import Scheme
 
@@ -10,6 +10,21 @@ from nightpress.core.recipes.schemes import Scheme
 _OTHER_NAMES = frozenset({"t5", "vit"})
 #: Families whose `_init_weights` reads the weight of every linear module before the files are read. A packed module has none.
 _READ_BEFORE_LOADING = frozenset({"falcon", "gpt_bigcode", "modernbert"})
+#: Families that transformers can't load with a quantization_config, although it loads them in float: `model_type` → why.
+_NEVER = {
+    **dict.fromkeys(
+        ("llama4", "llama4_text"),
+        "in a quantized model transformers looks for each expert's own weights, and the files hold those of all experts together",
+    ),
+    **dict.fromkeys(
+        ("bailing_hybrid", "kimi_linear", "olmo_hybrid"),
+        "transformers merges its convolutions while it loads it, and in a quantized model finds none of them",
+    ),
+    **dict.fromkeys(
+        ("dinov2", "dinov2_with_registers", "hrm_text"),
+        "transformers splits its merged layers while it loads it, and can't split packed ones",
+    ),
+}
 _WORD = 32  #: bits of the integers that codes are packed into
 
 
@@ -35,8 +50,10 @@ def why_unreadable(header: ModelHeader, schemes: Mapping[TensorInfo, Collection[
 
     schemes: each weight that a pass takes → the schemes that the pass may choose from.
     """
+    if (never := _NEVER.get(header.model_type)) is not None:
+        return never, "Use `wanda` or `sparsegpt`, whose result stays in float."
     every = {scheme for some in schemes.values() for scheme in some}
-    if header.model_type in MIXTURES and (refused := _experts(header, schemes, every)) is not None:
+    if header.has_experts and (refused := _experts(header, schemes, every)) is not None:
         return refused
     of_modules = {module_of(tensor): scheme for tensor, some in schemes.items() for scheme in some}
     if len(every) > 1 and become_floats(header.model_type, of_modules):

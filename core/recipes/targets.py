@@ -8,8 +8,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from nightpress.core.recipes.classes import reads_both_ways
 from nightpress.core.recipes.exports import Export, runs_in_llama_cpp
-from nightpress.core.recipes.header import DECODERS, ENCODERS, ModelHeader
+from nightpress.core.recipes.header import ModelHeader
 from nightpress.core.recipes.linears import invalid
 from nightpress.core.recipes.passes.base import ExportFormat
 
@@ -107,10 +108,10 @@ def check_target(target: str | None, header: ModelHeader) -> None:
 
 def target_for(header: ModelHeader) -> str:
     """Return the target that `auto` stands for. Raises NightpressError(invalid_recipe) if there is no target for the model."""
-    if header.is_decoder and header.model_type in DECODERS:
+    if header.is_decoder:
         small = header.parameters <= _LARGEST_ON_CPU
         return "cpu-llm" if small and runs_in_llama_cpp(header) else "gpu-vllm"
-    if header.model_type in ENCODERS and header.task not in {"seq2seq", "other"}:
+    if reads_both_ways(header.model_type) and header.task not in {"seq2seq", "other"}:
         return "cpu-encoder"
     raise invalid(
         f"`target: auto` knows no target for a {header.architecture}: they are for language models and text encoders.",

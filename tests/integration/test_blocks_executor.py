@@ -16,7 +16,6 @@ from torch import Tensor
 from nightpress.core.compress.executors.blocks import FinalTensor, Inputs, press_blocks
 from nightpress.core.compress.executors.blocks.forward import ForwardPass
 from nightpress.core.compress.executors.rewrite import Effect
-from nightpress.core.compress.model.families import FOLDS
 from nightpress.core.compress.passes.activations import RoundedInputs
 from nightpress.core.compress.passes.calibrated import ActivationAware, Quantized, Sparse, WeightAndActivation
 from nightpress.core.compress.solvers.wanda import Power
@@ -169,7 +168,6 @@ def test_awq_leaves_the_function_as_it_is_but_for_rounding(model_type: str, tmp_
         state[name] = written[name] if name in written else method.restore(name, written)
     before = load_file(source / "model.safetensors")
     assert any("norm" in name and not torch.equal(before[name], tensor) for name, tensor in state.items())
-    assert set(FOLDS) == Awq.model_types
     again.mkdir()
     shutil.copy(source / "config.json", again)
     save_file(state, again / "model.safetensors", {"format": "pt"})

@@ -13,13 +13,13 @@ from torch import Tensor
 
 from nightpress.core.compress.executors.blocks import press_blocks
 from nightpress.core.compress.model.companions import copy_companions
+from nightpress.core.compress.model.families import FOLDS
 from nightpress.core.compress.passes import MODEL_PASSES, PassContext
 from nightpress.core.errors import ErrorCode, NightpressError
 from nightpress.core.handoff.report import PassRecord
 from nightpress.core.recipes.calibration import Calibration
 from nightpress.core.recipes.inspect import FolderFiles, inspect_model
 from nightpress.core.recipes.models import parse_recipe
-from nightpress.core.recipes.passes.base import FOLDABLE
 from tests.block_models import FAMILIES, Scaled, linears_of
 
 #: class → name of a variant → its changes to the family's default config
@@ -118,7 +118,7 @@ def _cosine(ours: Tensor, theirs: Tensor) -> float:
 
 
 def test_every_family_that_folds_is_walked():
-    assert {getattr(transformers, name).config_class.model_type for name in VARIANTS} == FOLDABLE
+    assert {getattr(transformers, name).config_class.model_type for name in VARIANTS} == set(FOLDS)
 
 
 @pytest.mark.parametrize(("family", "variant"), _CASES)

@@ -25,10 +25,11 @@ def _mixture(experts: int, model_type: str = "olmoe") -> ModelHeader:
         tensors=tuple(
             tensor
             for expert in range(experts)
+            for inside in (f"mlp.experts.{expert}" if experts > 1 else "mlp",)
             for tensor in (
-                _tensor(f"model.layers.0.mlp.experts.{expert}.gate_proj.weight", _INNER, _WIDTH),
-                _tensor(f"model.layers.0.mlp.experts.{expert}.up_proj.weight", _INNER, _WIDTH),
-                _tensor(f"model.layers.0.mlp.experts.{expert}.down_proj.weight", _WIDTH, _INNER),
+                _tensor(f"model.layers.0.{inside}.gate_proj.weight", _INNER, _WIDTH),
+                _tensor(f"model.layers.0.{inside}.up_proj.weight", _INNER, _WIDTH),
+                _tensor(f"model.layers.0.{inside}.down_proj.weight", _WIDTH, _INNER),
             )
         ),
         has_tokenizer=True,

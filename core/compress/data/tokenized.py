@@ -252,7 +252,7 @@ def every_token(sequences: Sequences) -> Sequences:
 
 def check_vocabulary(sequences: Sequences, header: ModelHeader) -> None:
     """Raises NightpressError(malformed_model) if the tokenizer gives a token for which the model has no embedding."""
-    size = header.config.get("vocab_size")
+    size = header.vocabulary
     highest = int(sequences.ids.max())
     if isinstance(size, int) and highest >= size:
         raise NightpressError(

@@ -110,11 +110,12 @@ def prepare(
     return Trial(
         task=Task(
             name=header.task,
+            model_class=header.kind.loader,
             sets=tuple(sets),
             shapes=shapes,
             timing_ids=timing,
             pooling=header.pooling,
-            classes=int(header.config.get("vocab_size") or 1),
+            classes=header.vocabulary or 1,
             threads=threads,
             writings=writings,
         ),
@@ -204,7 +205,8 @@ def _prepare_images(
         sets.append(scorer.examples)
         evaluations.append(Evaluation(evaluation.data, scorer))
     task = Task(
-        name="image-classification" if header.task == "classification" else header.task,
+        name=header.task,
+        model_class=header.kind.loader,
         sets=tuple(sets),
         shapes=_shapes(recipe),
         timing_ids=check.pixels[0],

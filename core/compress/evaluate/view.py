@@ -36,7 +36,7 @@ class ScorerRequest:
 
     @property
     def vocabulary(self) -> int:
-        return int(self.header.config.get("vocab_size") or 1)
+        return self.header.vocabulary or 1
 
     def invalid(self, what: str, hint: str) -> NightpressError:
         return NightpressError(

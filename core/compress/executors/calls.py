@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nightpress.core.compress.model.skeleton import Call
+from nightpress.core.compress.model.rows import Call
 
 
 class Calls:

@@ -1,13 +1,17 @@
 """A block as a method gets it: its tensors, and a way to run the block with other tensors."""
 
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from nightpress.core.compress.model.skeleton import Block, Call
+from nightpress.core.compress.model.rows import Call
+from nightpress.core.compress.model.skeleton import Batch, Block
 
 PROBE_TOKENS = 128  #: first tokens of the first calibration text: the probe, on which methods may run a block
 
@@ -37,6 +41,20 @@ class Lessons(Protocol):
 
     def tell(self, done: float) -> None:
         """Report the progress within the block: 0 … 1."""
+
+
+@dataclass(frozen=True)
+class Called:
+    """A call of a module of a block. Tensors are told by their memory and size: a view of a tensor counts as the tensor."""
+
+    name: str  #: of the module in the block
+    given: tuple[int, int]  #: its first input
+    made: tuple[int, int]  #: its first output
+
+
+def probe_of(samples: Batch) -> Batch:
+    """The probe: the first tokens of the first text, or the first image."""
+    return {name: tensor[:1] if tensor.dim() > 2 else tensor[:1, :PROBE_TOKENS] for name, tensor in samples.items()}
 
 
 class LiveBlock(Mapping[str, Tensor]):
@@ -82,6 +100,40 @@ class LiveBlock(Mapping[str, Tensor]):
         assert self._entered is not None
         return self._entered.device
 
+    @property
+    def told_apart(self) -> bool:
+        """Whether this is one of the model's repeated blocks. False: it is the whole model."""
+        return self._block.path != ""
+
+    @property
+    def module(self) -> nn.Module:
+        return self._block.module
+
+    @property
+    def names(self) -> Mapping[str, str]:
+        """Parameter of the module → its name in the files."""
+        return self._block.names
+
+    def trace(self) -> list[Called]:
+        """Run the block on the probe. Returns the calls of its modules, in the order in which they end."""
+        calls: list[Called] = []
+        alive: list[Any] = []  #: the tensors of the run, so that no two have the same address
+
+        def note(name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any], out: Any) -> None:
+            first = args[0] if args else next(iter(kwargs.values()), None)
+            made = out[0] if isinstance(out, tuple) else out
+            if isinstance(first, Tensor) and isinstance(made, Tensor):
+                alive.extend((first, made))
+                calls.append(Called(name, _place(first), _place(made)))
+
+        with ExitStack() as stack:
+            for name, module in self._block.module.named_modules():
+                hook = partial(_noted, note, name)
+                stack.callback(module.register_forward_hook(hook, with_kwargs=True).remove)
+            for _ in self.answers([{}]):
+                pass
+        return calls
+
     def answers(self, trials: Iterable[Mapping[str, Tensor]]) -> Iterator[Tensor]:
         """For each trial, run the block on the probe with the trial's tensors in place of its own. Yields [1, L, width] in float32.
 
@@ -89,7 +141,7 @@ class LiveBlock(Mapping[str, Tensor]):
         """
         assert self._entered is not None
         own = {name: self._for_the_module(name, tensor) for name, tensor in self._tensors.items()}
-        entered = self._entered.float()
+        entered = _as_float(self._entered)
         calls = [tree_map(_as_float, (call.args, dict(call.kwargs))) for call in self._calls]
         for trial in trials:
             weights = own | {name: self._for_the_module(name, tensor) for name, tensor in trial.items()}
@@ -105,6 +157,14 @@ class LiveBlock(Mapping[str, Tensor]):
         assert self._entered is not None
         in_float = tensor.to(self._entered.device).float()  # in one step, the host would convert it
         return in_float.t() if name in self._turned else in_float
+
+
+def _noted(note: Any, name: str, _module: nn.Module, args: Any, kwargs: Any, out: Any) -> None:
+    note(name, args, kwargs, out)
+
+
+def _place(tensor: Tensor) -> tuple[int, int]:
+    return tensor.untyped_storage().data_ptr(), tensor.numel()
 
 
 def _as_float(value: Any) -> Any:

@@ -16,9 +16,11 @@ from torch.nn import functional as F
 
 from nightpress.core.compress.context import PassContext
 from nightpress.core.compress.executors.calls import Calls
+from nightpress.core.compress.executors.live_block import probe_of
 from nightpress.core.compress.executors.watch import split_mask, without_padding
 from nightpress.core.compress.model.checkpoint import read_shards
 from nightpress.core.compress.model.networks import load_model
+from nightpress.core.compress.model.rows import unsupported
 from nightpress.core.compress.model.skeleton import Batch, Skeleton
 from nightpress.core.compress.model.source import SourceTensors
 from nightpress.core.compress.numerical_failures import check_finite
@@ -47,8 +49,10 @@ def survey(source: Path, samples: Batch, context: PassContext, watched: str | No
     """
     files = SourceTensors(read_shards(source))
     device = torch.device(context.device)
-    skeleton = Skeleton(source, files, context.device, torch.float32)
     samples, real = split_mask(samples)
+    skeleton = Skeleton(source, files, context.device, torch.float32, probe_of(samples))
+    if skeleton.whole is not None:
+        raise unsupported(f"The model's blocks can't be compared: {skeleton.whole}")
     total, length = samples["input_ids"].shape
     rows = max(1, min(total, BATCH_TOKENS[device.type] // length))
     starts = range(0, total, rows)

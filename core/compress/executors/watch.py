@@ -8,7 +8,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from nightpress.core.compress.model.skeleton import Batch, is_conv1d
+from nightpress.core.compress.model.rows import is_conv1d
+from nightpress.core.compress.model.skeleton import Batch
 
 
 class Statistic(Protocol):
@@ -59,7 +60,10 @@ class Watched:
     @contextmanager
     def over(self, block: nn.Module) -> Iterator[None]:
         """In this context, all runs of the block are watched."""
-        handles = [layer.register_forward_pre_hook(Hook(self._take, name)) for name, layer in self._linears.items()]
+        handles = [
+            layer.register_forward_pre_hook(Hook(self._take, name), with_kwargs=True)
+            for name, layer in self._linears.items()
+        ]
         handles.append(block.register_forward_pre_hook(self._next_run))
         try:
             yield
@@ -102,14 +106,14 @@ class Hook:
     take: Callable[[str, Tensor], None]
     name: str
 
-    def __call__(self, _module: nn.Module, args: Sequence[Tensor]) -> None:
-        self.take(self.name, args[0])
+    def __call__(self, _module: nn.Module, args: Sequence[Tensor], kwargs: Mapping[str, Any]) -> None:
+        self.take(self.name, args[0] if args else next(iter(kwargs.values())))
 
 
 @contextmanager
 def hooked(hooks: Mapping[str, Hook], modules: Mapping[str, nn.Module]) -> Iterator[None]:
     """In this context, each hook is called with the inputs of its module."""
-    handles = [modules[name].register_forward_pre_hook(hook) for name, hook in hooks.items()]
+    handles = [modules[name].register_forward_pre_hook(hook, with_kwargs=True) for name, hook in hooks.items()]
     try:
         yield
     finally:

@@ -8,14 +8,12 @@ from pathlib import Path
 
 from nightpress.core.compress.data.chat import chat_template
 from nightpress.core.compress.data.images import normalisation
-from nightpress.core.compress.model.networks import AUTO_CLASSES
 from nightpress.core.recipes.header import ModelHeader
 
 _TEXT = "The sea was calm, and the ship came home."
 _QUESTION = "Which colours does the sea have?"
 _NEW_TOKENS = 20
 
-_MODEL_CLASSES = {**AUTO_CLASSES, "seq2seq": "AutoModelForSeq2SeqLM"}
 #: task → its name in the pipelines of transformers.js and of model hubs
 PIPELINES = {
     "causal-lm": "text-generation",
@@ -228,13 +226,13 @@ def _program(format_: str, artifact: Path, header: ModelHeader) -> str:
     if header.architecture.endswith("ForImageClassification"):
         mean, deviation = normalisation(artifact)
         return _IMAGE.format(folder=folder, mean=mean, deviation=deviation) + _answer("classes", format_, header)
-    if task not in _MODEL_CLASSES or header.sees_images:
+    if task == "other" or header.sees_images:
         return ""
     if task == "masked-lm":
         text = 'f"The sea was {tokenizer.mask_token}."'
     values = {
         "folder": folder,
-        "model_class": _MODEL_CLASSES[task],
+        "model_class": header.kind.loader,
         "own_code": ", trust_remote_code=True" if (artifact / "custom_generate").is_dir() else "",
         "output": "last_hidden_state" if task == "embedding" else "logits",
         "text": text,

@@ -62,7 +62,7 @@ class TimedServing:
 class Task:
     """The examples and timings that run with every model of a job, so that all models get the same inputs."""
 
-    name: str  #: header.task, or `image-classification`
+    name: str  #: header.task
     sets: tuple[TokenSet, ...]
     shapes: tuple[TimedShape, ...]
     timing_ids: NDArray[Any]  #: consecutive token ids, or one image [C, H, W]
@@ -70,6 +70,7 @@ class Task:
     classes: int  #: size of the vocabulary, or number of classes
     threads: int
     writings: tuple[TimedGeneration, ...] = ()
+    model_class: str = "AutoModel"  #: the class of transformers that loads the model
     servings: tuple[TimedServing, ...] = ()  #: only in vLLM
     cache_bytes: int = 0  #: of the key/value cache, only in vLLM
 
@@ -94,7 +95,13 @@ class Task:
             }
             for data_set in self.sets
         ]
-        told = {"task": self.name, "pooling": self.pooling, "threads": self.threads, "longest": self.longest}
+        told = {
+            "task": self.name,
+            "model_class": self.model_class,
+            "pooling": self.pooling,
+            "threads": self.threads,
+            "longest": self.longest,
+        }
         return told | {"cache_bytes": self.cache_bytes, "sets": sets}
 
     def arrays(self) -> dict[str, NDArray[Any]]:

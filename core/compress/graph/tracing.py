@@ -264,7 +264,7 @@ def takes_types(model: Any, header: ModelHeader) -> bool:
 
 def example_ids(header: ModelHeader) -> torch.Tensor:
     """Token ids of two example texts for tracing: int64 [2, 16]."""
-    return torch.arange(5, 5 + 32).reshape(2, 16) % max(int(header.config.get("vocab_size") or 64), 6)
+    return torch.arange(5, 5 + 32).reshape(2, 16) % max(header.vocabulary or 64, 6)
 
 
 def encoder_signature(ids: torch.Tensor, *, types: bool, outputs: list[str]) -> Signature:

@@ -4,36 +4,40 @@ transformers fuses all experts of a mixture into one tensor. The files hold sepa
 as in the files. So each expert's layers are calibrated like any others, with the tokens that the router sends to that expert.
 """
 
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-#: Names of an expert's gate, up and down projection in the files, by config.json's `model_type`. Other types have the usual names.
-_PARTS = {"mixtral": ("w1", "w3", "w2")}
-_USUAL_PARTS = ("gate_proj", "up_proj", "down_proj")
+#: Names of an expert's gate, up and down projection in the files.
+_GATED = (("gate_proj", "up_proj", "down_proj"), ("w1", "w3", "w2"))
+_PLAIN = ("up_proj", "down_proj")  #: of an expert without a gate
+_NUMBERED = re.compile(r"\.experts\.0\.([A-Za-z0-9_]+)\.weight$")
 
 
 class Experts(nn.ModuleList):
     """Replaces the fused experts of a mixture."""
 
-    act_fn: Any
-
-    def __init__(self, fused: Any, parts: tuple[str, str, str]) -> None:
-        self._parts = parts
-        _, twice_inner, width = fused.gate_up_proj.shape
-        shapes = ((width, twice_inner // 2), (width, twice_inner // 2), (twice_inner // 2, width))
+    def __init__(self, fused: Any, parts: tuple[str, ...]) -> None:
+        *self.into, self.down = (
+            parts  #: names of an expert's layers that read its input, and of the layer that makes its output
+        )
+        count, width, inner = fused.down_proj.shape
+        shapes = (*[(width, inner)] * (len(parts) - 1), (inner, width))
         super().__init__(
             nn.ModuleDict(
                 {
-                    name: nn.Linear(*shape, bias=False, device="meta", dtype=fused.gate_up_proj.dtype)
+                    name: nn.Linear(*shape, bias=False, device="meta", dtype=fused.down_proj.dtype)
                     for name, shape in zip(parts, shapes, strict=True)
                 }
             )
-            for _ in range(len(fused.gate_up_proj))
+            for _ in range(count)
         )
-        self.__dict__["act_fn"] = fused.act_fn  # no submodule: these are the experts alone
+        for name in list(fused._parameters):
+            del fused._parameters[name]
+        self.__dict__["fused"] = fused  # hidden from nn.Module: it is asked only how a gate is applied
         self.real: Tensor | None = None  #: bool [tokens]: False for padding, which no expert gets; None: no padding
         #: Indices of experts that run on every token, not only on those that the router sends to them.
         self.shown_all: frozenset[int] = frozenset()
@@ -72,15 +76,27 @@ class Experts(nn.ModuleList):
         return made
 
     def _run(self, expert: Any, inputs: Tensor) -> Tensor:
-        gate, up, down = (expert[name] for name in self._parts)
-        result: Tensor = down(self.act_fn(gate(inputs)) * up(inputs))
+        *into, down = (expert[name] for name in (*self.into, self.down))
+        fused = self.__dict__["fused"]
+        products = [layer(inputs) for layer in into]
+        if len(products) == 1:
+            inner = fused.act_fn(products[0])
+        elif hasattr(fused, "_apply_gate"):
+            inner = fused._apply_gate(torch.cat(products, dim=-1))
+        else:
+            inner = fused.act_fn(products[0]) * products[1]
+        result: Tensor = down(inner)
         return result
 
 
-def take_apart(model: nn.Module, model_type: str) -> None:
-    """Replace every fused mixture by `Experts` if its experts are gated and have no biases. Other mixtures are not changed."""
+def take_apart(model: nn.Module, names: Iterable[str]) -> None:
+    """Replace every fused mixture by `Experts` if the files hold its experts apart, and they have no biases. names: of the files' tensors."""
+    found = {match[1] for name in names if (match := _NUMBERED.search(name)) is not None}
+    gated = next((parts for parts in _GATED if set(parts) == found), None)
     for holder in list(model.modules()):
         for name, child in list(holder.named_children()):
-            parameters = {key for key, _ in child.named_parameters(recurse=False)}
-            if parameters == {"gate_up_proj", "down_proj"}:
-                setattr(holder, name, Experts(child, _PARTS.get(model_type, _USUAL_PARTS)))
+            fused = {key for key, _ in child.named_parameters(recurse=False)}
+            if gated is not None and fused == {"gate_up_proj", "down_proj"}:
+                setattr(holder, name, Experts(child, gated))
+            elif set(_PLAIN) == found and fused == set(_PLAIN) and child.down_proj.dim() == 3:  # type: ignore[operator]
+                setattr(holder, name, Experts(child, _PLAIN))

@@ -17,19 +17,12 @@ from nightpress.core.compress.model.checkpoint import (
 )
 from nightpress.core.compress.model.companions import copy_companions
 from nightpress.core.compress.model.modules import quiet, take_own_shapes
-from nightpress.core.compress.model.skeleton import find_rows
+from nightpress.core.compress.model.rows import find_rows
 from nightpress.core.compress.model.source import SourceTensors
 from nightpress.core.errors import ErrorCode, NightpressError
 from nightpress.core.recipes.anatomy import OWN_SHAPES
 from nightpress.core.recipes.header import ModelHeader
 
-AUTO_CLASSES = {
-    "causal-lm": "AutoModelForCausalLM",
-    "classification": "AutoModelForSequenceClassification",
-    "token-classification": "AutoModelForTokenClassification",
-    "masked-lm": "AutoModelForMaskedLM",
-    "embedding": "AutoModel",
-}
 #: Keys of config.json whose lists have an entry for each block.
 _BY_BLOCK = ("layer_types", "no_rope_layers", "mlp_layer_types")
 
@@ -43,7 +36,7 @@ def load_model(folder: Path, header: ModelHeader, *, attention: str | None = Non
 
     try:
         with quiet():
-            model = getattr(transformers, AUTO_CLASSES[header.task]).from_pretrained(
+            model = getattr(transformers, header.kind.loader).from_pretrained(
                 folder,
                 dtype=torch.float32,
                 attn_implementation=attention,

@@ -1,34 +1,38 @@
 """A transformers model without weights. They are loaded part by part: first those outside the blocks, then one block after the other.
 
-A model is seen as embeddings and rows of blocks, so that no family needs code of its own. A row is an outermost ModuleList with linear
-layers in it. The blocks' arguments other than the hidden states are recorded in a run in which blocks return the hidden states unchanged.
-An encoder-decoder has two rows; the output of the first is known when the second is recorded. A block may run more than once (ALBERT).
+A model is seen as embeddings and rows of blocks, so that no family needs code of its own; `rows` finds them. The blocks' arguments other than
+the hidden states are recorded in a run in which blocks return the hidden states unchanged. An encoder-decoder has two rows; the output of the
+first is known when the second is recorded. A block may run more than once (ALBERT). A model whose blocks can't be run one after the other is
+a single block, which holds all of it.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
-from nightpress.core.compress.model.experts import Experts, take_apart
+from nightpress.core.compress.model.experts import Experts
 from nightpress.core.compress.model.modules import fit
+from nightpress.core.compress.model.on_meta import Built, build, lacking
+from nightpress.core.compress.model.rows import (
+    Call,
+    ForwardEnded,
+    NoRows,
+    Recorder,
+    Replay,
+    Row,
+    Tape,
+    Whole,
+    is_linear,
+    order_of_calls,
+    possible_rows,
+    unsupported,
+)
 from nightpress.core.compress.model.source import SourceTensors
-from nightpress.core.errors import ErrorCode, NightpressError
-from nightpress.core.recipes.header import SHARED_BLOCKS
 
 Batch = Mapping[str, Tensor]  #: the model's inputs by argument name, each [samples, …]
-
-
-@dataclass(frozen=True)
-class Call:
-    """A block's arguments other than the hidden states."""
-
-    args: tuple[Any, ...]
-    kwargs: Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -50,43 +54,69 @@ class Block:
 class Skeleton:
     """The model's modules without weights, and the name of each weight in the files."""
 
-    def __init__(self, folder: Path, source: SourceTensors, device: str, dtype: torch.dtype) -> None:
-        from accelerate import init_empty_weights
-        from transformers import AutoConfig, AutoModel
-
+    def __init__(self, folder: Path, source: SourceTensors, device: str, dtype: torch.dtype, example: Batch) -> None:
+        """example: a few tokens of a text, or an image, on which the order of the blocks is found."""
         self.source, self.device, self.dtype = source, torch.device(device), dtype
-        self.config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-        self.config.use_cache = False
-        with init_empty_weights(include_buffers=False), _NothingAllocated():
-            self.model: nn.Module = AutoModel.from_config(self.config, dtype=dtype)
-        self.model.eval().requires_grad_(False)
-        take_apart(self.model, self.config.model_type)
+        self._built: Built = build(folder, source.names(), dtype)
+        self.model, self.config = self._built.model, self._built.model.config
         for module in self.model.modules():
+            if hasattr(module, "config"):  # an encoder and a decoder have configs of their own
+                module.config.use_cache = False
             for name, buffer in module.named_buffers(recurse=False):
                 module._buffers[name] = buffer.to(self.device)
-        self._names = _names_in_files(self.model, source)
-        self.rows = find_rows(self.model)
-        #: By row: the number of values that its blocks return after the hidden states. None: they return no tuple.
-        self._beside: dict[int, int | None] = {}
-        self.blocks = [
-            self._describe(row, f"{path}.{index}", block)
-            for row, (path, blocks) in enumerate(self.rows)
-            for index, block in enumerate(blocks)
-        ]
+        self._names = self._built.names
+        self._order = {name: at for at, name in enumerate(source.names())}
+        self._candidates = tuple(f"{path}." for path, _ in possible_rows(self.model))
+        self.rows: list[Row] = []
+        self.whole: str | None = None  #: why the model is a single block; None: it has rows of blocks
+        self._arrange(example)
+
+    def _arrange(self, example: Batch) -> None:
+        candidates = possible_rows(self.model)
+        found = dict(candidates)
+        filled: list[Block] = []
+
+        def fill(path: str, at: int) -> nn.Module:
+            block = self._describe(0, f"{path}.{at}", found[path][at])
+            filled.append(block)
+            return self._fill(block, {stored: self.source.read(stored) for stored in block.names.values()})
+
+        try:
+            self._fill_rest()
+            self.rows = order_of_calls(candidates, self._put, lambda: self._forward(example), fill)
+            self.blocks = [
+                self._describe(row, f"{found_row.path}.{at}", block)
+                for row, found_row in enumerate(self.rows)
+                for at, block in enumerate(found_row.blocks)
+            ]
+        except NoRows as why:
+            self.whole = str(why)
+        finally:
+            for block in filled:
+                self._empty(block)
+            self._empty_rest()
+        if self.whole is not None:
+            if (name := lacking(self._built)) is not None:
+                raise unsupported(f"The files have no tensor {name}, which the model's class wants")
+            inputs = "pixel_values" if "pixel_values" in example else "input_ids"
+            self.rows = [Row("", nn.ModuleList(), (0,), None)]
+            self.blocks = [self._describe(0, "", Whole(self.model, inputs))]
 
     def _describe(self, row: int, path: str, module: nn.Module) -> Block:
+        start = f"{path}." if path else ""
         names = {}
-        for name, _ in module.named_parameters():
-            stored = self._names.get(f"{path}.{name}")
-            if stored is None:
-                raise _unsupported(f"The files have no tensor {path}.{name}, which the model's class wants")
-            names[name] = stored
-        order = {name: at for at, name in enumerate(self.source.names())}
-        return Block(row, path, module, dict(sorted(names.items(), key=lambda pair: order[pair[1]])))
+        for name, _ in module.named_parameters(remove_duplicate=bool(path)):
+            inner = start + name if path else name.removeprefix("model.")
+            stored = self._names.get(inner) or self._names.get(self._built.tied.get(inner, ""))
+            if stored is not None:
+                names[name] = stored
+            elif path:
+                raise unsupported(f"The files have no tensor {inner}, which the model's class wants")
+        return Block(row, path, module, dict(sorted(names.items(), key=lambda pair: self._order[pair[1]])))
 
     def block_names(self, index: int) -> list[str]:
         """All tensors of a block in the files, in the files' order."""
-        return list(self.blocks[index].names.values())
+        return list(dict.fromkeys(self.blocks[index].names.values()))
 
     def short_names(self, index: int) -> dict[str, str]:
         """Name in the files → name within the block. The latter is the same in all blocks of a row that have the same layers."""
@@ -96,7 +126,9 @@ class Skeleton:
         """The linear layers of a block, by the names of their weights in the files."""
         block = self.blocks[index]
         return {
-            block.names[f"{name}.weight"]: layer for name, layer in block.module.named_modules() if is_linear(layer)
+            block.names[f"{name}.weight"]: layer
+            for name, layer in block.module.named_modules()
+            if is_linear(layer) and f"{name}.weight" in block.names
         }
 
     def experts(self, index: int) -> list[tuple[str, Experts]]:
@@ -114,17 +146,28 @@ class Skeleton:
 
         tensors: by their names in the files, on any device. Tensors that are not the block's are ignored.
         """
-        block = self.blocks[index]
+        return self._fill(self.blocks[index], tensors)
+
+    def _fill(self, block: Block, tensors: Mapping[str, Tensor]) -> nn.Module:
         filled = {
             name: tensors[stored].to(self.device, self.dtype, non_blocking=True) for name, stored in block.names.items()
         }
         fit(block.module, {name: tuple(tensor.shape) for name, tensor in filled.items()})
         block.module.load_state_dict(filled, strict=False, assign=True)
+        if not block.path:  # what the files lack and the model runs, it runs with zeros
+            for module in block.module.modules():
+                for name, parameter in module.named_parameters(recurse=False):
+                    if parameter.is_meta:
+                        zeros = torch.zeros(parameter.shape, dtype=self.dtype, device=self.device)
+                        module._parameters[name] = nn.Parameter(zeros, requires_grad=False)
         return block.module
 
     def empty_block(self, index: int) -> None:
         """Free a block's weights."""
-        for module in self.blocks[index].module.modules():
+        self._empty(self.blocks[index])
+
+    def _empty(self, block: Block) -> None:
+        for module in block.module.modules():
             for name, parameter in module.named_parameters(recurse=False):
                 module._parameters[name] = nn.Parameter(parameter.to("meta"), requires_grad=False)
 
@@ -135,200 +178,77 @@ class Skeleton:
 
         came_out: for each earlier row and each batch, the output of the row [B, L, H].
         """
+        if self.whole is not None:
+            yield from map(self._as_hidden, batches)
+            return
         self._fill_rest()
         first = next(at for at, block in enumerate(self.blocks) if block.row == row)
         self.fill_block(first, {name: self.source.read(name) for name in self.block_names(first)})
-        path, blocks = self.rows[row]
-        shared = self.config.model_type in SHARED_BLOCKS
-        tape = _Tape(runs=int(self.config.num_hidden_layers) if shared else len(blocks))
+        found = self.rows[row]
+        tape = Tape(runs=len(found.order))
         try:
-            self._put(path, [_Recorder(block, first + at, tape) for at, block in enumerate(blocks)])
+            self._put(
+                found.path,
+                nn.ModuleList(Recorder(block, first + at, tape) for at, block in enumerate(found.blocks)),
+            )
             for at, batch in enumerate(batches):
                 for earlier, out in enumerate(came_out):
-                    count, (other, others) = self._beside[earlier], self.rows[earlier]
-                    answer = out[at].to(self.device)
-                    self._put(
-                        other,
-                        [_Replay(block, answer if count is None else (answer, *[None] * count)) for block in others],
-                    )
+                    other, answer = self.rows[earlier], out[at].to(self.device)
+                    given = answer if other.beside is None else (answer, *[None] * other.beside)
+                    self._put(other.path, nn.ModuleList(Replay(block, given) for block in other.blocks))
                 yield self._run(batch, tape)
-                self._beside[row] = tape.beside
         finally:
-            for other, others in self.rows[: row + 1]:
-                holder, leaf = _parent(self.model, other)
-                setattr(holder, leaf, others)
+            for other in self.rows[: row + 1]:
+                self._put(other.path, other.blocks)
             self.empty_block(first)
-            for name, parameter in list(self.model.named_parameters(remove_duplicate=False)):
-                if not any(name.startswith(f"{path}.") for path, _ in self.rows):
-                    holder, leaf = _parent(self.model, name)
-                    holder._parameters[leaf] = nn.Parameter(parameter.to("meta"), requires_grad=False)
+            self._empty_rest()
 
-    def _put(self, path: str, stand_ins: "list[_StandIn]") -> None:
+    def _as_hidden(self, batch: Batch) -> tuple[Tensor, list[tuple[int, Call]]]:
+        """The inputs of a model that is a single block, in place of hidden states."""
+        inputs = "pixel_values" if "pixel_values" in batch else "input_ids"
+        given = {name: tensor.to(self.device) for name, tensor in batch.items()}
+        return given.pop(inputs), [(0, Call((), given))]
+
+    def _put(self, path: str, blocks: nn.ModuleList) -> None:
         holder, leaf = _parent(self.model, path)
-        setattr(holder, leaf, nn.ModuleList(stand_ins))
+        setattr(holder, leaf, blocks)
 
-    def _run(self, batch: Batch, tape: "_Tape") -> tuple[Tensor, list[tuple[int, Call]]]:
+    def _forward(self, batch: Batch) -> object:
+        with torch.no_grad():
+            given = {name: tensor.to(self.device) for name, tensor in batch.items()}
+            given = {
+                name: tensor.to(self.dtype) if tensor.is_floating_point() else tensor for name, tensor in given.items()
+            }
+            return self.model(**given)
+
+    def _run(self, batch: Batch, tape: Tape) -> tuple[Tensor, list[tuple[int, Call]]]:
         try:
-            self.model(**{name: tensor.to(self.device) for name, tensor in batch.items()})
-        except _ForwardEnded:
+            self._forward(batch)
+        except ForwardEnded:
             return tape.take()
-        raise _unsupported("The model's blocks don't run one after the other")
+        raise unsupported("The model's blocks don't run one after the other")
 
     def _fill_rest(self) -> None:
-        """Load the weights outside the blocks. Weights that the files lack stay empty, e.g. of an untrained pooler: it never runs here."""
-        tied = getattr(self.model, "all_tied_weights_keys", {})
+        """Load the weights outside the blocks. Weights that the files lack are zeros, e.g. of an untrained pooler: no block reads its output."""
         filled: dict[str, nn.Parameter] = {}
         for name, parameter in list(self.model.named_parameters(remove_duplicate=False)):
-            stored = self._names.get(name) or self._names.get(tied.get(name, ""))
-            if parameter.is_meta and not any(name.startswith(f"{path}.") for path, _ in self.rows) and stored:
-                if stored not in filled:
-                    value = self.source.read(stored).to(self.device, self.dtype)
-                    filled[stored] = nn.Parameter(value, requires_grad=False)
+            stored = self._names.get(name) or self._names.get(self._built.tied.get(name, ""))
+            if not parameter.is_meta or name.startswith(self._candidates):
+                continue
+            key = stored or name
+            if key not in filled:
+                value = self.source.read(stored) if stored else torch.zeros(parameter.shape)
+                filled[key] = nn.Parameter(value.to(self.device, self.dtype), requires_grad=False)
+            holder, leaf = _parent(self.model, name)
+            holder._parameters[leaf] = filled[key]
+
+    def _empty_rest(self) -> None:
+        for name, parameter in list(self.model.named_parameters(remove_duplicate=False)):
+            if not name.startswith(self._candidates):
                 holder, leaf = _parent(self.model, name)
-                holder._parameters[leaf] = filled[stored]
-
-
-class _NothingAllocated(TorchFunctionMode):
-    """Makes weights on the meta device. Layers make weights with `torch.empty`; buffers are made with values and are not affected.
-
-    Making and dropping a weight per layer would be enough, but malloc does not return freed chunks to the system. The process would take as
-    much address space as the whole model, and a limit on the address space may be lower.
-    """
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
-    ) -> Any:
-        elsewhere = {"device": "meta"} if func is torch.empty else {}
-        return func(*args, **{**(kwargs or {}), **elsewhere})
-
-
-def is_linear(module: nn.Module) -> bool:
-    """Whether a module is a linear layer: its weight is [out, in], or [in, out] in GPT-2's Conv1D."""
-    return isinstance(module, nn.Linear) or is_conv1d(module)
-
-
-def is_conv1d(module: nn.Module) -> bool:
-    from transformers.pytorch_utils import Conv1D
-
-    return isinstance(module, Conv1D)
-
-
-class _ForwardEnded(Exception):  # noqa: N818 (nothing went wrong)
-    pass
-
-
-class _Tape:
-    """The calls that the recorders of a row have recorded for the current batch."""
-
-    def __init__(self, runs: int) -> None:
-        self._runs = runs
-        self._entered: Tensor | None = None
-        self._calls: list[tuple[int, Call]] = []
-        #: Whether to run the first block: its values after the hidden states are unknown, or may differ from batch to batch.
-        self._asks = True
-        self._beside: tuple[Any, ...] | None = None  #: None: the blocks return no tuple
-
-    def hear(self, index: int, block: nn.Module, hidden: Tensor, call: Call) -> Any:
-        """Record a call. Returns the block's output with unchanged hidden states. Raises _ForwardEnded after the row's last call."""
-        if self._entered is None:
-            self._entered = hidden
-            if self._asks:
-                out = block(hidden, *call.args, **call.kwargs)
-                self._beside = tuple(out[1:]) if isinstance(out, tuple) else None
-                self._asks = any(value is not None for value in self._beside or ())
-        self._calls.append((index, call))
-        if len(self._calls) == self._runs:
-            raise _ForwardEnded
-        return hidden if self._beside is None else (hidden, *self._beside)
-
-    @property
-    def beside(self) -> int | None:
-        return None if self._beside is None else len(self._beside)
-
-    def take(self) -> tuple[Tensor, list[tuple[int, Call]]]:
-        assert self._entered is not None
-        taken = self._entered, self._calls
-        self._entered, self._calls = None, []
-        return taken
-
-
-class _StandIn(nn.Module):
-    """A module that replaces a block. It has the block's attributes, because some models read the block's kind of attention."""
-
-    def __init__(self, block: nn.Module) -> None:
-        super().__init__()
-        self.__dict__["block"] = block  # hidden from nn.Module, so that the block is no submodule of this one
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            return getattr(self.__dict__["block"], name)
-
-
-class _Recorder(_StandIn):
-    """Records its calls on the tape."""
-
-    def __init__(self, block: nn.Module, index: int, tape: _Tape) -> None:
-        super().__init__(block)
-        self._index, self._tape = index, tape
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        hidden = args[0] if args else kwargs.pop("hidden_states")
-        return self._tape.hear(self._index, self.__dict__["block"], hidden, Call(args[1:], kwargs))
-
-
-class _Replay(_StandIn):
-    """Replaces a block of an earlier row: always returns the output of the row's last block."""
-
-    def __init__(self, block: nn.Module, answer: Any) -> None:
-        super().__init__(block)
-        self._answer = answer
-
-    def forward(self, *_args: Any, **_kwargs: Any) -> Any:
-        return self._answer
-
-
-def _names_in_files(model: nn.Module, source: SourceTensors) -> dict[str, str]:
-    """Parameter of the model → its name in the files, by transformers' own rules for old and other names."""
-    from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import WeightRenaming, rename_source_key
-
-    renamings = [renaming for renaming in get_model_conversion_mapping(model) if isinstance(renaming, WeightRenaming)]
-    known = dict(model.named_parameters(remove_duplicate=False))
-    names: dict[str, str] = {}
-    for stored in source.names():
-        name, _ = rename_source_key(stored, renamings, [], model.base_model_prefix, known)
-        if name in known:
-            names[name] = stored
-    return names
-
-
-def find_rows(model: nn.Module) -> list[tuple[str, nn.ModuleList]]:
-    """The rows of blocks with their paths, in the order in which they run."""
-    found = [
-        (name, module)
-        for name, module in model.named_modules()
-        if isinstance(module, nn.ModuleList) and any(is_linear(inner) for inner in module.modules())
-    ]
-    outermost = [
-        (name, module)
-        for name, module in found
-        if not any(name.startswith(other + ".") for other, _ in found if other != name)
-    ]
-    if len(outermost) != 1 and [name.split(".")[0] for name, _ in outermost] != ["encoder", "decoder"]:
-        raise _unsupported(f"The model has {len(outermost)} rows of blocks")
-    return outermost
+                holder._parameters[leaf] = nn.Parameter(parameter.to("meta"), requires_grad=False)
 
 
 def _parent(model: nn.Module, path: str) -> tuple[nn.Module, str]:
     above, _, leaf = path.rpartition(".")
     return model.get_submodule(above), leaf
-
-
-def _unsupported(what: str) -> NightpressError:
-    return NightpressError(
-        ErrorCode.UNSUPPORTED_ARCHITECTURE,
-        f"{what}, so it can't be calibrated block by block.",
-        hint="Use `weight-only` or `magnitude`, which need no calibration.",
-    )

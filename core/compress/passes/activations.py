@@ -2,7 +2,7 @@
 
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -177,8 +177,10 @@ class CacheScales:
         self, block: Mapping[str, Tensor], inputs: Sequence[Inputs], device: torch.device
     ) -> dict[str, FinalTensor]:
         del inputs, device
+        weight = next((name for name in block if name.endswith(CACHED_FROM)), None)
+        if weight is None:
+            return {}  # a block without attention
         largest = self.cache.take()
-        weight = next(name for name in block if name.endswith(CACHED_FROM))
         attention, stored = weight.rsplit(".", 2)[0], block[weight].dtype
         for peaks in largest.values():
             check_finite([attention], peaks)
@@ -206,6 +208,9 @@ class _SeenByCache:
             largest = without_padding(states.transpose(1, 2).flatten(2), self.real).abs().amax()
             self._largest[part] = torch.maximum(self._largest[part], largest) if part in self._largest else largest
         return keys, values
+
+    def sees(self, names: Iterable[str]) -> bool:
+        return any(name.endswith(CACHED_FROM) for name in names)
 
     def get_seq_length(self, *_: Any) -> int:
         return 0

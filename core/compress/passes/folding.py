@@ -1,7 +1,8 @@
 """Scale factors between linear layers and the layer before them: columns are multiplied, the layer before is divided. The function stays.
 
-`model/families.py` lists the candidate places of each family. Whether they are valid is tested on the given model, block by block,
-because keys of the config change a block's structure: for example, OPT's norms come before or after its layers.
+`model/families.py` lists the candidate places of some families; for all others, `fold_proposals` finds them by running a block. Whether they
+are valid is tested on the given model, block by block, because keys of the config change a block's structure: for example, OPT's norms come
+before or after its layers.
 """
 
 import re
@@ -15,6 +16,7 @@ from torch import Tensor
 from nightpress.core.compress.executors.blocks import Inputs, Statistic
 from nightpress.core.compress.executors.live_block import LiveBlock
 from nightpress.core.compress.model.families import FOLDS, Fold
+from nightpress.core.compress.passes.fold_proposals import Proposal, propose
 from nightpress.core.recipes.header import ModelHeader
 
 #: Largest change of a block's output under a valid fold, as a share of the change from scaling the targets alone. A valid fold changes less
@@ -84,20 +86,22 @@ class Folding:
     """Finds the places of a model's blocks where factors can be exchanged. Some families have none."""
 
     def __init__(self, header: ModelHeader) -> None:
-        self._folds = FOLDS.get(header.model_type, ())
-        config = header.config
+        self._folds = FOLDS.get(header.model_type)
+        #: Names of a block's tensors → the proposals that held in the first block with these tensors.
+        self._held: dict[tuple[str, ...], list[tuple[Proposal, ...]]] = {}
+        config = header.text_config
         self._clips = config.get("clip_qkv") is not None
         heads = int(config.get("num_attention_heads") or 1)
-        self._share = (
-            int(config.get("num_key_value_heads") or heads),
-            int(config.get("head_dim") or config.get("hidden_size", 0) // heads),
-        )
+        self._heads = int(config.get("num_key_value_heads") or heads)
+        self._share = (self._heads, int(config.get("head_dim") or config.get("hidden_size", 0) // heads))
 
     def places(self, block: LiveBlock, seen: Mapping[str, Inputs]) -> list[BlockFold]:
         """Return the places of a block where factors can be exchanged.
 
         seen: name of a weight → its inputs. A place that would change the block's output is left out, and `block.warnings` names it.
         """
+        if self._folds is None:
+            return self._proposed(block, seen)
         candidates = [(fold, found) for fold in self._folds if (found := list(self._candidates(fold, block, seen)))]
         proofs = _proofs([places for _, places in candidates], block)
         proved: list[BlockFold] = []
@@ -109,6 +113,53 @@ class Folding:
                     f"{fold.source} can't take factors from {', '.join(fold.targets)}: the block would answer otherwise"
                 )
         return proved
+
+    def _proposed(self, block: LiveBlock, seen: Mapping[str, Inputs]) -> list[BlockFold]:
+        """As `places`, for a family that the table does not name: what a run of the block proposes, and the block proves."""
+        if not block.runs or not block.told_apart:
+            block.warnings.append("its blocks can't be run by themselves, so that no exchange of factors can be proved")
+            return []
+        short = {stored: name for name, stored in block.names.items()}
+        like = tuple(block.names)
+        if like not in self._held:
+            rounded = [short[name].removesuffix(".weight") for name in seen]
+            self._held[like] = [some for some in propose(block, rounded, self._heads) if some]
+        choices = self._held[like]
+        places = [[self._placed(proposal, block, seen) for proposal in some] for some in choices]
+        proofs = iter(_proofs([found for some in places for found in some], block))
+        held: list[BlockFold] = []
+        kept: list[tuple[Proposal, ...]] = []
+        for some, found in zip(choices, places, strict=True):
+            right = [at for at, holds in enumerate([next(proofs) for _ in found]) if holds]
+            if right:
+                held += found[right[0]]
+                kept.append((some[right[0]],))
+        self._held[like] = kept
+        if not held:
+            block.warnings.append(
+                "no layer before its linear layers can take factors: the block would answer otherwise"
+            )
+        return held
+
+    def _placed(self, proposal: Proposal, block: LiveBlock, seen: Mapping[str, Inputs]) -> list[BlockFold]:
+        """Return the places of a proposal. Empty if a target is not watched, or if another layer reads the same input."""
+        if proposal.kind == "values" and (self._clips or any(name.endswith(".v_scale") for name in block)):
+            return []
+        share = self._share_of(proposal, block)
+        places = []
+        for source, targets, routers in _numbered(proposal, block.names):
+            parts = _parts(targets, seen)
+            if not parts:
+                return []
+            bias = block.names.get(f"{source}.bias", "")
+            places.append(BlockFold(block.names[f"{source}.weight"], bias, parts, routers, proposal.kind, share))
+        return places
+
+    def _share_of(self, proposal: Proposal, block: LiveBlock) -> tuple[int, int]:
+        if proposal.kind != "values":
+            return 1, 1
+        rows = len(block[block.names[f"{proposal.source}.weight"]])
+        return self._heads, rows // self._heads
 
     def _candidates(self, fold: Fold, block: Mapping[str, Tensor], seen: Mapping[str, Inputs]) -> Iterator[BlockFold]:
         """Yield the places of a fold whose targets are all watched. The family's table lists the layers that read the source's output."""
@@ -128,7 +179,7 @@ def _proofs(folds: Sequence[Sequence[BlockFold]], block: LiveBlock) -> list[bool
     All places of a fold are tested at once: an expert that receives no token would show no change alone. The change is compared with the
     change from scaling the targets alone. The size of the output is no measure, because most of it is the residual stream.
     """
-    fits = [block.runs and all(place.fits(block) for place in places) for places in folds]
+    fits = [block.runs and len(places) > 0 and all(place.fits(block) for place in places) for places in folds]
     if not any(fits):
         return fits
     trials = (trial for places, fit in zip(folds, fits, strict=True) if fit for trial in _trials(places, block))
@@ -161,6 +212,31 @@ def _trials(places: Sequence[BlockFold], block: LiveBlock) -> Iterator[dict[str,
             else:
                 place.scale_targets(factors, block, floats)
         yield floats
+
+
+def _numbered(proposal: Proposal, names: Mapping[str, str]) -> Iterator[tuple[str, tuple[str, ...], tuple[str, ...]]]:
+    """Yield (source module, weights of the targets, weights of the routers) of a proposal: one for each expert if its source is in experts."""
+
+    def weights(modules: tuple[str, ...], expert: str | None) -> tuple[str, ...]:
+        found = []
+        for module in modules:
+            before, star, leaf = module.partition("*")
+            if not star:
+                found.append(names[f"{module}.weight"])
+                continue
+            pattern = re.compile(rf"{re.escape(before)}(\d+){re.escape(leaf)}\.weight")
+            numbers = {name: match[1] for name in names if (match := pattern.fullmatch(name))}
+            found += [names[name] for name, number in numbers.items() if expert in (None, number)]
+        return tuple(found)
+
+    before, star, leaf = proposal.source.partition("*")
+    if not star:
+        yield proposal.source, weights(proposal.targets, None), weights(proposal.routers, None)
+        return
+    pattern = re.compile(rf"{re.escape(before)}(\d+){re.escape(leaf)}\.weight")
+    for name in names:
+        if match := pattern.fullmatch(name):
+            yield name.removesuffix(".weight"), weights(proposal.targets, match[1]), weights(proposal.routers, match[1])
 
 
 def _named(fold: Fold, block: Mapping[str, Tensor]) -> Iterator[tuple[str, tuple[str, ...], tuple[str, ...]]]:

@@ -214,7 +214,7 @@ def answers_alike(source: Path, target: Path, header: ModelHeader) -> float:
 def _logits(folder: Path, ids: Tensor, header: ModelHeader) -> Tensor:
     """Logits [tokens, words] of some words, float32."""
     tensors = SourceTensors(read_shards(folder))
-    skeleton = Skeleton(folder, tensors, "cpu", torch.float32)
+    skeleton = Skeleton(folder, tensors, "cpu", torch.float32, {"input_ids": ids})
     ((hidden, calls),) = skeleton.capture(0, [{"input_ids": ids}], [])
     for index, call in calls:
         block = skeleton.fill_block(index, {name: tensors.read(name) for name in skeleton.block_names(index)})

@@ -30,22 +30,12 @@ model.eval()
 _FILLED = 0.9  #: share of a GPU's free memory that weights may take; the rest is for what the model computes
 _SCORED_ROWS = 512  #: positions whose logits are in float32 at a time
 
-_CLASSES = {
-    "causal-lm": "AutoModelForCausalLM",
-    "classification": "AutoModelForSequenceClassification",
-    "token-classification": "AutoModelForTokenClassification",
-    "masked-lm": "AutoModelForMaskedLM",
-    "embedding": "AutoModel",
-    "seq2seq": "AutoModelForSeq2SeqLM",
-    "image-classification": "AutoModelForImageClassification",
-}
-
 
 def load(request: dict[str, Any]) -> tuple[Any, ...]:
     task = request["task"]
     # A source with such a file is refused. An artifact may have it: Nightpress wrote it.
     own = ", trust_remote_code=True" if Path(request["folder"], "custom_generate", "generate.py").is_file() else ""
-    given = {"auto_class": _CLASSES[task], "folder": request["folder"], "own_code": own}
+    given = {"auto_class": request["model_class"], "folder": request["folder"], "own_code": own}
     on_gpu = request["device"] == "cuda"
     if on_gpu:
         snippet = GPU_SNIPPET.format(**given, device_map=_device_map(request["folder"]))

@@ -7,10 +7,9 @@ from pydantic import Field, model_validator
 
 from nightpress.core.recipes.calibration import Calibration
 from nightpress.core.recipes.costs import Cost, blocks_cost, graph_cost, stream_cost
-from nightpress.core.recipes.header import MIXTURES, ModelHeader, TensorInfo
+from nightpress.core.recipes.header import ModelHeader, TensorInfo
 from nightpress.core.recipes.linears import Divisor, invalid, is_expert, matches, module_of
 from nightpress.core.recipes.passes.base import (
-    FOLDABLE,
     Calibrated,
     ExportFormat,
     Need,
@@ -28,7 +27,7 @@ class SmoothQuant(Quantizing, Calibrated):
     """Int8 weights and int8 activations: large inputs are scaled down, and weights scaled up by the same factors (arXiv 2211.10438).
 
     Weights have one scale per row. Inputs have one scale per token, computed at run time, or one per layer from calibration. The layers
-    before are divided by the factors; if a family's norms can't take factors, inputs are rounded without scaling. The result is
+    before are divided by the factors; where they can't take factors, inputs are rounded without scaling, and the report says so. The result is
     compressed-tensors `int-quantized`. A mixture's experts are `pack-quantized` with float inputs, because transformers reads no other
     8-bit integer experts.
     """
@@ -66,8 +65,6 @@ class SmoothQuant(Quantizing, Calibrated):
 
     def warnings(self, header: ModelHeader | None) -> Iterable[str]:
         yield from super().warnings(header)
-        if header is not None and header.model_type not in FOLDABLE:
-            yield f"`smoothquant`: the norms of a {header.model_type} can't take factors, so its inputs are rounded as they are."
         if header is not None and any(is_expert(tensor.name) for tensor in header.tensors):
             yield "`smoothquant`: the inputs of a mixture's experts stay in float, because transformers reads no int8 experts with rounded ones."
 
@@ -160,9 +157,15 @@ class KvCache(PassOptions):
                 "Leave it out.",
             )
 
+        if "num_attention_heads" not in header.text_config:
+            raise invalid(
+                f"`kv-cache` can't take a {header.model_type}: transformers looks for `num_attention_heads` in its config.json, and there is none.",
+                "Leave it out.",
+            )
+
     def check_beside(self, passes: Sequence[PassOptions], header: ModelHeader | None) -> None:
         # With a quantization_config that quantizes no weights, transformers expects a scheme for the experts and finds none.
-        if header is not None and header.model_type in MIXTURES and not any(options.last for options in passes):
+        if header is not None and header.has_experts and not any(options.last for options in passes):
             raise invalid(
                 "`kv-cache` alone can't take a mixture of experts: transformers takes its experts for codes, and they stay in float.",
                 "Let a pass that quantizes the weights follow, e.g. `gptq`.",

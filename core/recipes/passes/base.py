@@ -19,27 +19,6 @@ Stage = Literal["source", "folder", "graph", "runtime", "measure"]
 #: The Hub's word for how a model relates to its base model (`base_model_relation`); None: the weights are unchanged.
 Relation = Literal["quantized", "finetune"] | None
 Patterns = Annotated[tuple[str, ...], Field(max_length=100)]
-#: Families whose norms and linear layers can exchange scale factors. `FOLDS` in core/compress/model/families.py lists the places.
-FOLDABLE = frozenset(
-    {
-        "llama",
-        "mistral",
-        "qwen2",
-        "qwen3",
-        "gemma",
-        "gemma2",
-        "gemma3_text",
-        "phi",
-        "phi3",
-        "gpt_neox",
-        "opt",
-        "starcoder2",
-        "mixtral",
-        "qwen2_moe",
-        "qwen3_moe",
-        "olmoe",
-    }
-)
 KEPT_MODULES = ("lm_head", "re:.*embed.*", "re:.*classifier.*", "re:.*pooler.*")
 
 

@@ -13,7 +13,6 @@ from nightpress.core.recipes.costs import Cost, blocks_cost
 from nightpress.core.recipes.header import ModelHeader, TensorInfo
 from nightpress.core.recipes.linears import Divisor, check_layout, invalid, is_token_embedding, matches, module_of
 from nightpress.core.recipes.passes.base import (
-    FOLDABLE,
     Calibrated,
     ExportFormat,
 )
@@ -337,10 +336,9 @@ class Gptq(Budgeted):
 class Awq(Budgeted):
     """Scale up columns with large inputs before rounding to nearest; the layers before them are divided by the scales (arXiv 2306.00978).
 
-    Takes decoders whose norms and linear layers can exchange scale factors. The result is `pack-quantized`.
+    Where the layers before can take factors is found on the model and proved on each block; a model without such a place is refused when it
+    is pressed. The result is `pack-quantized`.
     """
-
-    model_types: ClassVar[frozenset[str]] = FOLDABLE
 
     pass_: Literal["awq"] = Field("awq", alias="pass")
     bits: Bits = 4
@@ -348,11 +346,3 @@ class Awq(Budgeted):
 
     def _once(self, header: ModelHeader, calibration: Calibration) -> Cost:
         return blocks_cost(header, calibration, bits=self.coarsest_bits, by_group=False, copies=True)
-
-    def check(self, header: ModelHeader) -> None:
-        super().check(header)
-        if header.model_type not in self.model_types:
-            raise invalid(
-                f"`awq` can't take a {header.model_type}: its norms can't make up for scaled inputs.",
-                f"Use `gptq`; `awq` takes {', '.join(sorted(self.model_types))}.",
-            )

@@ -5,7 +5,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from nightpress.core.recipes.anatomy import BY_LAYER, OWN_SHAPES, Anatomy, Inner, anatomy_of
+from nightpress.core.recipes.anatomy import BY_LAYER, OWN_SHAPES, Anatomy, Inner, anatomy_of, blocks_of
 from nightpress.core.recipes.calibration import Calibration
 from nightpress.core.recipes.costs import Cost, blocks_cost
 from nightpress.core.recipes.header import SHARED_BLOCKS, ModelHeader, TensorInfo
@@ -269,6 +269,9 @@ class Layers(Shrinking):
         if raw.get("count") not in (None, len(named)):
             raise ValueError(f"`remove` names {len(named)} blocks; leave `count` out")
         return {**raw, "count": len(named)}
+
+    def anatomy(self, header: ModelHeader) -> Anatomy:
+        return blocks_of(header, self.name) if header.model_type not in SHARED_BLOCKS else super().anatomy(header)
 
     @property
     def by_gradient(self) -> bool:

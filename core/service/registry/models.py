@@ -14,6 +14,7 @@ from nightpress.core.errors import ErrorCode, NightpressError
 from nightpress.core.handoff.manifest import FileEntry
 from nightpress.core.recipes.header import ModelHeader
 from nightpress.core.recipes.inspect import FolderFiles, inspect_model
+from nightpress.core.recipes.possible import Possibility, possibilities
 from nightpress.core.recipes.selection import select_files
 from nightpress.core.service.registry.fetching import FetchingRegistry
 from nightpress.core.service.registry.registry import Taken, check_size, describe_files, live_jobs, shared_fields
@@ -73,6 +74,10 @@ class ModelRegistry(FetchingRegistry[ModelView]):
                 ErrorCode.CONFLICT, f"The model {row.name} is {row.state}.", hint="Complete its upload first."
             )
         return ModelHeader.model_validate(row.header)
+
+    def possible(self, tenant_id: str, reference: str) -> tuple[Possibility, ...]:
+        """Which passes and exports a model can have. Raises not_found, conflict."""
+        return possibilities(self.header(self.get(tenant_id, reference).id))
 
     def _create_from_path(self, tenant_id: str, name: str, raw: str) -> ModelView:
         path = resolve_path(raw, self._settings)

@@ -9,10 +9,10 @@ from nightpress.core.compress.executors.blocks.method import CacheStandIn
 from nightpress.core.compress.executors.blocks.plan import BlockPlan
 from nightpress.core.compress.executors.calls import Calls
 from nightpress.core.compress.executors.hidden_states import HiddenStates
-from nightpress.core.compress.executors.live_block import PROBE_TOKENS
+from nightpress.core.compress.executors.live_block import probe_of
 from nightpress.core.compress.executors.watch import Watched
 from nightpress.core.compress.model.experts import Experts
-from nightpress.core.compress.model.skeleton import Batch, Call
+from nightpress.core.compress.model.rows import Call
 
 
 class ForwardPass:
@@ -40,7 +40,7 @@ class ForwardPass:
         hidden: HiddenStates | None = None
         self._calls = Calls(plan.device)
         self._probe = None
-        asked = batches if row else chain([_probe_of(plan.samples)], batches)
+        asked = batches if row else chain([probe_of(plan.samples)], batches)
         captured = plan.skeleton.capture(row, asked, earlier)
         if not row:
             entered, calls = next(captured)
@@ -67,8 +67,8 @@ class ForwardPass:
         for at, call in enumerate(calls, 1):
             beside: dict[str, object] = {}
             if watched is not None:
-                watched.stops, watched.real = at == len(calls), self.real(number)
-                if self._cache is not None:
+                watched.stops, watched.real = at == len(calls) and self._plan.skeleton.whole is None, self.real(number)
+                if self._cache is not None and self._cache.sees(self._plan.skeleton.blocks[index].names.values()):
                     self._cache.real, beside = watched.real, {"past_key_values": self._cache}
             out = block(batch, *call.args, **{**call.kwargs, **beside})
             batch = out[0] if isinstance(out, tuple) else out
@@ -101,8 +101,3 @@ class ForwardPass:
         for mixture in self.experts_of(index):
             mixture.real = None if self._plan.real is None else self._plan.real[0, :length].to(self._plan.device)
         return self.hidden.look_at(0)[:1, :length], [call for at, call in calls if at == index]
-
-
-def _probe_of(samples: Batch) -> Batch:
-    """The probe: the first tokens of the first text, or the first image."""
-    return {name: tensor[:1] if tensor.dim() > 2 else tensor[:1, :PROBE_TOKENS] for name, tensor in samples.items()}

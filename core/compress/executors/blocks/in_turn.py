@@ -4,6 +4,7 @@ So every layer is calibrated with inputs from the settled layers before it in th
 (GPTQ, arXiv 2210.17323, section 4).
 """
 
+import math
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -11,7 +12,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from nightpress.core.compress.executors.blocks.groups import ENTERED, Groups, find_groups
+from nightpress.core.compress.executors.blocks.groups import ENTERED, Groups, find_groups, let_go
 from nightpress.core.compress.executors.blocks.settle import BlockOutcome, Settler
 from nightpress.core.compress.executors.watch import (
     Hook,
@@ -26,7 +27,7 @@ from nightpress.core.recipes.costs import IN_TURN_BYTES, in_turn_bytes
 
 
 class GroupFinder:
-    """Finds the groups of layers of each block. Blocks with the same layers have the same groups, which are found once."""
+    """Finds the groups of layers of each block. Blocks with the same parameters have the same groups, which are found once."""
 
     def __init__(self, settler: Settler) -> None:
         self._settler = settler
@@ -38,15 +39,17 @@ class GroupFinder:
         A block can't if the method needs all layers at once, if it has experts or runs more than once, or if memory does not suffice.
         """
         plan, forward = self._settler.plan, self._settler.forward
-        if not self._settler.method.by_group or not linears or plan.skeleton.experts(index) or forward.runs(index) > 1:
+        if not self._settler.method.by_group or not linears or plan.skeleton.whole is not None:
             return None
-        samples, length, width = forward.hidden.shape
+        if plan.skeleton.experts(index) or forward.runs(index) > 1:
+            return None
+        samples, length, *widths = forward.hidden.shape
         widest = max(in_features(layer) for layer in linears.values())
-        held = in_turn_bytes(samples * length, width, widest, plan.skeleton.dtype.itemsize)
+        held = in_turn_bytes(samples * length, math.prod(widths), widest, plan.skeleton.dtype.itemsize)
         if held > IN_TURN_BYTES[plan.device.type]:
             return None
         short = plan.skeleton.short_names(index)
-        like = tuple(short[name] for name in linears)
+        like = (*plan.skeleton.blocks[index].names, *(short[name] for name in linears))
         if like not in self._found:
             layers = {short[name]: layer for name, layer in linears.items()}
             batch = forward.hidden.look_at(0)
@@ -128,7 +131,8 @@ class InTurn:
             if (run, group) not in shown:
                 shown[run, group] = weakref.ref(inputs)
                 for spent in self._groups.spent[group]:
-                    _let_go(shown[run, spent]())
+                    if (tensor := shown[run, spent]()) is not None:
+                        let_go(tensor)
                 watch(inputs, run)
                 hub.switch(group)
             elif shown[run, group]() is not inputs:
@@ -149,9 +153,3 @@ class InTurn:
         finally:
             for run in waiting:
                 run.throw()  # the garbage collector does not traverse suspended greenlets: their frames would never be freed
-
-
-def _let_go(spent: Tensor | None) -> None:
-    """Free a tensor's memory, even if frames still refer to the tensor. If one of them reads it, the empty shape causes an error."""
-    if spent is not None:
-        spent.set_(spent.new_empty(0))  # type: ignore[call-overload]

@@ -3,7 +3,7 @@
 To *settle* a weight is to compute its final value.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -47,6 +47,9 @@ class CacheStandIn(Protocol):
     """An object that blocks get in place of a key/value cache. It sees the keys and values that they would cache."""
 
     real: Tensor | None  #: bool [B, L] of the current batch: False for padding; None: no padding
+
+    def sees(self, names: Iterable[str]) -> bool:
+        """Whether a block with tensors of these names gets it. Blocks without attention have caches of other kinds."""
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from nightpress.core.compress.context import PassContext
+from nightpress.core.compress.executors.live_block import probe_of
 from nightpress.core.compress.executors.watch import split_mask
 from nightpress.core.compress.model.checkpoint import SAFETENSORS_DTYPES, read_shards
 from nightpress.core.compress.model.experts import Experts
@@ -71,8 +72,9 @@ def make_plan(
     Raises NightpressError for a model whose blocks can't be found.
     """
     source = SourceTensors(read_shards(folder))
-    skeleton = Skeleton(folder, source, context.device, _compute_dtype(source, chosen, context))
     unmasked, real = split_mask(samples)
+    dtype = _compute_dtype(source, chosen, context)
+    skeleton = Skeleton(folder, source, context.device, dtype, probe_of(unmasked))
     total = len(next(iter(unmasked.values())))
     length = _tokens_a_sample(samples, skeleton.config)
     mixture = any(isinstance(module, Experts) for module in skeleton.model.modules())

@@ -114,8 +114,9 @@ def _run(
                 lessons.advance_source(index, inputs.of_source(index) if index < inputs.finished else tensors)
             if index < inputs.finished:
                 tensors |= {name: method.restore(name, tensors) for name in plan.chosen_of(index)}
-                skeleton.fill_block(index, tensors)
-                forward.advance(index)
+                if index + 1 < count:
+                    skeleton.fill_block(index, tensors)
+                    forward.advance(index)
             else:
                 outcome = _press_block(settler, finder, index, tensors)
                 writer.write(block_output(index, tensors, outcome))

@@ -11,7 +11,7 @@ from nightpress.core.compress.executors.blocks.method import FinalTensor, Method
 from nightpress.core.compress.executors.blocks.plan import BlockPlan
 from nightpress.core.compress.executors.live_block import LiveBlock
 from nightpress.core.compress.executors.watch import Inputs
-from nightpress.core.compress.model.skeleton import is_conv1d
+from nightpress.core.compress.model.rows import is_conv1d
 from nightpress.core.compress.numerical_failures import check_finite, naming
 
 

@@ -1,0 +1,171 @@
+"""Families that nothing names: what the passes need of a model is found from the model itself."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from transformers.utils import logging
+
+from nightpress.core.compress.model import transformers_classes
+from nightpress.core.compress.model.checkpoint import read_shards
+from nightpress.core.compress.model.skeleton import Skeleton
+from nightpress.core.compress.model.source import SourceTensors
+from nightpress.core.errors import NightpressError
+from nightpress.core.recipes.classes import TABLE
+from nightpress.core.recipes.inspect import FolderFiles, inspect_model
+from nightpress.core.recipes.plan import make_plan
+from nightpress.core.recipes.possible import possibilities
+from tests.folders import load_tensors
+from tests.zoo.__main__ import EXPECTED, KINDS, classes_of, try_class
+from tests.zoo.cells import Cell, as_floats, pressed, recipe_of
+from tests.zoo.models import save_tiny
+
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
+
+#: Families that were refused by name before anything was looked at.
+_ASKED_FOR = [
+    "bloom",
+    "codegen",
+    "cohere",
+    "cohere2",
+    "deepseek_v2",
+    "deepseek_v3",
+    "glm",
+    "glm4",
+    "glm4_moe",
+    "gpt_oss",
+    "granite",
+    "granitemoe",
+    "gptj",
+    "ernie4_5",
+    "exaone4",
+    "llama4_text",
+    "mamba",
+    "mpt",
+    "nemotron",
+    "olmo2",
+    "qwen3_next",
+    "smollm3",
+    "stablelm",
+    "roformer",
+    "eurobert",
+    "bart",
+    "marian",
+]
+_ORDER = {"works": 2, "refused": 1, "fails": 0}
+
+
+@pytest.fixture(autouse=True)
+def quiet() -> None:
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+
+
+def test_the_table_of_classes_is_that_of_the_installed_transformers():
+    table = json.loads(TABLE.read_bytes())
+    if table["transformers"] != transformers.__version__:
+        pytest.skip("the table is of another version of transformers")
+    assert table == transformers_classes.table()
+
+
+def _kind_of(model_type: str) -> str:
+    order = ("masked language models", "encoder-decoders", "causal language models")
+    of_both = {"bart", "marian"}
+    kinds = [kind for kind in order if model_type in classes_of(kind)]
+    return "encoder-decoders" if model_type in of_both else kinds[-1] if "causal language models" in kinds else kinds[0]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model_type", _ASKED_FOR)
+def test_no_cell_of_a_family_that_people_asked_for_gets_worse(model_type: str):
+    kind = _kind_of(model_type)
+    found = try_class(model_type, classes_of(kind)[model_type], ["weight-only", "gptq"])
+    expected = json.loads(EXPECTED.read_bytes())[kind][model_type]
+    assert set(found) == {"inspect", "weight-only", "gptq"}, found
+    for name, cell in found.items():
+        assert _ORDER[cell.state] >= _ORDER[expected[name][0]], f"{name}: {cell}"
+
+
+def test_the_bars_hold_in_the_table():
+    expected = json.loads(EXPECTED.read_bytes())
+    assert set(expected) == set(KINDS) & set(expected)
+    rows = [row for row in expected["causal language models"].values() if "built" not in row]
+    assert len(rows) > 165
+    for cell in ("weight-only", "gptq"):
+        works = sum(row[cell][0] == "works" for row in rows)
+        assert works >= 0.9 * len(rows), f"{cell}: {works} of {len(rows)}"
+    for kind in expected.values():
+        for model_type, row in kind.items():
+            refused = [why for state, why in (row[name] for name in row if name != "class") if state == "refused"]
+            assert all(refused), f"{model_type} is refused without a reason"
+
+
+def test_a_model_without_rows_of_blocks_is_held_whole_and_rounded_as_well(tmp_path: Path):
+    """Gemma 4's later blocks may read keys that earlier ones have stored."""
+    source = save_tiny("gemma4_text", "Gemma4ForCausalLM", tmp_path / "source")
+    skeleton = Skeleton(
+        source,
+        SourceTensors(read_shards(source)),
+        "cpu",
+        torch.float32,
+        {"input_ids": torch.ones(1, 8, dtype=torch.int64)},
+    )
+    assert skeleton.whole is not None
+    assert len(skeleton.blocks) == 1
+    out, changed = pressed(recipe_of("gptq"), source, tmp_path / "work")
+    assert changed
+    assert as_floats(source, out, tmp_path / "floats", recipe_of("gptq")).exists()
+
+
+def test_the_tower_of_a_model_that_sees_is_left_as_it_is(tmp_path: Path):
+    source = save_tiny("gemma3", "Gemma3ForConditionalGeneration", tmp_path / "source")
+    out, changed = pressed(recipe_of("gptq"), source, tmp_path / "work")
+    before, after = load_tensors(source), load_tensors(out)
+    tower = [name for name in before if "vision_tower" in name or "multi_modal" in name]
+    assert tower
+    assert changed
+    assert all(torch.equal(before[name], after[name]) for name in tower)
+    assert not any("vision" in name for name in changed)
+
+
+def test_what_a_model_can_have_is_said_with_the_reason_of_what_it_can_not(tmp_path: Path):
+    header = inspect_model(FolderFiles(save_tiny("bloom", "BloomForCausalLM", tmp_path / "source")))
+    found = {(each.kind, each.name): each.why_not for each in possibilities(header)}
+    assert found["pass", "gptq"] is None
+    assert found["pass", "awq"] is None
+    assert found["pass", "layers"] is None
+    assert found["export", "compressed-tensors" if ("export", "compressed-tensors") in found else "onnx"] is None
+    assert "no loader finds the scales" in (found["pass", "kv-cache"] or "")
+    assert "gemma, llama" in (found["export", "gguf"] or "")
+
+
+@pytest.mark.parametrize(
+    ("model_type", "class_name", "why"),
+    [
+        ("whisper", "WhisperForConditionalGeneration", "it hears"),
+        ("bart", "BartModel", "an encoder-decoder is measured here by the text"),
+        ("bert", "BertForQuestionAnswering", "what it answers can't be measured"),
+        ("llama4_text", "Llama4ForCausalLM", "looks for each expert's own weights"),
+    ],
+)
+def test_what_can_not_be_pressed_is_refused_with_its_own_reason(
+    model_type: str, class_name: str, why: str, tmp_path: Path
+):
+    header = inspect_model(FolderFiles(save_tiny(model_type, class_name, tmp_path / "source")))
+    with pytest.raises(NightpressError, match=why) as caught:
+        make_plan(recipe_of("weight-only"), header)
+    assert caught.value.hint
+
+
+def test_a_class_that_is_not_built_is_told_from_a_cell_that_fails():
+    assert try_class("blt", "BltForCausalLM", [])["built"] == Cell(
+        "fails", "ValueError: its smallest form has 192,649,344 weights"
+    )
+
+
+def test_a_tensor_that_transformers_merges_from_others_is_named(tmp_path: Path):
+    source = save_tiny("olmo_hybrid", "OlmoHybridForCausalLM", tmp_path / "source")
+    with pytest.raises(NightpressError, match=r"no tensor .*conv1d\.weight, which the model's class wants"):
+        pressed(recipe_of("wanda"), source, tmp_path / "work")
