@@ -195,6 +195,10 @@ class CacheScales:
         raise AssertionError("no weight is chosen")
 
 
+class _OtherStatesError(NightpressError, AttributeError):
+    """A block asks a cache for something else than keys and values. An AttributeError, so that `hasattr` answers False."""
+
+
 class _SeenByCache:
     """Replaces a model's key/value cache. It records the largest magnitude of keys and of values, and returns both unchanged."""
 
@@ -214,6 +218,13 @@ class _SeenByCache:
 
     def get_seq_length(self, *_: Any) -> int:
         return 0
+
+    def __getattr__(self, name: str) -> Any:
+        raise _OtherStatesError(
+            ErrorCode.UNSUPPORTED_ARCHITECTURE,
+            f"The model's cache holds other states than keys and values: a block asked it for {name}.",
+            hint="Leave `kv-cache` out.",
+        )
 
     def take(self) -> dict[str, Tensor]:
         """Return the largest magnitudes of the last block, by `k` and `v`, and reset them.
