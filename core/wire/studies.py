@@ -4,7 +4,7 @@ import datetime as dt
 import re
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BeforeValidator, Field, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from nightpress.core.recipes.calibration import Calibration, DataRef
 from nightpress.core.recipes.models import parse_gate
@@ -31,10 +31,6 @@ def read_gate(text: str) -> tuple[str, str]:
     return figure, bound.strip()
 
 
-def _as_list(raw: object) -> object:
-    return [raw] if isinstance(raw, dict) else raw
-
-
 class StudyRequest(Request):
     """A search: the best form of a model by one figure, among those that keep some gates.
 
@@ -56,9 +52,7 @@ class StudyRequest(Request):
         None,
         description="Where the result is to run. Left out: the model's own target, and for `size` and `memory` also transformers.",
     )
-    space: (
-        Literal["auto"] | Annotated[list[dict[str, Any]], Field(min_length=1, max_length=32), BeforeValidator(_as_list)]
-    ) = "auto"
+    space: Literal["auto"] | Annotated[list[dict[str, Any]], Field(min_length=1, max_length=32)] = "auto"
     data: DataRef = Field(
         "builtin:prose", description="Data that quality is measured on. One half chooses, the other judges."
     )

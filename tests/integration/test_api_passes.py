@@ -67,7 +67,7 @@ def test_a_recipe_with_a_pass_that_is_not_allowed_is_refused_with_what_to_do(
         assert "NIGHTPRESS_PASSES='[\"nightpress-copy\"]'" in problem["hint"]
     assert {item["package"] for item in listed} == {None}
     assert [item["name"] for item in listed] == sorted(item["name"] for item in listed)
-    assert {item["stage"] for item in listed} == {"folder", "graph", "runtime", "measure"}
+    assert {item["stage"] for item in listed} == {"source", "folder", "graph", "runtime", "measure"}
 
 
 def test_an_allowed_pass_is_listed_planned_and_submitted(

@@ -300,7 +300,7 @@ def test_a_hostile_model_is_refused_here_already(face: Face, tmp_path: Path):
     done = run(face, "submit", str(tmp_path), "-r", "int8-encoder")
     assert done.returncode == 4
     assert "pickle" in done.stderr
-    assert "save_pretrained" in done.stderr
+    assert "nightpress convert" in done.stderr
 
 
 @pytest.mark.slow

@@ -116,6 +116,7 @@ def test_what_a_schedule_submits(world: World) -> None:
         "reason": None,
         "error": None,
         "job_id": run.job_id,
+        "study_id": None,
         "model_id": None,
         "revision": None,
         "digest": row["model_digest"],

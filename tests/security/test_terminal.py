@@ -16,6 +16,8 @@ import typer
 from nightpress.client.cli.main import app, main
 from nightpress.core.errors import ErrorCode, NightpressError
 from nightpress.core.handoff.frames import Progress
+from nightpress.core.service.compose import Resources
+from nightpress.core.service.studies.searching import Searching
 from tests.face import RECIPE, Face
 
 #: Sequences for: title, clear screen, an 8-bit CSI, bell, hyperlink, clipboard, text direction, carriage return; and all of C0 and C1.
@@ -26,7 +28,7 @@ _ID = re.compile(r"[a-z]+_[0-9a-z]{20,}|np_\w+|[a-z0-9]{8}")
 _TIME = re.compile(r"\d{4}-\d\d-\d\dT")
 
 #: Subcommands that print nothing from a server, or only from one that the user started on this machine.
-_OWN = {"up", "down", "web", "press", "profile", "demo", "doctor", "reproduce", "servers"}
+_OWN = {"up", "down", "web", "press", "profile", "demo", "doctor", "reproduce", "servers", "convert"}
 
 
 class Poisoner:
@@ -156,6 +158,13 @@ def commands(face: Face, bert_tiny: Path, tmp_path_factory: pytest.TempPathFacto
         )
         client.schedules.create("nightly", "0 3 * * *", "mine", RECIPE)
         client.schedules.trigger("nightly")
+        ended = client.studies.create("mine", {"size": "<= 60%"}, trials=2).id
+        client.studies.cancel(ended)
+        resources = Resources(face.settings, face.engine)
+        Searching(
+            resources.study_ledger, resources.jobs, resources.store, resources.models, lambda _queue: None
+        ).advance()
+        study = client.studies.create("mine", {"size": "<= 60%"}, trials=2).id
         hook = client.webhooks.create("http://127.0.0.1:9/hook", ["job.failed"]).webhook.id
         delivery = client.webhooks.test(hook).id
         key = client.keys.create("other", ["jobs:read"]).record.id
@@ -174,8 +183,10 @@ def commands(face: Face, bert_tiny: Path, tmp_path_factory: pytest.TempPathFacto
         "webhooks add http://127.0.0.1:9/other -e job.failed", "webhooks rm whk_nothing",
         "keys", f"keys show {key}", "keys add more --scope jobs:read", f"keys rotate {key}", f"keys rm {key}",
         "tenants", "tenants show default", "tenants quota default max_queued_jobs=5",
+        "studies", f"studies show {study}", f"studies trials {study}", f"studies events {study}", f"studies watch {ended}", f"studies cancel {study}",
     ]  # fmt: skip
-    return [[word.replace("_*", " *") if "*" in word else word for word in text.split()] for text in texts]
+    search = ["search", "mine", "--gate", "size <= 60%"]
+    return [search] + [[word.replace("_*", " *") if "*" in word else word for word in text.split()] for text in texts]
 
 
 def subcommands() -> Iterator[tuple[str, ...]]:

@@ -13,7 +13,7 @@ from typer.main import get_command
 
 from nightpress import AsyncClient, Client
 from nightpress.api.app import create_app
-from nightpress.client import access, calls, events, resources, uploads
+from nightpress.client import access, calls, events, resources, studies, study_calls, uploads
 from nightpress.client.calls import Call
 from nightpress.client.cli.main import app
 from nightpress.client.methods import Answering, Iterating, Resource
@@ -45,9 +45,17 @@ COMMANDS = {
     "resume_schedule": "schedule resume",
     "trigger_schedule": "schedule trigger",
     "list_runs": "schedule show",
+    "create_study": "search",
+    "list_studies": "studies",
+    "get_study": "studies show",
+    "list_trials": "studies trials",
+    "get_study_report": "studies show",
+    "study_events": "studies watch",
+    "cancel_study": "studies cancel",
     "create_model": "models add",
     "list_models": "models",
     "get_model": "models show",
+    "get_possible": "models show",
     "list_model_uploads": "models add",
     "send_model_part": "models add",
     "complete_model": "models add",
@@ -105,9 +113,12 @@ _ARGUMENTS: dict[str, Any] = {
     "scopes": ["jobs:read"],
     "url": "https://example.com/",
     "cron": "0 2 * * *",
+    "gates": {"size": "<= 50%"},
     "jobs": [JobCreate(model="x", recipe="x")],
     "wanted": JobFilter(all=True),
 }
+#: Arguments that a function can be called without, but not the operation.
+_OPTIONAL = {"create_schedule": {"recipe": "x"}}
 _CHOICES = {"kind": ("models", "datasets"), "form": ("html", "md")}
 
 
@@ -135,7 +146,7 @@ def makers(module: ModuleType) -> dict[str, FunctionType]:
     }
 
 
-MAKERS = makers(calls) | makers(access)
+MAKERS = makers(calls) | makers(access) | makers(study_calls)
 
 
 def made_by(maker: FunctionType) -> Iterator[Call[Any]]:
@@ -148,6 +159,7 @@ def made_by(maker: FunctionType) -> Iterator[Call[Any]]:
     arguments = {name: _ARGUMENTS.get(name, "x") for name in needed if name not in {"fields", "changes", "quotas"}}
     if "request" in arguments:
         arguments["request"] = (ModelCreate if "model" in maker.__name__ else DataSetCreate)(name="x")
+    arguments |= _OPTIONAL.get(maker.__name__, {})
     chosen = next((name for name in _CHOICES if name in arguments), None)
     for value in _CHOICES[chosen] if chosen else ():
         yield maker(**{**arguments, chosen: value})
@@ -178,7 +190,9 @@ def test_the_clients_make_every_call():
     kinds = [kind for _, kind in inspect.getmembers(resources, inspect.isclass) if issubclass(kind, Resource)]
     methods = [method for kind in kinds for method in vars(kind).values()]
     used = {method.described.__name__ for method in methods if isinstance(method, Answering | Iterating)}
-    used |= {name for module in (resources, uploads, events) for code in _code_of(module) for name in code.co_names}
+    used |= {
+        name for module in (resources, studies, uploads, events) for code in _code_of(module) for name in code.co_names
+    }
     assert not MAKERS.keys() - used
 
 
