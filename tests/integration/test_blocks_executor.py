@@ -16,6 +16,7 @@ from torch import Tensor
 from nightpress.core.compress.executors.blocks import FinalTensor, Inputs, press_blocks
 from nightpress.core.compress.executors.blocks.forward import ForwardPass
 from nightpress.core.compress.executors.rewrite import Effect
+from nightpress.core.compress.model.families import FOLDS
 from nightpress.core.compress.passes.activations import RoundedInputs
 from nightpress.core.compress.passes.calibrated import ActivationAware, Quantized, Sparse, WeightAndActivation
 from nightpress.core.compress.solvers.wanda import Power
@@ -140,7 +141,7 @@ def _header(model_type: str, family: str) -> ModelHeader:
     )
 
 
-@pytest.mark.parametrize("model_type", sorted(Awq.model_types))
+@pytest.mark.parametrize("model_type", sorted(FOLDS))
 @pytest.mark.slow
 def test_awq_leaves_the_function_as_it_is_but_for_rounding(model_type: str, tmp_path: Path):
     """With 8 bits and groups of 16 the rounding error is small. A larger difference would mean that a factor was applied wrongly."""

@@ -81,7 +81,7 @@ def test_a_method_that_settles_layer_by_layer_runs_each_text_through_a_block_onc
         calls.clear()
         method = WeightAndActivation(Wanda())
         context = context_of(source, tmp_path / work)
-        samples = {"input_ids": token_ids(samples=600, length=24)}  # fifteen batches, one of which also runs as a trial
+        samples = {"input_ids": token_ids(samples=1200, length=24)}  # thirty batches, one of which also runs in trials
         press_blocks(source, tmp_path / work / "out", method, samples, context, chosen=linears_of(source), recipe="r")
         return len(calls)
 

@@ -78,7 +78,8 @@ def pressed_llama(source: Path, folder: Path, options: dict[str, Any]) -> Path:
 
 def asked(artifact: Path, pressed: Path) -> ProbeResult:
     """Load an artifact as its consumer does, in this process, and ask its layers."""
-    request = {"folder": artifact.name, "task": "causal-lm", "threads": 1, "device": "cpu"}
+    request = {"folder": artifact.name, "task": "causal-lm", "model_class": "AutoModelForCausalLM"}
+    request |= {"threads": 1, "device": "cpu"}
     with contextlib.chdir(artifact.parent):
         forward = transformers_runner.load(request)[0]
     forward(np.full((1, 4), 5), np.ones((1, 4), np.int64))  # transformers unpacks the codes in the first pass

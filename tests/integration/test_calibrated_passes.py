@@ -121,7 +121,6 @@ def test_the_same_job_twice_gives_the_same_bytes(bert_tiny: Path, tmp_path: Path
     [
         {"pass": "gptq", "group_size": 100},
         {"pass": "gptq", "pattern": "2:4"},
-        {"pass": "awq", "group_size": 64},
         {"pass": "sparsegpt", "pattern": "3:5"},
         {"pass": "sparsegpt", "pattern": "4:2"},
         {"pass": "wanda", "pattern": "2:4", "sparsity": 0.7},

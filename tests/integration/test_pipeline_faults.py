@@ -83,7 +83,9 @@ def test_a_damaged_tokenizer_is_refused(tmp_path: Path, model: Path):
 
 def test_an_unknown_architecture_is_refused(tmp_path: Path, model: Path):
     config = json.loads((model / "config.json").read_text())
-    (model / "config.json").write_text(json.dumps(config | {"model_type": "mystery"}))
+    (model / "config.json").write_text(
+        json.dumps(config | {"model_type": "mystery", "architectures": ["MysteryModel"]})
+    )
     assert fails(lay_out(tmp_path / "job", model, MAGNITUDE)).code == ErrorCode.UNSUPPORTED_ARCHITECTURE
 
 
