@@ -5,9 +5,8 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
 
-from nightpress.core.errors import ErrorCode, NightpressError
 from nightpress.core.recipes import measuring
-from nightpress.core.recipes.classes import why_not_measured
+from nightpress.core.recipes.checks import check_exports, check_model, check_order
 from nightpress.core.recipes.costs import (
     GPU_RUNTIME_BYTES,
     GPU_START_S,
@@ -17,9 +16,7 @@ from nightpress.core.recipes.costs import (
 )
 from nightpress.core.recipes.exports import Export
 from nightpress.core.recipes.header import ModelHeader
-from nightpress.core.recipes.linears import invalid
 from nightpress.core.recipes.models import Evaluation, GenerationSpeed, Latency, Quality, Recipe, aim
-from nightpress.core.recipes.passes import PassOptions
 from nightpress.core.recipes.placement import Need, Placement, Queue, Seat, place, threads_of
 from nightpress.core.recipes.serving import serving_cost
 from nightpress.core.recipes.targets import check_target
@@ -79,11 +76,11 @@ def make_plan(recipe: Recipe, header: ModelHeader | None = None, fleet: Sequence
     if header is not None:
         recipe = aim(recipe, header)
         check_target(recipe.target, header)
-    _check_order(recipe)
-    _check_exports(recipe)
+    check_order(recipe)
+    check_exports(recipe)
     estimate = None
     if header is not None:
-        _check_model(recipe, header)
+        check_model(recipe, header)
         vllm = any(seat.vllm for seat in fleet)
         costs = _costs(recipe, header, vllm=vllm)
         queue, reason = _placed(recipe, costs, fleet)
@@ -126,56 +123,6 @@ def _evaluation_detail(evaluation: Evaluation) -> str:
             )
 
 
-def _check_order(recipe: Recipe) -> None:
-    for index, options in enumerate(recipe.passes[:-1]):
-        if options.last:
-            raise invalid(
-                f"passes.{index + 1}: nothing can follow `{options.name}`, because its result is no longer a float model.",
-                f"Move `{options.name}` to the end, or give the two their own recipes.",
-            )
-    for index, options in enumerate(recipe.passes):
-        if options.stage == "source" and index:
-            raise invalid(
-                f"passes.{index + 1}: `{options.name}` says how the source is read.", "Make it the first pass."
-            )
-    for options in recipe.passes:
-        options.check_beside(recipe.passes, None)
-
-
-def _check_exports(recipe: Recipe) -> None:
-    for options in recipe.passes:
-        _check_carriers(recipe, options, None)
-        if "gpu" in {recipe.device, recipe.evaluate_on} and "cuda" not in options.runs_on:
-            raise invalid(f"`{options.name}` runs on a CPU only.", "Leave `device` and `evaluate_on` at `auto`.")
-    if recipe.evaluate_on == "gpu":
-        if recipe.device == "cpu":
-            raise invalid("evaluate_on: a job with `device: cpu` has no GPU.", "Leave `device` at `auto`.")
-        if not recipe.measured_on_gpu(None):
-            names = ", ".join(export.name for export in recipe.exports)
-            raise invalid(
-                f"evaluate_on: nothing that this recipe exports runs on a GPU here ({names}).",
-                "Leave `evaluate_on` at `auto`, or export `safetensors` or `compressed-tensors`.",
-            )
-    if any(export.format == "compressed-tensors" for export in recipe.exports) and not any(
-        options.quantizes for options in recipe.passes
-    ):
-        raise invalid(
-            "exports: compressed-tensors needs a quantizing pass.",
-            "Add `weight-only` or `gptq`, or export `safetensors`.",
-        )
-
-
-def _check_carriers(recipe: Recipe, options: PassOptions, header: ModelHeader | None) -> None:
-    carriers = options.carriers(header)
-    wrong = [export.name for export in recipe.exports if export.carrier not in carriers]
-    if wrong:
-        why = options.why_not(header)
-        raise invalid(
-            f"exports: {', '.join(wrong)} can't carry the result of `{options.name}`{': ' + why if why else ''}.",
-            f"Use {' or '.join(sorted(carriers))} with it.",
-        )
-
-
 def _chain(recipe: Recipe, header: ModelHeader) -> tuple[list[ModelHeader], ModelHeader]:
     """Return the headers of the models that the passes read, one for each pass, and the header of the last pass's result."""
     given = []
@@ -204,101 +151,6 @@ def _warnings(recipe: Recipe, header: ModelHeader | None) -> Iterable[str]:
         evaluation.data for evaluation in recipe.evaluate if isinstance(evaluation, Quality)
     } - {"builtin:prose"}:
         yield "The result is measured on the data it was calibrated on: the figures will flatter it."
-
-
-def _check_model(recipe: Recipe, header: ModelHeader) -> None:
-    if (why := why_not_measured(header.architecture, header.model_type)) is not None:
-        raise NightpressError(
-            ErrorCode.UNSUPPORTED_ARCHITECTURE,
-            f"The model is a {header.architecture or 'model without a named class'} of type {header.model_type!r}: {why[0]}.",
-            hint=why[1],
-            model_type=header.model_type,
-        )
-    if not header.has_tokenizer and not header.sees_images:
-        raise NightpressError(
-            ErrorCode.MALFORMED_MODEL,
-            "The model has no tokenizer, so nothing can be measured on text.",
-            hint="Add tokenizer.json (and tokenizer_config.json) to its folder.",
-        )
-    if (
-        header.brought is not None
-        and header.brought.weights
-        and not any(options.stage == "source" for options in recipe.passes)
-    ):
-        raise invalid(
-            f"The model is quantized already: {header.brought.detail}.",
-            "Bring the float model it was made from. Or begin the recipe's `passes` with `{pass: requantize}`: it decodes the model, and everything is compared with what was brought.",
-        )
-    seen = header
-    for options in recipe.passes:
-        options.check(seen)
-        _check_carriers(recipe, options, seen)
-        seen = options.leaves(seen)
-    for options in recipe.passes:
-        options.check_beside(recipe.passes, header)
-    for export in recipe.exports:
-        export.check(header)
-    for wanted in recipe.evaluate:
-        if isinstance(wanted, Quality):
-            if header.sees_images and wanted.part != "all":
-                raise invalid("evaluate: images are not divided into parts.", "Leave `part` out.")
-            _check_metric(wanted, header)
-        elif isinstance(wanted, GenerationSpeed):
-            _check_generation(wanted, header)
-        elif header.one_text_a_batch and max(wanted.batch) > 1:
-            raise invalid(
-                "evaluate: the model takes no batch of several texts: it finds a text's end by its padding token, and its config.json names none.",
-                "Use `batch: 1`, or give config.json the `pad_token_id` that the model was trained with.",
-            )
-
-
-def _check_generation(speed: GenerationSpeed, header: ModelHeader) -> None:
-    if header.task not in {"causal-lm", "seq2seq"}:
-        raise invalid(
-            f"evaluate: {speed.metric} is for models that write text, and this one is for {header.task}.",
-            "Use `latency`.",
-        )
-    longest = max(speed.prompt) + speed.tokens
-    if header.positions is not None and longest > header.positions:
-        raise invalid(
-            f"evaluate: {speed.metric} would come to {longest} tokens, more than the model's {header.positions} positions.",
-            "Use a shorter `prompt` or fewer `tokens`.",
-        )
-
-
-#: Metric → (tasks of the models that it is for, whether prose is enough data for it).
-_METRICS: dict[str, tuple[frozenset[str], bool]] = {
-    "perplexity": (frozenset({"causal-lm"}), True),
-    "generation": (frozenset({"causal-lm"}), True),
-    "multiple-choice": (frozenset({"causal-lm"}), False),
-    "masked-lm": (frozenset({"masked-lm"}), True),
-    "accuracy": (frozenset({"classification"}), False),
-    "entities": (frozenset({"token-classification"}), False),
-    "similarity": (frozenset({"embedding"}), False),
-    "retrieval": (frozenset({"embedding"}), True),
-}
-
-
-def _check_metric(quality: Quality, header: ModelHeader) -> None:
-    if quality.metric not in _METRICS:
-        return
-    tasks, prose = _METRICS[quality.metric]
-    if header.task not in tasks:
-        others = [name for name, (takes, _) in _METRICS.items() if header.task in takes]
-        raise invalid(
-            f"evaluate: {quality.metric} is for {' and '.join(sorted(tasks))} models, and this one is for {header.task}.",
-            f"Use {', '.join(f'`{name}`' for name in ['auto', *others, 'fidelity'])}.",
-        )
-    if quality.metric == "accuracy" and header.head != "classes":
-        raise invalid(
-            f"evaluate: accuracy is for models that choose one class, and this one's outputs are {header.head} (`problem_type` and `num_labels` in its config.json).",
-            "Use `fidelity`, which compares them with the source's.",
-        )
-    if not prose and quality.data.startswith("builtin:"):
-        raise invalid(
-            f"evaluate: {quality.metric} needs a data set with the columns that docs/evaluation.md names; {quality.data} is prose.",
-            "Name a data set in `data`, or use `fidelity`, which needs no labels.",
-        )
 
 
 def stored(recipe: Recipe, header: ModelHeader) -> ModelHeader:
