@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import psutil
@@ -31,13 +31,34 @@ def _anonymous(pid: int) -> int:
     return found
 
 
-def _forked_by(process: psutil.Process) -> int | None:
-    """The parent of a process that has just been forked. Until it runs its own program, the parent's memory shows as its own, too."""
-    with contextlib.suppress(psutil.Error):
-        parent = process.parent()
-        if parent and time.time() - process.create_time() < _FORKED_S and process.cmdline() == parent.cmdline():
-            return int(parent.pid)
-    return None
+def _forks(processes: Sequence[psutil.Process]) -> dict[int, list[psutil.Process]]:
+    """PID of a process → those of its children that are forks of it: they run its program, with pages that both hold."""
+    found: dict[int, list[psutil.Process]] = {}
+    for process in processes:
+        with contextlib.suppress(psutil.Error):
+            parent = process.parent()
+            if parent is not None and process.cmdline() == parent.cmdline():
+                found.setdefault(parent.pid, []).append(process)
+    return found
+
+
+def _counted_twice(parent: int, forks: Sequence[psutil.Process], held: Mapping[int, int]) -> int:
+    """Bytes of anonymous memory that forks of a process have in common with it. `held` counts them for each of them.
+
+    A young fork is about to run its own program, and has all of its parent's pages until then. Of an older one, the kernel tells what
+    the parent shares: `Pss_Anon` divides each page by the number of those that hold it.
+    """
+    now = time.time()
+    young = [fork for fork in forks if now - fork.create_time() < _FORKED_S]
+    found = sum(min(held[fork.pid], held[parent]) for fork in young)
+    if older := len(forks) - len(young):
+        with contextlib.suppress(OSError, KeyError):
+            rollup = dict(
+                line.split(":", 1) for line in Path(f"/proc/{parent}/smaps_rollup").read_text().splitlines()[1:]
+            )
+            own, divided = (int(rollup[name].split()[0]) * 1024 for name in ("Anonymous", "Pss_Anon"))
+            found += (own - divided) * (len(forks) + 1) * older // len(forks)
+    return found
 
 
 class ChildProcess:
@@ -113,12 +134,9 @@ class ChildProcess:
         Shared memory is counted twice: as files in the child's own /dev/shm, and as pages that processes map.
         """
         descendants = self._descendants()
-        held = {process.pid: _anonymous(process.pid) for process in descendants}
-        # The inner process of the child is a fork, too, but it stays one.
-        forked = ((process.pid, _forked_by(process)) for process in descendants)
-        borrowed = sum(min(held[pid], held[parent]) for pid, parent in forked if parent in held)
-        own = _anonymous(self.pid) + sum(held.values())
-        return self._shared_memory() + own - borrowed
+        held = {process.pid: _anonymous(process.pid) for process in descendants} | {self.pid: _anonymous(self.pid)}
+        twice = sum(_counted_twice(pid, forks, held) for pid, forks in _forks(descendants).items() if pid in held)
+        return self._shared_memory() + sum(held.values()) - twice
 
     def _shared_memory(self) -> int:
         """Bytes in the child's own /dev/shm, whether mapped or not, named or not; 0 if it has none of its own."""

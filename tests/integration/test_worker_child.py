@@ -75,23 +75,33 @@ HOLDS = """
 import os, sys
 if os.fork() == 0:
     held = bytearray(os.urandom(1) * (200 * 1024**2))
-    if os.fork() > 0:
+    if os.fork() == 0:
+        if "write" in sys.argv:
+            held[::4096] = os.urandom(1) * len(held[::4096])
         print("forked", flush=True)
 sys.stdin.buffer.read()
 """
 
 
-def test_a_process_that_was_just_forked_does_not_count_its_parents_memory_again(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
-    """Between the fork and the start of its own program, a consumer's process shows all memory of the child as its own."""
+def test_a_fork_does_not_count_its_parents_memory_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """A process that has just been forked shows all its parent's memory as its own, and later what it has not written to."""
     child = ChildProcess(tmp_path, threads=1, network=True, command=(sys.executable, "-c", HOLDS))
     try:
         assert os.read(child.chatter, 100).startswith(b"forked")
-        monkeypatch.setattr(process, "_FORKED_S", 3600.0)
-        assert 200e6 < child.anonymous_memory() < 300e6
+        for young_s in (3600.0, -3600.0):
+            monkeypatch.setattr(process, "_FORKED_S", young_s)
+            assert 200e6 < child.anonymous_memory() < 300e6
+    finally:
+        child.kill()
+        child.remove()
+
+
+def test_what_a_fork_has_written_to_is_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    child = ChildProcess(tmp_path, threads=1, network=True, command=(sys.executable, "-c", HOLDS, "write"))
+    try:
+        assert os.read(child.chatter, 100).startswith(b"forked")
         monkeypatch.setattr(process, "_FORKED_S", -3600.0)
-        assert child.anonymous_memory() > 400e6, "an older process may have changed what it got"
+        assert 400e6 < child.anonymous_memory() < 500e6
     finally:
         child.kill()
         child.remove()

@@ -1,5 +1,6 @@
 """Run a model in its real consumer: a fresh process that loads the folder with the consumer's own library.
 
+For transformers, it is a fork of a process that has imported the library and nothing of ours; see nursery.py.
 Each artifact has one process for the verification, the evaluation and the timing. Of our code, it runs only its script and the measuring
 module in the same folder. It shares no state with this process. If both fit into memory, an artifact and its source are timed by turns, so
 that other work of the machine slows both alike.
@@ -21,6 +22,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from nightpress.core.compress.export import nursery
 from nightpress.core.compress.export.consumer_faults import check_finite, failed
 from nightpress.core.compress.export.task import Task, TimedGeneration, TimedServing, TimedShape
 from nightpress.core.compress.model.checkpoint import disk_errors
@@ -124,14 +126,21 @@ class Consumer:
                 )
             )
         self._errors = tempfile.TemporaryFile()  # noqa: SIM115 - the process writes into it as long as it lives
-        self._process = subprocess.Popen(
-            [str(python or sys.executable), "-I", "-B", str(runner), str(request.resolve())],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self._errors,
-            env=consumer_environment(task.threads, scratch) | dict(variables or {}),
-            cwd=folder.parent,
-        )
+        environment = consumer_environment(task.threads, scratch) | dict(variables or {})
+        if runner.name in nursery.RUNNERS and device == "cpu":
+            # Not on a GPU: a process that has looked for one can't be forked.
+            self._process: subprocess.Popen[bytes] | nursery.Fork = nursery.start(
+                runner, request.resolve(), cwd=folder.parent, errors=self._errors, environment=environment
+            )
+        else:
+            self._process = subprocess.Popen(
+                [str(python or sys.executable), "-I", "-B", str(runner), str(request.resolve())],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=self._errors,
+                env=environment,
+                cwd=folder.parent,
+            )
 
     def __enter__(self) -> "Consumer":
         return self

@@ -1,0 +1,124 @@
+"""Starts runners of transformers as forks of one process: `python -I -B nursery.py FD`. Importing transformers takes seconds each time.
+
+This process imports the libraries and does nothing else, so a fork of it is as fresh as a new interpreter after its imports. FD is a
+socket of whole messages. Each message is JSON (`runner`, `request`, `cwd` and `env`) and carries four file descriptors: the fork's
+standard input, output and error, and a socket for its end. Its status is written there, as of `subprocess.Popen.returncode`. If the other
+side closes that socket first, the fork is killed. When FD's other side is closed, all forks are killed, and this process ends.
+"""
+
+import contextlib
+import gc
+import json
+import os
+import runpy
+import selectors
+import signal
+import socket
+import sys
+import traceback
+from typing import Any, NoReturn
+
+_LONGEST = 1 << 16  #: bytes of a message
+_SENT = 4  #: file descriptors of a message
+
+
+def main() -> None:
+    gc.disable()  # as in measure.py: the libraries' objects are no garbage
+    _import_libraries()
+    gc.freeze()  # so that a collection in a fork copies none of their pages
+    waiting = selectors.DefaultSelector()
+    asked = socket.socket(fileno=int(sys.argv[1]))
+    waiting.register(asked, selectors.EVENT_READ)
+    while True:
+        for ready, _ in waiting.select():
+            if ready.fileobj is asked:
+                message, given, _, _ = socket.recv_fds(asked, _LONGEST, _SENT)
+                if not message:
+                    os._exit(0)  # the forks get SIGKILL: see `_become`
+                _start(json.loads(message), given, waiting)
+            elif isinstance(ready.data, _Fork):
+                _attend(ready.data, waiting)
+
+
+def _import_libraries() -> None:
+    import torch  # noqa: F401
+    import transformers.activations
+    import transformers.modeling_layers
+    import transformers.modeling_utils
+    import transformers.models.auto.modeling_auto  # noqa: F401
+
+
+class _Fork:
+    """A runner that was started: its process, a descriptor that tells its end, and the socket that its starter waits at."""
+
+    def __init__(self, pid: int, end: socket.socket) -> None:
+        self.pid = pid
+        self.ended = os.pidfd_open(pid)
+        self.end = end
+        self.over = False
+
+
+def _start(message: dict[str, Any], given: list[int], waiting: selectors.BaseSelector) -> None:
+    *standard, end = given
+    parent = os.getpid()
+    pid = os.fork()
+    if not pid:
+        _become(message, standard, parent)
+    for descriptor in standard:
+        os.close(descriptor)
+    fork = _Fork(pid, socket.socket(fileno=end))
+    for source in (fork.ended, fork.end):
+        waiting.register(source, selectors.EVENT_READ, fork)
+
+
+def _become(message: dict[str, Any], standard: list[int], parent: int) -> NoReturn:
+    """Run a runner's script as if it were this process's program."""
+    status = 1
+    try:
+        _die_with(parent)
+        for number, descriptor in enumerate(standard):
+            os.dup2(descriptor, number)
+        os.closerange(3, os.sysconf("SC_OPEN_MAX"))
+        os.chdir(message["cwd"])
+        os.environ.update(message["env"])
+        sys.argv = [message["runner"], message["request"]]
+        runpy.run_path(message["runner"], run_name="__main__")
+        status = 0
+    except SystemExit as error:
+        status = error.code if isinstance(error.code, int) else int(error.code is not None)
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+
+
+def _die_with(parent: int) -> None:
+    """Have the kernel kill this process when its parent ends."""
+    import ctypes
+
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+    if os.getppid() != parent:
+        os._exit(1)  # it ended before the kernel was asked
+
+
+def _attend(fork: _Fork, waiting: selectors.BaseSelector) -> None:
+    """Report the end of a fork, or kill it if nobody waits for it any more."""
+    if fork.over:
+        return  # both of its descriptors were ready in the same round
+    pid, status = os.waitpid(fork.pid, os.WNOHANG)
+    if not pid:
+        os.kill(fork.pid, signal.SIGKILL)
+        _, status = os.waitpid(fork.pid, 0)
+    fork.over = True
+    waiting.unregister(fork.ended)
+    waiting.unregister(fork.end)
+    with contextlib.suppress(OSError):  # its starter has gone
+        fork.end.send(str(os.waitstatus_to_exitcode(status)).encode())
+    fork.end.close()
+    os.close(fork.ended)
+
+
+if __name__ == "__main__":
+    main()
