@@ -9,6 +9,7 @@ from pydantic import BaseModel, ConfigDict, model_serializer, model_validator
 from nightpress.core.recipes.header import ModelHeader, TensorInfo
 from nightpress.core.recipes.linears import invalid
 from nightpress.core.recipes.llama_cpp import why_not_llama_cpp
+from nightpress.core.recipes.mlx import why_not_mlx
 from nightpress.core.recipes.passes.base import ExportFormat
 
 GRAPH_FORMATS = frozenset({"onnx", "openvino", "transformers.js"})
@@ -129,6 +130,8 @@ def _refusal(export: Export, header: ModelHeader) -> str | None:
         return "its classifier finds a text's end by the padding token, and its config.json names no `pad_token_id`"
     if export.carrier == "onnx" and kind == "falcon" and header.config.get("alibi"):
         return "transformers multiplies alibi's slopes in bfloat16, which ONNX Runtime has no product for"
+    if export.format == "mlx":
+        return why_not_mlx(header)
     return why_not_llama_cpp(header) if export.format == "gguf" else None
 
 

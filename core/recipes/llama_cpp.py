@@ -16,6 +16,8 @@ POOLING = frozenset({"mean", "cls", "lasttoken"})  #: pooling modes of embedders
 
 #: ggml's GELU is the tanh approximation. Its difference from the exact function is smaller than float16's rounding error.
 _GELUS = ("gelu", "gelu_new", "gelu_pytorch_tanh", "gelu_fast", "gelu_python")
+#: Decoders whose attention has no window in llama.cpp.
+_SEES_ALL = frozenset({"mistral", "qwen2", "qwen3"})
 _SILUS = ("silu", "swish")
 _ROPES = {
     "llama": ("default", "linear", "llama3"),  # frequencies of "llama3" are a tensor, which only the llama graph reads
@@ -72,21 +74,21 @@ def _differences(kind: str, header: ModelHeader) -> Iterator[str]:
     share = rope.get("partial_rotary_factor") or config.get("partial_rotary_factor") or 1.0
     if share != 1.0:
         yield f"llama.cpp turns whole heads, and config.json says `partial_rotary_factor` {share}"
-    if (window := _window(kind, config)) is not None:
+    if kind in _SEES_ALL and (window := sliding_window(kind, config)) is not None:
         yield f"llama.cpp's {kind} sees the whole text, and config.json says `sliding_window` {window}, less than its positions"
     width, heads = config.get("head_dim"), config.get("num_attention_heads")
     if kind == "qwen2" and width and heads and width * heads != config.get("hidden_size"):
         yield "llama.cpp's qwen2 has heads that share the hidden size between them"
 
 
-def _window(kind: str, config: Mapping[str, Any]) -> int | None:
+def sliding_window(kind: str, config: Mapping[str, Any]) -> int | None:
     """Return the sliding window in tokens, if a layer has one that is shorter than the model's positions; else None."""
     window = config.get("sliding_window")
     if kind == "mistral" and "sliding_window" not in config:
         window = 4096  # transformers' default for Mistral
-    if kind not in {"mistral", "qwen2", "qwen3"} or not window:
+    if not window:
         return None
-    if kind != "mistral":
+    if kind.startswith("qwen"):
         kinds = config.get("layer_types")
         last = config.get("max_window_layers", 28) >= config.get("num_hidden_layers", 0)
         if not config.get("use_sliding_window") or (last if kinds is None else "sliding_attention" not in kinds):

@@ -161,7 +161,7 @@ class Recipe(_Model):
     evaluate_on: Literal["auto", "cpu", "gpu"] = Field(
         "auto",
         exclude_if=lambda value: value == "auto",  # workers of earlier versions refuse a field that they don't know
-        description="Where the models are measured. `auto`: on the GPU if the job runs on one, and on the processor what only runs there (ONNX, OpenVINO, GGUF). On a GPU, models are loaded in the number type that they are stored in.",
+        description="Where the models are measured. `auto`: on the GPU if the job runs on one, and on the processor what only runs there (ONNX, OpenVINO, GGUF, MLX). On a GPU, models are loaded in the number type that they are stored in.",
     )
     gates: dict[str, str] = Field(
         default_factory=dict, max_length=32, description='e.g. {"perplexity": "<= +3%", "size": "<= 35%"}'

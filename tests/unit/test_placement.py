@@ -45,6 +45,7 @@ EXPECTED = {
         "small encoder": ANYWHERE,
         "large encoder": ANYWHERE,
     },
+    "mlx-4bit": {"small lm": ANYWHERE, "large lm": ON_A_GPU},
     "small-lm": {"small lm": ANYWHERE, "large lm": ON_A_GPU},
     "sparse-half": {
         "small lm": ANYWHERE,

@@ -1,5 +1,6 @@
 """What Nightpress does with a model: each cell of the table works, is refused with a reason, or fails."""
 
+import os
 import shutil
 import signal
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -8,11 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from nightpress.core.compress.export import compressed_tensors, gguf
+from nightpress.core.compress.export import compressed_tensors, gguf, mlx
 from nightpress.core.compress.grids.stored import from_tensors
 from nightpress.core.compress.passes import MODEL_PASSES, PassContext
 from nightpress.core.errors import NightpressError
@@ -24,7 +26,7 @@ from nightpress.core.recipes.passes import Quantizing
 from nightpress.core.recipes.plan import make_plan
 from tests.folders import load_tensors
 from tests.zoo.graphs import graph_distance
-from tests.zoo.models import answers, load
+from tests.zoo.models import answers, inputs_of, load
 
 _SECONDS = 120  #: for one cell
 _NEAR = 1e-3  #: relative distance of a loaded artifact's outputs from those of the model that it should be
@@ -47,9 +49,10 @@ CELLS: Mapping[str, list[dict[str, Any]]] = {
     "onnx": [{"pass": "dynamic-int8"}],
     "openvino": [{"pass": "dynamic-int8"}],
     "gguf": [],
+    "mlx": [{"pass": "weight-only", "bits": 4, "group_size": None, "ranges": "extremes"}],
 }
 _FLOAT = {"wanda", "layers"}
-_EXPORTS = {"onnx", "openvino", "gguf"}
+_EXPORTS = {"onnx", "openvino", "gguf", "mlx"}
 
 
 @dataclass(frozen=True)
@@ -95,6 +98,10 @@ def _press(name: str, class_name: str, header: ModelHeader, source: Path, work: 
     if name == "gguf":
         gguf.save(source, work / "out", header, weights="f16", pooling=header.pooling)
         return
+    if name == "mlx":
+        distance = mlx_distance(class_name, source, work, recipe)
+        assert distance < _NEAR, f"mlx-lm's answers are {distance:.2g} from what they should be"
+        return
     if name in _EXPORTS:
         distance = graph_distance(name, header, source, work, recipe.passes[0])
         assert distance < _GRAPH, f"the graph is {distance:.2g} from the model"
@@ -116,6 +123,29 @@ def _press(name: str, class_name: str, header: ModelHeader, source: Path, work: 
         by_hand = answers(load(class_name, rounded_by_hand(source, changed, work / "hand")))
         distance = float((after - by_hand).norm() / by_hand.norm().clamp(min=1e-6))
         assert distance < _NEAR, f"it is {distance:.2g} from rounding by hand"
+
+
+def mlx_distance(class_name: str, source: Path, work: Path, recipe: Recipe) -> float:
+    """The larger relative distance of mlx-lm's answers from those of transformers: for the source, and for a model of codes."""
+    out, _ = pressed(recipe, source, work / "pressed")
+    found = []
+    for made, floats in ((source, source), (out, as_floats(source, out, work / "floats", recipe))):
+        folder = work / f"{made.name} in mlx"
+        mlx.save(made, folder)
+        model = load(class_name, floats)
+        theirs = answers(model)
+        found.append(float((logits_in_mlx(folder, inputs_of(model)["input_ids"]) - theirs).norm() / theirs.norm()))
+    return max(found)
+
+
+def logits_in_mlx(folder: Path, ids: Tensor) -> Tensor:
+    """mlx-lm's logits [B, S, V] for a folder."""
+    os.environ["MLX_DISABLE_COMPILE"] = "1"  # it would start a C++ compiler
+    import mlx.core as mx
+    from mlx_lm.utils import load_model
+
+    model, _ = load_model(folder)
+    return torch.from_numpy(np.array(model(mx.array(ids.numpy())).astype(mx.float32)))
 
 
 def pressed(recipe: Recipe, source: Path, work: Path) -> tuple[Path, list[str]]:

@@ -3,6 +3,7 @@
 A process has one, begun with its first runner. It ends with its starter.
 """
 
+import atexit
 import contextlib
 import json
 import os
@@ -97,6 +98,12 @@ class _Nursery:
 
 _lock = threading.Lock()
 _nurseries: list[_Nursery] = []
+
+
+@atexit.register
+def _end_all() -> None:
+    for nursery in _nurseries:
+        nursery.end()
 
 
 def start(runner: Path, request: Path, *, cwd: Path, errors: IO[bytes], environment: Mapping[str, str]) -> Fork:

@@ -18,7 +18,7 @@ from nightpress.core.compress.grids.pressed_weights import PressedWeights
 from nightpress.core.compress.runners.measure import PROBE, probe_rows, probe_vectors
 
 #: Formats whose runners ask single layers. In graphs, these are the products with packed integer weights.
-PROBED_FORMATS = frozenset({"compressed-tensors", "onnx", "openvino"})
+PROBED_FORMATS = frozenset({"compressed-tensors", "onnx", "openvino", "mlx"})
 _BOUND_32 = (
     1e-2  #: largest relative error of a layer's answers in float32; a scale for each token may take 1 as 127/127.5
 )

@@ -177,6 +177,20 @@ vector = model.embed({text})
 print(len(vector), "numbers:", vector[:5])
 """
 
+_MLX = """\
+from mlx_lm import generate, load
+
+model, tokenizer = load("{folder}")
+"""
+_MLX_PROMPT = """
+print(generate(model, tokenizer, {text}, max_tokens={new_tokens}))
+"""
+_MLX_CHAT = """
+messages = [{{"role": "user", "content": {text}}}]
+prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True)
+print(generate(model, tokenizer, prompt, max_tokens={new_tokens}))
+"""
+
 _IMAGE = """\
 import numpy as np
 import torch
@@ -223,6 +237,8 @@ def _program(format_: str, artifact: Path, header: ModelHeader) -> str:
         return _javascript(folder, task, header)
     if format_ == "gguf":
         return _gguf(folder, task, text, chat=chat)
+    if format_ == "mlx":
+        return (_MLX + (_MLX_CHAT if chat else _MLX_PROMPT)).format(folder=folder, text=text, new_tokens=_NEW_TOKENS)
     if header.architecture.endswith("ForImageClassification"):
         mean, deviation = normalisation(artifact)
         return _IMAGE.format(folder=folder, mean=mean, deviation=deviation) + _answer("classes", format_, header)

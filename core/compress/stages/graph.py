@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from nightpress.core.compress.export import compressed_tensors, gguf, onnx, openvino, safetensors, transformersjs
+from nightpress.core.compress.export import compressed_tensors, gguf, mlx, onnx, openvino, safetensors, transformersjs
 from nightpress.core.compress.export.early_exit import trace_exits
 from nightpress.core.compress.graph import tracing
 from nightpress.core.compress.graph.tracing import Traced
@@ -26,6 +26,7 @@ _EXPORTERS = {
     "openvino": openvino,
     "transformers.js": transformersjs,
     "gguf": gguf,
+    "mlx": mlx,
     "safetensors": safetensors,
     "compressed-tensors": compressed_tensors,
 }

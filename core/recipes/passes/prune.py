@@ -19,7 +19,7 @@ class Pruning(OnLinears):
     """A pass that sets a share of the weights of linear layers to zero."""
 
     exports: ClassVar[frozenset[ExportFormat]] = frozenset(
-        {"safetensors", "compressed-tensors", "onnx", "openvino", "gguf"}
+        {"safetensors", "compressed-tensors", "onnx", "openvino", "gguf", "mlx"}
     )
 
     sparsity: float = Field(

@@ -12,6 +12,7 @@ from nightpress.core.recipes.calibration import Calibration
 from nightpress.core.recipes.costs import Cost, blocks_cost
 from nightpress.core.recipes.header import ModelHeader, TensorInfo
 from nightpress.core.recipes.linears import Divisor, check_layout, invalid, is_token_embedding, matches, module_of
+from nightpress.core.recipes.mlx import why_no_mlx_grid
 from nightpress.core.recipes.passes.base import (
     Calibrated,
     ExportFormat,
@@ -49,6 +50,11 @@ class Override(BaseModel):
         None, ge=16, le=1024, description="Number of inputs that share a scale; null: one scale for each row."
     )
 
+    @property
+    def scheme(self) -> Scheme:
+        strategy: Strategy = "channel" if self.group_size is None else "group"
+        return Scheme(self.bits, strategy=strategy, group_size=self.group_size)
+
 
 class Rounding(Quantizing):
     """A pass that replaces linear weights with integer codes and scales, in the format `pack-quantized` of compressed-tensors.
@@ -56,7 +62,7 @@ class Rounding(Quantizing):
     Graphs and GGUF contain the same codes in other layouts.
     """
 
-    exports: ClassVar[frozenset[ExportFormat]] = frozenset({"compressed-tensors", "onnx", "openvino", "gguf"})
+    exports: ClassVar[frozenset[ExportFormat]] = frozenset({"compressed-tensors", "onnx", "openvino", "gguf", "mlx"})
 
     bits: int
     group_size: int | None = Field(
@@ -91,12 +97,23 @@ class Rounding(Quantizing):
     def scheme(self, module: str) -> Scheme:
         for pattern, other in self.overrides.items():
             if matches(module, (pattern,)):
-                strategy: Strategy = "channel" if other.group_size is None else "group"
-                return Scheme(other.bits, strategy=strategy, group_size=other.group_size)
+                return other.scheme
         return self._plain
 
     def carriers(self, header: ModelHeader | None) -> frozenset[ExportFormat]:
-        return self.exports if self._plain.kind == "int" else frozenset({"compressed-tensors"})
+        if self._plain.kind != "int":
+            return frozenset({"compressed-tensors"})
+        return self.exports if self._why_not_mlx() is None else self.exports - {"mlx"}
+
+    def why_not(self, header: ModelHeader | None) -> str:
+        return (self._why_not_mlx() or "") if self._plain.kind == "int" else ""
+
+    def _why_not_mlx(self) -> str | None:
+        return next(filter(None, map(why_no_mlx_grid, self._possible())), None)
+
+    def _possible(self) -> list[Scheme]:
+        """Return all schemes that a layer may get."""
+        return [self._plain, *(other.scheme for other in self.overrides.values())]
 
     @property
     def coarsest_bits(self) -> int:
@@ -232,6 +249,9 @@ class Budgeted(Rounding, Calibrated):
         if self.budget is None:
             return super().schemes(module)
         return {self.candidate(bits) for bits in self.candidates}
+
+    def _possible(self) -> list[Scheme]:
+        return super()._possible() if self.budget is None else [self.candidate(bits) for bits in self.candidates]
 
     def check(self, header: ModelHeader) -> None:
         super().check(header)

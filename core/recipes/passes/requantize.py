@@ -25,7 +25,7 @@ class Requantize(PassOptions):
     stage: ClassVar[Stage] = "source"
     relation: ClassVar[Relation] = None
     exports: ClassVar[frozenset[ExportFormat]] = frozenset(
-        {"safetensors", "compressed-tensors", "onnx", "openvino", "gguf", "transformers.js"}
+        {"safetensors", "compressed-tensors", "onnx", "openvino", "gguf", "mlx", "transformers.js"}
     )
 
     pass_: Literal["requantize"] = Field("requantize", alias="pass")

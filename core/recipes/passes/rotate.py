@@ -31,7 +31,7 @@ class Rotate(PassOptions):
     """
 
     exports: ClassVar[frozenset[ExportFormat]] = frozenset(
-        {"safetensors", "compressed-tensors", "onnx", "openvino", "gguf"}
+        {"safetensors", "compressed-tensors", "onnx", "openvino", "gguf", "mlx"}
     )
 
     pass_: Literal["rotate"] = Field("rotate", alias="pass")
