@@ -96,7 +96,7 @@ def make_statement(
             "serialization": {
                 "method": "files",
                 "hash_type": "sha256",
-                "allow_symlinks": False,
+                "allow_symlinks": True,  # a cache of the Hub holds links to its files
                 "ignore_paths": list(IGNORED),
             },
             "resources": [{"name": file.path, "algorithm": "sha256", "digest": file.sha256} for file in ordered],

@@ -7,11 +7,12 @@ import httpx
 
 from nightpress.core.errors import NightpressError
 from nightpress.core.outbound import guarded_client
+from nightpress.core.service.claims import Claim
 from nightpress.core.service.deliveries.failures import refused, unavailable
-from nightpress.core.service.deliveries.package import Item, Progress
+from nightpress.core.service.deliveries.package import Item
 from nightpress.core.settings import Settings
 
-PIECE = 1024**2
+_PIECE = 1024**2
 _TIMEOUT = httpx.Timeout(60.0, connect=10.0)
 _MAX_ANSWER = 16 * 1024**2
 #: statuses that pass by themselves
@@ -44,7 +45,7 @@ class Exchange:
         except httpx.InvalidURL as error:
             raise unavailable(self._where, f"it names an address that is not valid ({error})") from error
         except httpx.TransportError as error:
-            raise unavailable(self._where, str(error) or type(error).__name__) from error
+            raise unavailable(self._where, str(error).rstrip(".") or type(error).__name__) from error
         answer = httpx.Response(
             response.status_code,
             headers=_without_encoding(response.headers),
@@ -68,11 +69,24 @@ class Exchange:
         return unavailable(self._where, f"its answer can't be understood ({type(error).__name__})")
 
 
-def sent(item: Item, start: int, end: int, progress: Progress) -> Iterator[bytes]:
-    """The bytes [start, end) of a file as the body of a request, counted."""
-    for piece in progress.counted(item.read(start, end)) if end > start else ():
-        for begin in range(0, len(piece), PIECE):
-            yield piece[begin : begin + PIECE]
+def sent(item: Item, start: int, end: int, claim: Claim) -> Iterator[bytes]:
+    """The bytes [start, end) of a file as the body of a request, counted. It breaks off if the claim is lost."""
+    for piece in _pieces(item, start, end):
+        yield piece
+        claim.note(len(piece))
+
+
+def sent_whole(item: Item, start: int, end: int, claim: Claim) -> Iterator[bytes]:
+    """As `sent`, but to the end even if the claim is lost: some services forget an upload whose request breaks off."""
+    for piece in _pieces(item, start, end):
+        yield piece
+        claim.done += len(piece)
+
+
+def _pieces(item: Item, start: int, end: int) -> Iterator[bytes]:
+    for stored in item.read(start, end) if end > start else ():
+        for begin in range(0, len(stored), _PIECE):
+            yield stored[begin : begin + _PIECE]
 
 
 def _bounded(response: httpx.Response) -> bytes | None:

@@ -203,7 +203,7 @@ class HubSender:
         self, url: str, item: Item, start: int, end: int, progress: Progress, header: dict[str, str]
     ) -> httpx.Response:
         length = {"Content-Length": str(end - start)}
-        return self._ask("PUT", url, content=sent(item, start, end, progress), headers={**header, **length})
+        return self._ask("PUT", url, content=sent(item, start, end, progress.claim), headers={**header, **length})
 
     def _api(self, method: str, path: str, **request: Any) -> httpx.Response:
         return self._ask(method, f"{self._endpoint}/api/models/{self._repository}/{path}", **request)

@@ -75,9 +75,6 @@ class Progress:
         )
         self._store(self.claim, self._resume)
 
-    def counted(self, pieces: Iterator[bytes]) -> Iterator[bytes]:
-        return self.claim.counted(pieces)
-
 
 class Sender(Protocol):
     """Brings a package to one kind of destination."""

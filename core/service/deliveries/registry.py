@@ -1,7 +1,8 @@
 """Delivers to an OCI registry: an artifact of the CNCF ModelPack format, which `oras pull` and ModelPack's tools fetch.
 
 By the requests of the OCI Distribution Specification 1.1. Blobs are named by their digest, so a blob that is there isn't sent again; the
-manifest has the same bytes at each attempt; and a blob that was sent in part goes on where it stopped.
+manifest has the same bytes at each attempt; and a blob that was sent in part goes on after its last whole request. A registry may forget a
+blob whose request breaks off, as CNCF Distribution does: then that blob is sent again.
 """
 
 import base64
@@ -17,7 +18,7 @@ from nightpress.core.errors import NightpressError
 from nightpress.core.handoff.attestation import ATTESTATION_FILE
 from nightpress.core.outbound import is_within
 from nightpress.core.service.deliveries.addresses import RegistryAddress
-from nightpress.core.service.deliveries.exchange import Exchange, sent
+from nightpress.core.service.deliveries.exchange import Exchange, sent_whole
 from nightpress.core.service.deliveries.failures import refused, unavailable
 from nightpress.core.service.deliveries.package import Item, Package, Progress
 from nightpress.core.settings import Settings
@@ -26,7 +27,7 @@ _MANIFEST = "application/vnd.oci.image.manifest.v1+json"
 _ARTIFACT = "application/vnd.cncf.model.manifest.v1+json"
 _CONFIG = "application/vnd.cncf.model.config.v1+json"
 _LAYER = "application/vnd.cncf.model.{}.v1.raw"
-_PIECE = 64 * 1024**2  #: bytes of one request; what a broken request has brought is lost
+_PIECE = 16 * 1024**2  #: bytes of one request
 _CHALLENGE = re.compile(r'(\w+)="([^"]*)"')
 _WEIGHTS = (".safetensors", ".gguf", ".onnx", ".onnx_data", ".bin", ".xml", ".pt2", ".pt")
 _DOCUMENTS = (".md", ".html", ".txt")
@@ -81,7 +82,7 @@ class RegistrySender:
             progress.claim.skip(start)
         while start < item.size:
             end = min(start + _PIECE, item.size)
-            body = sent(item, start, end, progress) if progress else item.content()
+            body = sent_whole(item, start, end, progress.claim) if progress else item.content()
             span = {"Content-Range": f"{start}-{end - 1}", "Content-Length": str(end - start)}
             kind = {"Content-Type": "application/octet-stream"}
             location = self._location(self._ask("PATCH", location, content=body, headers={**kind, **span}))
