@@ -53,7 +53,7 @@ def serve_hub() -> Iterator[Hub]:
 
         def log_message(self, *_: object) -> None: ...
 
-        def do_GET(self) -> None:
+        def do_GET(self) -> None:  # noqa: N802 - the name that http.server calls
             path = unquote(urlsplit(self.path).path)
             hub.asked.append((path, {key.lower(): value for key, value in self.headers.items()}))
             parts = path.strip("/").split("/")
@@ -69,7 +69,7 @@ def serve_hub() -> Iterator[Hub]:
                 organisation, name, _, commit, *rest = parts[kind == "datasets" :]
                 self.resolve(f"{kind}/{organisation}/{name}", commit, "/".join(rest))
 
-        def do_HEAD(self) -> None:
+        def do_HEAD(self) -> None:  # noqa: N802
             """What `huggingface_hub` asks before it downloads a file."""
             organisation, name, _, commit, *rest = unquote(urlsplit(self.path).path).strip("/").split("/")
             data = hub.repositories[f"models/{organisation}/{name}"][commit]["/".join(rest)]

@@ -18,10 +18,9 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
 from nightpress.core.errors import ErrorCode, NightpressError
-from nightpress.core.handoff.manifest import FileEntry, digest_of
+from nightpress.core.handoff.manifest import ATTESTATION_FILE, FileEntry, digest_of
 from nightpress.core.handoff.report import Report, Subject
 
-ATTESTATION_FILE = "nightpress.sigstore.json"
 #: names under which an artifact's folder may hold the job's report → the report's own name
 REPORT_NAMES = {
     "README.md": "report.md",
@@ -63,8 +62,9 @@ def make_statement(
 
     Raises ValueError if the report is of another artifact.
     """
-    if subject.digest != digest_of(list(files)):
-        raise ValueError(f"the report is of {subject.digest}, the files are {digest_of(list(files))}")
+    digest = digest_of(list(files))
+    if subject.digest not in {digest, None}:
+        raise ValueError(f"the report is of {subject.digest}, the files are {digest}")
     ordered = sorted(files, key=lambda file: file.path)
     root = hashlib.sha256(b"".join(bytes.fromhex(file.sha256) for file in ordered)).hexdigest()
     claims = {
@@ -72,7 +72,7 @@ def make_statement(
         "artifact": {
             "name": subject.name,
             "format": subject.format,
-            "digest": subject.digest,
+            "digest": digest,
             "size": subject.size_bytes,
         },
         "source": {"name": report.model.get("name"), "digest": report.model.get("digest")},

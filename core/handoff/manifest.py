@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 MANIFEST_FILE = "manifest.json"
+ATTESTATION_FILE = "nightpress.sigstore.json"  #: the signed statement in an artifact's folder
 
 
 class _Model(BaseModel):

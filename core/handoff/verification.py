@@ -9,14 +9,9 @@ from typing import Literal
 from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePublicKey
 
 from nightpress.core.errors import ErrorCode, NightpressError
-from nightpress.core.handoff.attestation import (
-    ATTESTATION_FILE,
-    IGNORED,
-    REPORT_NAMES,
-    SignedArtifact,
-    not_authentic,
-    read_bundle,
-)
+from nightpress.core.handoff.attestation import IGNORED, REPORT_NAMES, SignedArtifact, not_authentic, read_bundle
+from nightpress.core.handoff.manifest import ATTESTATION_FILE
+from nightpress.core.handoff.report import REPORT_FILE
 
 Fault = Literal["changed", "missing", "not named"]
 
@@ -64,10 +59,18 @@ def verify_folder(folder: Path, keys: Sequence[EllipticCurvePublicKey]) -> list[
     return found
 
 
-def check_claims(signed: SignedArtifact, report_sha256: str) -> None:
-    """Raise NightpressError(not_authentic) if a report.json of this SHA-256 is not the one that was signed."""
-    if signed.reports.get("report.json") != report_sha256:
-        raise not_authentic("its report.json is not the one that was signed")
+def verify_report(report: Path, keys: Sequence[EllipticCurvePublicKey]) -> SignedArtifact | None:
+    """The statement that names a report.json, in its folder or in one directly in it. None: no statement lies there.
+
+    Raises NightpressError(not_authentic) if there is one, and it is not signed by one of the keys, or is about another report.
+    """
+    bundles = [report.parent / ATTESTATION_FILE, *sorted(report.parent.glob(f"*/{ATTESTATION_FILE}"))]
+    for bundle in (path for path in bundles if path.is_file()):
+        signed = read_bundle(bundle.read_bytes(), keys)
+        if signed.reports.get(REPORT_FILE) != _sha256(report):
+            raise not_authentic(f"{report} is not the report that was signed")
+        return signed
+    return None
 
 
 def _faults_of_files(folder: Path, files: Mapping[str, str]) -> Iterator[FileFault]:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from nightpress.core.errors import ErrorCode, NightpressError
-from nightpress.core.handoff.attestation import ATTESTATION_FILE
+from nightpress.core.handoff.manifest import ATTESTATION_FILE
 from nightpress.core.service.deliveries.bucket import BucketSender
 from tests.databases import migrated_sqlite
 from tests.deliveries import FILES, TENANT, World, large_files

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from nightpress.core.handoff.attestation import ATTESTATION_FILE, read_public_keys
+from nightpress.core.handoff.attestation import read_public_keys
+from nightpress.core.handoff.manifest import ATTESTATION_FILE
 from nightpress.core.handoff.verification import verify_folder
 from tests.databases import migrated_sqlite
 from tests.deliveries import FILES, TENANT, World, large_files

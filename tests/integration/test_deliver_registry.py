@@ -8,7 +8,8 @@ import httpx
 import pytest
 
 from nightpress.core.errors import NightpressError
-from nightpress.core.handoff.attestation import ATTESTATION_FILE, read_public_keys
+from nightpress.core.handoff.attestation import read_public_keys
+from nightpress.core.handoff.manifest import ATTESTATION_FILE
 from nightpress.core.handoff.verification import verify_folder
 from nightpress.core.service.claims import Claim
 from nightpress.core.service.deliveries.exchange import sent_whole

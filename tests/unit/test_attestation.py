@@ -12,7 +12,6 @@ from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePrivateKey
 
 from nightpress.core.errors import ErrorCode, NightpressError
 from nightpress.core.handoff.attestation import (
-    ATTESTATION_FILE,
     make_statement,
     private_key_from,
     public_pem,
@@ -20,7 +19,7 @@ from nightpress.core.handoff.attestation import (
     read_public_keys,
     sign_statement,
 )
-from nightpress.core.handoff.manifest import ArtifactEntry, FileEntry, describe_bytes
+from nightpress.core.handoff.manifest import ATTESTATION_FILE, ArtifactEntry, FileEntry, describe_bytes
 from nightpress.core.handoff.verification import FileFault, verify_folder
 from tests.deliveries import FILES, drawn, report_of
 

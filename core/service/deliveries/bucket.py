@@ -13,7 +13,7 @@ from nightpress.core.artifacts.s3 import in_order, part_size_of
 from nightpress.core.artifacts.s3connection import GONE, connect, error_code
 from nightpress.core.artifacts.storage import wrong_checksum
 from nightpress.core.errors import NightpressError
-from nightpress.core.handoff.attestation import ATTESTATION_FILE
+from nightpress.core.handoff.manifest import ATTESTATION_FILE
 from nightpress.core.service.deliveries.addresses import BucketAddress
 from nightpress.core.service.deliveries.failures import refused, unavailable
 from nightpress.core.service.deliveries.package import Item, Package, Progress

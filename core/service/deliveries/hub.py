@@ -14,7 +14,7 @@ from urllib.parse import quote
 import httpx
 
 from nightpress.core.errors import NightpressError
-from nightpress.core.handoff.attestation import ATTESTATION_FILE
+from nightpress.core.handoff.manifest import ATTESTATION_FILE
 from nightpress.core.service.deliveries.addresses import HubAddress
 from nightpress.core.service.deliveries.exchange import Exchange, sent
 from nightpress.core.service.deliveries.failures import refused, unavailable

@@ -10,8 +10,8 @@ from sqlalchemy import Engine, select
 from nightpress.core.artifacts.storage import ObjectStore
 from nightpress.core.database import transaction
 from nightpress.core.errors import ErrorCode, NightpressError
-from nightpress.core.handoff.attestation import ATTESTATION_FILE, REPORT_NAMES
-from nightpress.core.handoff.manifest import FileEntry, describe_bytes
+from nightpress.core.handoff.attestation import REPORT_NAMES
+from nightpress.core.handoff.manifest import ATTESTATION_FILE, FileEntry, describe_bytes
 from nightpress.core.service.claims import Claim
 from nightpress.core.service.signing.store import SigningStore
 from nightpress.core.service.tables.jobs import job_artifacts, job_reports, jobs

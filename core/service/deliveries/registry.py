@@ -15,7 +15,7 @@ from typing import Any
 import httpx
 
 from nightpress.core.errors import NightpressError
-from nightpress.core.handoff.attestation import ATTESTATION_FILE
+from nightpress.core.handoff.manifest import ATTESTATION_FILE
 from nightpress.core.outbound import is_within
 from nightpress.core.service.deliveries.addresses import RegistryAddress
 from nightpress.core.service.deliveries.exchange import Exchange, sent_whole

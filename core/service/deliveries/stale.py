@@ -6,8 +6,8 @@ import json
 
 from pydantic import ValidationError
 
-from nightpress.core.handoff.attestation import ATTESTATION_FILE, REPORT_NAMES
-from nightpress.core.handoff.manifest import FileEntry
+from nightpress.core.handoff.attestation import REPORT_NAMES
+from nightpress.core.handoff.manifest import ATTESTATION_FILE, FileEntry
 
 
 def files_of_bundle(raw: bytes) -> set[str]:

@@ -66,8 +66,8 @@ class SigningStore:
         bundle = row.bundle or self._sign(row.id)
         if bundle is None:
             raise NightpressError(
-                ErrorCode.INTERNAL,
-                "The artifact could not be signed: its report does not fit its files.",
+                ErrorCode.NOT_FOUND,
+                "There is no signed statement of this artifact: its report does not fit its files.",
                 hint="The log of the service says more. Run the job again: `nightpress retry`.",
             )
         return (json.dumps(bundle, sort_keys=True, indent=1) + "\n").encode()
@@ -124,15 +124,17 @@ def _statement_of(row: Row[Any]) -> dict[str, Any]:
     files = [FileEntry.model_validate(file) for file in row.files]
     return make_statement(
         report,
-        _subject_of(report.artifacts, row.digest),
+        _subject_of(report.artifacts, row.digest, row.format),
         files,
         [FileEntry.model_validate(file) for file in row.report_files],
         engine=row.engine,
     )
 
 
-def _subject_of(subjects: tuple[Subject, ...], digest: str) -> Subject:
-    for subject in subjects:
-        if subject.digest == digest:
-            return subject
-    raise ValueError(f"its report has no artifact of the digest {digest}")
+def _subject_of(subjects: tuple[Subject, ...], digest: str, form: str) -> Subject:
+    # Reports of earlier versions have no digest of an artifact.
+    fitting = [subject for subject in subjects if subject.digest == digest]
+    fitting += [subject for subject in subjects if subject.digest is None and subject.format == form]
+    if not fitting:
+        raise ValueError(f"its report has no artifact of the digest {digest}")
+    return fitting[0]
