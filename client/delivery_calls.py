@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Literal
 
 from nightpress.client.calls import Call, if_match, items_reader, nothing, path_of, post, query, reader
 from nightpress.core.wire.base import Page
@@ -85,7 +85,8 @@ def create_credential(prefix: str, secrets: dict[str, str]) -> Call[CredentialVi
     `secrets`: of s3 access_key_id and secret_access_key, of hf token, of oci username and password.
     """
     CredentialCreate.model_validate({"prefix": prefix, "secrets": secrets})
-    return _with_body(post("/v1/credentials", _CREDENTIAL), {"prefix": prefix, "secrets": secrets})
+    # The models of the wire hide secrets, also where they are written as JSON.
+    return replace(post("/v1/credentials", _CREDENTIAL), json={"prefix": prefix, "secrets": secrets})
 
 
 def page_credentials(*, cursor: str | None = None, limit: int = 50) -> Call[Page[CredentialView]]:
@@ -99,17 +100,12 @@ def get_credential(credential: str) -> Call[CredentialView]:
 def rotate_credential(credential: str, secrets: dict[str, str]) -> Call[CredentialView]:
     """Replace the secrets. Each delivery uses the new ones from its next attempt on."""
     Secrets.model_validate(secrets)
-    return _with_body(post(path_of("credentials", credential, "rotate"), _CREDENTIAL), {"secrets": secrets})
+    return replace(post(path_of("credentials", credential, "rotate"), _CREDENTIAL), json={"secrets": secrets})
 
 
 def delete_credential(credential: str, *, version: int | None = None) -> Call[None]:
     """Delete credentials. With `version`, raises ApiError(precondition_failed) where they have been replaced since."""
     return Call("DELETE", path_of("credentials", credential), nothing, headers=if_match(version))
-
-
-def _with_body(call: Call[CredentialView], body: dict[str, Any]) -> Call[CredentialView]:
-    """A call with secrets in its body. The models of the wire hide secrets, also where they are written as JSON."""
-    return replace(call, json=body)
 
 
 # Signatures ----------------------------------------------------------------------------------------------------------

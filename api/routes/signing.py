@@ -14,4 +14,4 @@ router = APIRouter(prefix="/v1/signing-keys", tags=["results"])
 @router.get("", response_model=Page[SigningKeyView], summary="List the keys that have signed artifacts here")
 async def list_signing_keys(caller: JobsReader, services: ServicesDep) -> Response:
     del caller  # the keys are the installation's
-    return answer(Page[SigningKeyView](items=await services.call(services.resources.signing.keys)))
+    return answer(Page[SigningKeyView](items=await services.call(services.resources.signing.public_keys)))

@@ -86,7 +86,7 @@ def test_a_commit_that_the_library_reads_and_that_verifies(world: World, hub: Hu
     ]
     assert [result[1:] for result in said["results"]] == [figure[1:] for figure in measured]
     assert "nightpress" in said["tags"]
-    pem = world.resources.signing.keys()[0].public_key.encode()
+    pem = world.resources.signing.public_keys()[0].public_key.encode()
     [verified] = verify_folder(folder, read_public_keys(pem))
     assert verified.faults == ()
 

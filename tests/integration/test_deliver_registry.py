@@ -69,7 +69,7 @@ def test_a_model_that_oras_pulls_and_that_verifies(world: World, registry: Regis
     client = OrasClient(hostname=registry.host, insecure=True, auth_backend="basic")
     client.auth.set_basic_auth(USER, PASSWORD)
     client.pull(target=f"{registry.host}/team/tiny:{job_id}", outdir=str(tmp_path / "pulled"))
-    pem = world.resources.signing.keys()[0].public_key.encode()
+    pem = world.resources.signing.public_keys()[0].public_key.encode()
     [verified] = verify_folder(tmp_path / "pulled", read_public_keys(pem))
     assert verified.faults == ()
     assert verified.signed.claims["job"] == job_id

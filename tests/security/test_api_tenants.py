@@ -21,7 +21,6 @@ from nightpress.core.settings import Settings
 from tests.api import RunningApi, serve
 from tests.operations import BODIES, OPEN, on_things, operations
 
-
 S3_KEY = {"access_key_id": "key-secret", "secret_access_key": "very-secret"}
 
 

@@ -187,7 +187,7 @@ def commands(face: Face, bert_tiny: Path, tmp_path_factory: pytest.TempPathFacto
         "deliveries", f"deliveries show {sent}", f"deliveries retry {sent}", f"deliveries cancel {sent}", f"deliveries add {done} s3://models/y",
         "deliveries of-model mine --to s3://models/z", "credentials", f"credentials show {sealed}", "signing-keys",
         f"credentials add hf://more --from {folder / 'secrets'}", f"credentials rotate {sealed} --from {folder / 'secrets'}",
-        f"credentials rm {sealed}", f"verify {folder / 'pulled'}",
+        f"credentials rm {sealed}", f"verify {folder}",
         "keys", f"keys show {key}", "keys add more --scope jobs:read", f"keys rotate {key}", f"keys rm {key}",
         "tenants", "tenants show default", "tenants quota default max_queued_jobs=5",
         "studies", f"studies show {study}", f"studies trials {study}", f"studies events {study}", f"studies watch {ended}", f"studies cancel {study}",

@@ -72,7 +72,7 @@ class SigningStore:
             )
         return (json.dumps(bundle, sort_keys=True, indent=1) + "\n").encode()
 
-    def keys(self) -> list[SigningKeyView]:
+    def public_keys(self) -> list[SigningKeyView]:
         """Every key that has signed here, newest first. The first signs now."""
         with transaction(self._engine) as connection:
             self._register(connection)
