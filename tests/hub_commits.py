@@ -29,6 +29,7 @@ class Writes:
     received: int = 0  #: bytes of uploads
     #: called with the path of each request that writes; an answer of True breaks the connection
     interrupt: Any = None
+    uploads_at: str = ""  #: the address of the host that takes uploads; empty: the Hub itself
     lose_answer: bool = False  #: break the connection after the next commit
 
     def is_lfs(self, data: bytes) -> bool:
@@ -71,6 +72,7 @@ class CommitHandler(BaseHTTPRequestHandler):
 
     def do_PUT(self) -> None:
         path = urlsplit(self.path).path.strip("/")
+        self.hub.asked.append((path, {key.lower(): value for key, value in self.headers.items()}))
         if self.interrupted(path):
             return
         body = self.body()
@@ -130,20 +132,19 @@ class CommitHandler(BaseHTTPRequestHandler):
 
     def batch(self, said: dict[str, Any]) -> None:
         writes, objects = self.hub.writes, []
+        host = writes.uploads_at or self.hub.url
         for wanted in said["objects"]:
             oid, size = wanted["oid"], wanted["size"]
             found: dict[str, Any] = {"oid": oid, "size": size}
             if oid not in writes.lfs:
-                upload: dict[str, Any] = {
-                    "href": f"{self.hub.url}/lfs/{'complete' if self.in_parts(size) else 'whole'}/{oid}"
-                }
+                upload: dict[str, Any] = {"href": f"{host}/lfs/{'complete' if self.in_parts(size) else 'whole'}/{oid}"}
                 if self.in_parts(size):
                     name = new_id("upl")
                     writes.parts[name] = {}
                     count = -(-size // writes.chunk_size)
-                    numbered = {str(n): f"{self.hub.url}/lfs/part/{name}/{n}" for n in range(1, count + 1)}
+                    numbered = {str(n): f"{host}/lfs/part/{name}/{n}" for n in range(1, count + 1)}
                     upload = {
-                        "href": f"{self.hub.url}/lfs/complete/{name}",
+                        "href": f"{host}/lfs/complete/{name}",
                         "header": {"chunk_size": str(writes.chunk_size), **numbered},
                     }
                 found["actions"] = {"upload": upload, "verify": {"href": f"{self.hub.url}/lfs/verify"}}

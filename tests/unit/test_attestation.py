@@ -157,6 +157,20 @@ def test_what_is_no_key_is_refused(pem: bytes) -> None:
     assert refused.value.code is ErrorCode.INVALID_REQUEST
 
 
+def test_the_tool_of_model_signing_checks_the_same_file(tmp_path: Path) -> None:
+    from model_signing.verifying import Config
+
+    folder = tmp_path / "artifact"
+    folder.mkdir()
+    deliver(folder)
+    (tmp_path / "key.pem").write_bytes(public_pem(KEY.public_key()))
+    config = Config().use_elliptic_key_verifier(public_key=tmp_path / "key.pem")
+    config.verify(folder, folder / ATTESTATION_FILE)
+    flip("model.onnx")(folder)
+    with pytest.raises(ValueError, match="model.onnx"):
+        Config().use_elliptic_key_verifier(public_key=tmp_path / "key.pem").verify(folder, folder / ATTESTATION_FILE)
+
+
 def refusal(raw: bytes) -> str:
     with pytest.raises(NightpressError) as refused:
         read_bundle(raw, [KEY.public_key()])
