@@ -33,6 +33,9 @@ BENCHES = {
     "web": Bench("Milliseconds until the web page shows a list, with ten thousand jobs.", 2),
     "recovery": Bench("Seconds until the job of a killed worker runs elsewhere.", 2),
     "storage": Bench("Upload and download of 1 GB, beside boto3.", 3),
+    "deliveries": Bench(
+        "Deliveries of 1 GB to a bucket, the Hub and a registry, beside their libraries; ticks with 10,000 rows.", 5
+    ),
     "stream": Bench("Speed and memory of `weight-only` on a 4 GB model, beside `cp`.", 5),
     "encoder": Bench("all-MiniLM-L6-v2 in dynamic int8, beside fp32.", 4),
     "static_int8": Bench("all-MiniLM-L6-v2 in static int8, beside ONNX Runtime's own quantizer.", 4),

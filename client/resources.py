@@ -5,7 +5,7 @@ from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import TypeVar
 
-from nightpress.client import access, calls
+from nightpress.client import access, calls, delivery_calls
 from nightpress.client.calls import Call
 from nightpress.client.drivers import Blocking
 from nightpress.client.errors import ApiError, ClientError, UnreachableError
@@ -18,6 +18,8 @@ from nightpress.client.tailing import follow_lines, past_lines
 from nightpress.client.transfers import UNWATCHED, Meter, Transfers, choose_artifacts, target_of, url_of
 from nightpress.client.uploads import finish_upload
 from nightpress.client.waiting import Pace
+from nightpress.core.errors import ErrorCode
+from nightpress.core.handoff.manifest import ATTESTATION_FILE
 from nightpress.core.wire.jobs import TERMINAL_STATES, EventView, JobView, LogView
 from nightpress.core.wire.models import DataSetCreate, DataSetView, ModelCreate, ModelView
 
@@ -35,6 +37,8 @@ class Models(Resource[Driver]):
     latest = ask(calls.latest_of)
     promote = ask(calls.promote)
     promotions = pages(calls.page_promotions)
+    destinations = ask(delivery_calls.get_destinations)
+    set_destinations = ask(delivery_calls.set_destinations)
 
     @flow
     def fetch(self, source: str, name: str) -> Flow[ModelView]:
@@ -194,6 +198,8 @@ class Jobs(Resource[Driver]):
     artifacts = ask(calls.list_artifacts)
     report = ask(calls.get_report)
     drawn_report = ask(calls.get_drawn_report)
+    report_file = ask(delivery_calls.get_report_file)
+    attestation = ask(delivery_calls.get_attestation)
 
     @flow
     def wait(
@@ -255,7 +261,7 @@ class Jobs(Resource[Driver]):
         meter: Meter = UNWATCHED,
         stop: threading.Event | None = None,
     ) -> Sequence[Path]:
-        """Fetch a job's artifacts to `folder`/<format>/ and return those folders. Continues what an earlier call left half done.
+        """Fetch a job's artifacts with their signed statements to `folder`/<format>/ and return those folders. Continues what an earlier call left half done.
 
         A file gets its name when its SHA-256 is right. Setting `stop` ends the transfer. Raises TransferError where a
         file's bytes differ from the job's record, ClientError for a format that the job lacks, ApiError or UnreachableError.
@@ -271,7 +277,20 @@ class Jobs(Resource[Driver]):
         ]
         transfers = Transfers(self._driver.http, self._driver.options, meter, stop=stop or threading.Event())
         transfers.download(wanted, folder)
+        for artifact in artifacts:
+            if artifact.signed:
+                self._fetch_attestation(job_id, artifact.format, folder / artifact.format / ATTESTATION_FILE)
         return [target_of(folder, artifact.format) for artifact in artifacts]
+
+    def _fetch_attestation(self: "Jobs[Blocking]", job_id: str, artifact: str, target: Path) -> None:
+        """Fetch a signed statement. Artifacts of earlier versions may have none."""
+        try:
+            bundle = self._driver.send(delivery_calls.get_attestation(job_id, artifact))
+        except ApiError as error:
+            if error.code != ErrorCode.NOT_FOUND:
+                raise
+        else:
+            target.write_bytes(bundle)
 
 
 class Schedules(Resource[Driver]):
@@ -303,6 +322,26 @@ class Webhooks(Resource[Driver]):
     redeliver = ask(access.redeliver)
 
 
+class Deliveries(Resource[Driver]):
+    """Deliveries of accepted results to buckets, the Hub and registries."""
+
+    create = ask(delivery_calls.deliver_result)
+    iterate = pages(delivery_calls.page_result_deliveries)
+    get = ask(delivery_calls.get_result_delivery)
+    cancel = ask(delivery_calls.cancel_delivery)
+    retry = ask(delivery_calls.retry_delivery)
+
+
+class Credentials(Resource[Driver]):
+    """What destinations are reached with. Secrets can be stored and replaced, but not read."""
+
+    create = ask(delivery_calls.create_credential)
+    iterate = pages(delivery_calls.page_credentials)
+    get = ask(delivery_calls.get_credential)
+    rotate = ask(delivery_calls.rotate_credential)
+    delete = ask(delivery_calls.delete_credential)
+
+
 class Keys(Resource[Driver]):
     """API keys: of the caller's tenant, and for administrators of any tenant."""
 
@@ -329,6 +368,7 @@ class BaseClient(Resource[Driver]):
     queues = ask(calls.list_queues)
     ready = ask(calls.ready)
     me = ask(access.me)
+    signing_keys = ask(delivery_calls.list_signing_keys)
 
     def __init__(self, driver: Driver) -> None:
         super().__init__(driver)
@@ -339,5 +379,7 @@ class BaseClient(Resource[Driver]):
         self.schedules = Schedules(driver)
         self.studies = Studies(driver)
         self.webhooks = Webhooks(driver)
+        self.deliveries = Deliveries(driver)
+        self.credentials = Credentials(driver)
         self.keys = Keys(driver)
         self.tenants = Tenants(driver)

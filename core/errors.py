@@ -22,6 +22,9 @@ class ErrorCode(StrEnum):
     URL_NOT_ALLOWED = "url_not_allowed"
     SOURCE_UNAVAILABLE = "source_unavailable"
     SOURCE_REFUSED = "source_refused"
+    DESTINATION_UNAVAILABLE = "destination_unavailable"
+    DESTINATION_REFUSED = "destination_refused"
+    NOT_AUTHENTIC = "not_authentic"
     # Who called
     UNAUTHENTICATED = "unauthenticated"
     FORBIDDEN = "forbidden"
@@ -72,6 +75,9 @@ ERROR_KINDS: dict[ErrorCode, ErrorKind] = {
     ErrorCode.URL_NOT_ALLOWED: ErrorKind("The address is not one that may be reached from here", 422),
     ErrorCode.SOURCE_UNAVAILABLE: ErrorKind("The place a model comes from does not answer", 503, retryable=True),
     ErrorCode.SOURCE_REFUSED: ErrorKind("The place a model comes from refuses access", 422),
+    ErrorCode.DESTINATION_UNAVAILABLE: ErrorKind("The place a result goes to does not answer", 503, retryable=True),
+    ErrorCode.DESTINATION_REFUSED: ErrorKind("The place a result goes to refuses it", 422),
+    ErrorCode.NOT_AUTHENTIC: ErrorKind("A signature, a file or a figure does not fit its statement", 422),
     ErrorCode.UNAUTHENTICATED: ErrorKind("No valid API key was given", 401),
     ErrorCode.FORBIDDEN: ErrorKind("The API key does not allow this", 403),
     ErrorCode.NOT_FOUND: ErrorKind("There is no such thing", 404),

@@ -95,7 +95,22 @@ class Settings(BaseSettings):
 
     secret_key: SecretStr | None = Field(
         None,
-        description="The key that webhooks' secrets are derived from. API and control process need the same one. Empty: a file in data_dir.",
+        description="The key that webhooks' secrets and the signing key are derived from. API and control process need the same one. Empty: a file in data_dir.",
+    )
+    credential_keys: list[SecretStr] = Field(
+        default_factory=list,
+        description="The keys that encrypt the credentials of destinations, newest first. The first encrypts; all of them decrypt. Empty: a key derived from SECRET_KEY.",
+    )
+    destinations: list[str] = Field(
+        default_factory=list,
+        description="Prefixes of the addresses that results may be delivered to, e.g. s3://models/released, hf://organisation, oci://registry.example.com/team. Empty: none.",
+    )
+    destination_networks: list[IPv4Network | IPv6Network] = Field(
+        default_factory=list,
+        description="Private networks that deliveries to the Hub and to registries may reach, e.g. 10.0.0.0/8. There, http is allowed too.",
+    )
+    destination_s3_endpoint_url: str | None = Field(
+        None, description="The store of the buckets among DESTINATIONS. Empty: S3_ENDPOINT_URL."
     )
     webhook_networks: list[IPv4Network | IPv6Network] = Field(
         default_factory=list,
@@ -155,9 +170,7 @@ class Settings(BaseSettings):
         ge=0,
         description="Days that the measured outputs of a source are kept after their last use, so that later jobs on the same model don't measure them again; 0 keeps none.",
     )
-    keep_history_days: int = Field(
-        90, ge=1, description="Days that runs of schedules and deliveries of webhooks are kept."
-    )
+    keep_history_days: int = Field(90, ge=1, description="Days that runs of schedules and deliveries are kept.")
     keep_audit_days: int = Field(
         0, ge=0, description="Days until a line of the audit log is deleted, at least 30; 0: never."
     )

@@ -7,10 +7,12 @@ from sqlalchemy import text
 from sqlalchemy.engine import Connection
 
 import nightpress.core.service.tables.access
+import nightpress.core.service.tables.deliveries
 import nightpress.core.service.tables.jobs
 import nightpress.core.service.tables.promotions
 import nightpress.core.service.tables.registry
 import nightpress.core.service.tables.schedules
+import nightpress.core.service.tables.signing
 import nightpress.core.service.tables.studies
 import nightpress.core.service.tables.webhooks  # noqa: F401 - importing a module of tables adds them to the metadata
 from nightpress.core.database import make_engine, metadata

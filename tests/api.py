@@ -18,6 +18,7 @@ from nightpress.core.handoff.manifest import ArtifactEntry, FileEntry, Manifest
 from nightpress.core.service.access.keys import ALL_SCOPES, create_key
 from nightpress.core.service.jobs.records import Claimed, Succeeded, WorkerOffer
 from nightpress.core.settings import Settings
+from tests.deliveries import report_of
 from tests.patience import slowness
 
 
@@ -58,7 +59,8 @@ class RunningApi:
             artifacts=(ArtifactEntry(format=format, path=format, files=tuple(entries), consumer="onnxruntime 1.32.0"),),
             report=(),
         )
-        return Succeeded(verdict="accepted", manifest=manifest, report={"verdict": "accepted"})
+        report = report_of(claimed.job.id, manifest.artifacts).model_dump(mode="json")
+        return Succeeded(verdict="accepted", manifest=manifest, report=report)
 
 
 @contextmanager

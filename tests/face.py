@@ -14,7 +14,7 @@ from nightpress.client import Client
 from nightpress.core.artifacts.open import open_store
 from nightpress.core.database import make_engine
 from nightpress.core.errors import NightpressError
-from nightpress.core.handoff.manifest import ArtifactEntry, Manifest, describe_folder
+from nightpress.core.handoff.manifest import ATTESTATION_FILE, ArtifactEntry, FileEntry, Manifest, describe_folder
 from nightpress.core.handoff.report import GateResult, Measurement, Report, Subject, Timing, Verification
 from nightpress.core.service.access.keys import ALL_SCOPES, create_key
 from nightpress.core.service.jobs.records import Claimed, Succeeded, WorkerOffer
@@ -135,6 +135,12 @@ class Face:
 
     def fail(self, claimed: Claimed, error: NightpressError) -> None:
         assert self.store.attempts.fail(claimed.lease, error, backoff_s=0.1) == "failed"
+
+
+def pulled_files(folder: Path) -> tuple[FileEntry, ...]:
+    """The files of a pulled artifact, without the signed statement that was fetched with them."""
+    assert (folder / ATTESTATION_FILE).is_file()
+    return tuple(file for file in describe_folder(folder) if file.path != ATTESTATION_FILE)
 
 
 def make_report(job_id: str, verdict: Any) -> Report:

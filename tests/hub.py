@@ -1,4 +1,4 @@
-"""A small imitation of the Hugging Face Hub on a loopback port. It answers the API calls that are needed to read one commit."""
+"""A small imitation of the Hugging Face Hub on a loopback port. It answers the API calls that are needed to read one commit, and to make one."""
 
 import hashlib
 import json
@@ -6,8 +6,10 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import ThreadingHTTPServer
 from urllib.parse import unquote, urlsplit
+
+from tests.hub_commits import CommitHandler, Writes
 
 Files = dict[str, bytes]
 
@@ -28,6 +30,7 @@ class Hub:
     elsewhere: str = ""  #: the redirect's target for large files, instead of /cdn/
     asked: list[tuple[str, dict[str, str]]] = field(default_factory=list)
     url: str = ""
+    writes: Writes = field(default_factory=Writes)
 
     def push(self, repository: str, files: Files, branch: str = "main") -> str:
         """Add a commit to a branch. Returns the commit's hash."""
@@ -45,16 +48,18 @@ class Hub:
 def serve_hub() -> Iterator[Hub]:
     hub = Hub()
 
-    class Handler(BaseHTTPRequestHandler):
+    class Handler(CommitHandler):
         protocol_version = "HTTP/1.1"
 
         def log_message(self, *_: object) -> None: ...
 
-        def do_GET(self) -> None:
+        def do_GET(self) -> None:  # noqa: N802 - the name that http.server calls
             path = unquote(urlsplit(self.path).path)
             hub.asked.append((path, {key.lower(): value for key, value in self.headers.items()}))
             parts = path.strip("/").split("/")
-            if parts[0] == "api":
+            if parts[0] == "api" and parts[4] == "tree":
+                self.list_tree("/".join(parts[1:4]), "/".join(parts[5:]))
+            elif parts[0] == "api":
                 self.describe("/".join(parts[1:4]), unquote("/".join(parts[5:])))
             elif parts[0] == "cdn":
                 _, kind, organisation, name, commit, *rest = parts
@@ -63,6 +68,16 @@ def serve_hub() -> Iterator[Hub]:
                 kind = "datasets" if parts[0] == "datasets" else "models"
                 organisation, name, _, commit, *rest = parts[kind == "datasets" :]
                 self.resolve(f"{kind}/{organisation}/{name}", commit, "/".join(rest))
+
+        def do_HEAD(self) -> None:  # noqa: N802
+            """What `huggingface_hub` asks before it downloads a file."""
+            organisation, name, _, commit, *rest = unquote(urlsplit(self.path).path).strip("/").split("/")
+            data = hub.repositories[f"models/{organisation}/{name}"][commit]["/".join(rest)]
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(data)))
+            self.send_header("X-Repo-Commit", commit)
+            self.send_header("ETag", f'"{git_hash(data)}"')
+            self.end_headers()
 
         def describe(self, repository: str, revision: str) -> None:
             if not self.may_read(repository):
@@ -73,11 +88,25 @@ def serve_hub() -> Iterator[Hub]:
                 self.refuse(404, "RevisionNotFound")
                 return
             siblings = [
-                {"rfilename": path, "size": len(data), "blobId": hashlib.sha1(data).hexdigest()}
-                | ({"lfs": {"sha256": hashlib.sha256(data).hexdigest(), "size": len(data)}} if large(path) else {})
+                {"rfilename": path, "size": len(data), "blobId": git_hash(data)}
+                | (
+                    {"lfs": {"sha256": hashlib.sha256(data).hexdigest(), "size": len(data), "pointerSize": 134}}
+                    if large(path) or hub.writes.is_lfs(data)
+                    else {}
+                )
                 for path, data in files.items()
             ]
-            self.send_bytes(json.dumps({"sha": commit, "siblings": siblings}).encode())
+            self.send_bytes(
+                json.dumps({"id": repository.partition("/")[2], "sha": commit, "siblings": siblings}).encode()
+            )
+
+        def list_tree(self, repository: str, revision: str) -> None:
+            commit = hub.branches.get((repository, revision), revision)
+            files = [
+                {"type": "file", "path": path, "size": len(data), "oid": git_hash(data)}
+                for path, data in hub.repositories[repository][commit].items()
+            ]
+            self.send_bytes(json.dumps(files).encode())
 
         def resolve(self, repository: str, commit: str, path: str) -> None:
             if not self.may_read(repository):
@@ -123,6 +152,7 @@ def serve_hub() -> Iterator[Hub]:
                 return
             self.wfile.write(rest)
 
+    Handler.hub = hub
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     hub.url = f"http://127.0.0.1:{server.server_address[1]}"
     thread = threading.Thread(target=server.serve_forever, name="hub under test")
@@ -133,6 +163,10 @@ def serve_hub() -> Iterator[Hub]:
         server.shutdown()
         thread.join()
         server.server_close()
+
+
+def git_hash(data: bytes) -> str:
+    return hashlib.sha1(b"blob %d\0%b" % (len(data), data)).hexdigest()
 
 
 def large(path: str) -> bool:

@@ -9,7 +9,7 @@ from tests.api import RunningApi
 
 # The path parameters by what they name. A new parameter must be classified here first.
 #: things of one tenant
-_TENANTS_OWN = {"job_id", "reference", "key_id", "webhook_id", "study_id"}
+_TENANTS_OWN = {"job_id", "reference", "key_id", "webhook_id", "study_id", "credential_id", "result_delivery_id"}
 #: only for administrators: see test_only_an_administrator…
 _ADMINS = {"tenant_id"}
 _COMMON = {"name"}
@@ -24,6 +24,10 @@ BODIES: dict[str, Any] = {
     "/v1/datasets": {"name": "other", "path": "/nowhere"},
     "/v1/models/{reference}/promotions": {"job_id": "job_x"},
     "/v1/webhooks": {"url": "https://127.0.0.1/", "events": ["job.failed"]},
+    "/v1/deliveries": {"job_id": "job_x", "destinations": ["s3://models/x"]},
+    "/v1/credentials": {"prefix": "hf://acme", "secrets": {"token": "hf_secret"}},
+    "/v1/credentials/{credential_id}/rotate": {"secrets": {"token": "hf_secret"}},
+    "/v1/models/{reference}/destinations": {"destinations": ["s3://models/x"]},
     "/v1/keys": {"name": "other", "scopes": ["keys:write"]},
     "/v1/studies": {"model": "x", "gates": {"cosine": ">= 0.9"}},
     "/v1/schedules": {"name": "other", "cron": "0 2 * * *", "job": {"model": "x", "recipe": "x"}},
@@ -49,7 +53,7 @@ class Operation(NamedTuple):
             content = {"json": {"recipe": "name: x"}}
         elif self.method == "PATCH":
             content = {"json": {}}
-        elif self.method == "POST" and self.path in BODIES:
+        elif self.method in {"POST", "PUT"} and self.path in BODIES:
             content = {"json": BODIES[self.path]}
         return client.request(self.method, self.at(identifier), **content, **kwargs)
 

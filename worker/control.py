@@ -13,6 +13,7 @@ from nightpress.core.database import make_engine
 from nightpress.core.errors import NightpressError
 from nightpress.core.logs import configure_logging
 from nightpress.core.service.compose import Resources
+from nightpress.core.service.deliveries.courier import DeliveryCourier
 from nightpress.core.service.jobs import checkpoints, source_figures
 from nightpress.core.service.jobs.ring import Ringer
 from nightpress.core.service.jobs.roster import FLEET_MEMORY_S
@@ -84,6 +85,14 @@ class Control:
         )
         self._searching = Searching(resources.study_ledger, resources.jobs, resources.store, resources.models, ring)
         self._courier = Courier(resources.webhooks, resources.settings)
+        self._deliveries = DeliveryCourier(
+            resources.deliveries,
+            resources.credentials,
+            resources.signing,
+            resources.engine,
+            resources.objects,
+            resources.settings,
+        )
         self._intake = Intake(resources.engine, self._registries)
         self._slow = SlowSteps()
         self._pauses: dict[str, _Pause] = {}
@@ -99,6 +108,8 @@ class Control:
             self._advance_studies,
             self._take_in,
             self._deliver_webhooks,
+            self._sign_artifacts,
+            self._deliver_results,
             self._ring_queues,
         ]
         if time.monotonic() >= self._sweep_at:
@@ -111,14 +122,16 @@ class Control:
                 self._sweep_sources,
                 self._sweep_uploads,
                 self._prune,
+                self._seal_credentials,
             ):
                 self._slow.start(slow.__name__.strip("_"), slow)
         for step in steps:
             attempt(step.__name__.strip("_"), step)
 
     def close(self) -> None:
-        """Release the claims of what is being fetched, and wait for webhook deliveries and slow steps that still run."""
+        """Release the claims of what is being fetched or delivered, and wait for webhook deliveries and slow steps that still run."""
         self._intake.close()
+        self._deliveries.close()
         self._courier.close()
         self._slow.close()
 
@@ -148,10 +161,21 @@ class Control:
     def _deliver_webhooks(self) -> None:
         self._courier.deliver()
 
+    def _sign_artifacts(self) -> None:
+        self._resources.signing.sign_pending()
+
+    def _deliver_results(self) -> None:
+        self._deliveries.advance()
+
+    def _seal_credentials(self) -> None:
+        """Encrypt stored credentials by the newest key, after the operator has put one in front."""
+        self._resources.credentials.seal_again()
+
     def _prune(self) -> None:
         settings = self._settings
         self._resources.schedule_store.forget_runs(settings.keep_history_days * _DAY_S)
         self._resources.webhooks.forget_deliveries(settings.keep_history_days * _DAY_S)
+        self._resources.deliveries.forget(settings.keep_history_days * _DAY_S)
         if settings.keep_audit_days:
             self._resources.audit.prune(settings.keep_audit_days * _DAY_S)
         if settings.keep_artifacts_days and (

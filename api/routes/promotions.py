@@ -26,7 +26,8 @@ async def latest(request: Request, reference: str, caller: ModelsReader, service
     promotion = await services.call(_latest, services, caller.tenant_id, reference)
     artifacts = await services.call(services.resources.store.reader.artifacts, promotion.job_id)
     view = LatestView(
-        promotion=promotion, artifacts=[artifact_view(promotion.job_id, artifact) for artifact in artifacts]
+        promotion=promotion,
+        artifacts=[artifact_view(promotion.job_id, artifact, signed=True) for artifact in artifacts],
     )
     etag = f'"{promotion.id}"'
     if etag in request.headers.get("if-none-match", ""):

@@ -1,6 +1,8 @@
 """A job's artifacts and its report. Both appear in the transaction that ends the job, never before."""
 
-from fastapi import APIRouter, Request
+from typing import Annotated
+
+from fastapi import APIRouter, Query, Request
 from starlette.responses import Response
 
 from nightpress.api.deps import JobsReader, Services, ServicesDep
@@ -17,6 +19,10 @@ from nightpress.core.wire.models import FileView
 
 router = APIRouter(prefix="/v1/jobs/{job_id}", tags=["results"])
 
+Unchanged = Annotated[
+    bool, Query(description="As it was signed: without the line that names the job whose result this job was given.")
+]
+
 
 @router.get(
     "/artifacts",
@@ -25,9 +31,10 @@ router = APIRouter(prefix="/v1/jobs/{job_id}", tags=["results"])
     responses=documented(ErrorCode.NOT_FOUND),
 )
 async def job_artifacts(job_id: str, caller: JobsReader, services: ServicesDep) -> Response:
-    await own_job(services, caller, job_id)
+    job = await own_job(services, caller, job_id)
     found = await services.call(services.resources.store.reader.artifacts, job_id)
-    return answer(Page[ArtifactView](items=[artifact_view(job_id, artifact) for artifact in found]))
+    signed = job.verdict == "accepted"
+    return answer(Page[ArtifactView](items=[artifact_view(job_id, artifact, signed=signed) for artifact in found]))
 
 
 @router.get(
@@ -65,6 +72,27 @@ async def artifact_file(
 
 
 @router.get(
+    "/artifacts/{format}/attestation",
+    response_class=Response,
+    summary="Get the signed statement of an accepted artifact",
+    description="A Sigstore bundle: an in-toto statement of source, recipe, versions, data and measured figures, signed by a key of GET /v1/signing-keys.",
+    responses={
+        200: {"content": {"application/vnd.dev.sigstore.bundle.v0.3+json": {"schema": {"type": "object"}}}},
+        **documented(ErrorCode.NOT_FOUND),
+    },
+)
+async def artifact_attestation(
+    job_id: str,
+    format: str,  # noqa: A002 - the word in the address
+    caller: JobsReader,
+    services: ServicesDep,
+) -> Response:
+    await own_job(services, caller, job_id)
+    bundle = await services.call(services.resources.signing.bundle, job_id, format)
+    return Response(bundle, media_type="application/vnd.dev.sigstore.bundle.v0.3+json")
+
+
+@router.get(
     "/report",
     response_model=ReportView,
     summary="Get a job's report: the figures before and after",
@@ -80,16 +108,32 @@ async def job_report(job_id: str, caller: JobsReader, services: ServicesDep) -> 
 
 
 @router.get(
+    "/report.json",
+    response_class=Response,
+    summary="Get report.json as it was signed, byte for byte",
+    responses={
+        200: {"content": {"application/json": {}}},
+        **documented(ErrorCode.NOT_FOUND, ErrorCode.STORAGE_UNAVAILABLE),
+    },
+)
+async def job_report_json(job_id: str, caller: JobsReader, services: ServicesDep) -> Response:
+    text, _ = await _drawn(services, caller, job_id, "report.json")
+    return Response(text, media_type="application/json")
+
+
+@router.get(
     "/report.html",
     response_class=Response,
     summary="Get the report as a self-contained page",
     responses={200: {"content": {"text/html": {}}}, **documented(ErrorCode.NOT_FOUND, ErrorCode.STORAGE_UNAVAILABLE)},
 )
-async def job_report_html(job_id: str, caller: JobsReader, services: ServicesDep) -> Response:
+async def job_report_html(
+    job_id: str, caller: JobsReader, services: ServicesDep, unchanged: Unchanged = False
+) -> Response:
     # The page contains names that users chose, so it may not run scripts.
     policy = "default-src 'none'; style-src 'unsafe-inline'; img-src data:; sandbox"
     drawn, job = await _drawn(services, caller, job_id, "report.html")
-    if job.reused_from:
+    if job.reused_from and not unchanged:
         drawn = drawn.replace(b"<body>", b"<body><p>" + _reused(job).encode() + b"</p>", 1)
     return Response(
         drawn,
@@ -107,9 +151,12 @@ async def job_report_html(job_id: str, caller: JobsReader, services: ServicesDep
         **documented(ErrorCode.NOT_FOUND, ErrorCode.STORAGE_UNAVAILABLE),
     },
 )
-async def job_report_markdown(job_id: str, caller: JobsReader, services: ServicesDep) -> Response:
+async def job_report_markdown(
+    job_id: str, caller: JobsReader, services: ServicesDep, unchanged: Unchanged = False
+) -> Response:
     drawn, job = await _drawn(services, caller, job_id, "report.md")
-    return Response(drawn + f"\n\n{_reused(job)}\n".encode() if job.reused_from else drawn, media_type="text/markdown")
+    note = f"\n\n{_reused(job)}\n".encode() if job.reused_from and not unchanged else b""
+    return Response(drawn + note, media_type="text/markdown")
 
 
 def attempt_prefix(job: Job, attempt: int) -> str:
@@ -145,7 +192,7 @@ def _no_report() -> NightpressError:
     )
 
 
-def artifact_view(job_id: str, artifact: Artifact) -> ArtifactView:
+def artifact_view(job_id: str, artifact: Artifact, *, signed: bool) -> ArtifactView:
     return ArtifactView(
         id=artifact.id,
         format=artifact.format,
@@ -153,5 +200,6 @@ def artifact_view(job_id: str, artifact: Artifact) -> ArtifactView:
         digest=artifact.digest,
         consumer=artifact.consumer,
         files=[FileView(**file) for file in artifact.files],
+        signed=signed,
         download_url=f"/v1/jobs/{job_id}/artifacts/{artifact.format}/files/",
     )

@@ -5,6 +5,7 @@ from typing import Annotated, Any
 import typer
 
 from nightpress.client.cli import output
+from nightpress.client.cli.deliveries import TO
 from nightpress.client.cli.exits import Exit
 from nightpress.client.cli.following import describe, detach_on_interrupt, exit_of, follow, print_end
 from nightpress.client.cli.models import send_model
@@ -43,6 +44,7 @@ def submit(
     idempotency_key: Annotated[
         str | None, typer.Option(help="Submitting again with the same key makes no second job.")
     ] = None,
+    to: Annotated[list[str] | None, typer.Option("--to", metavar="URL", help=TO)] = None,
     reuse: Annotated[
         bool, typer.Option("--reuse", help="Take the result of an identical job, where one has succeeded.")
     ] = False,
@@ -52,6 +54,7 @@ def submit(
     chosen = read_recipe(recipe)
     fields: dict[str, Any] = {"name": name, "priority": priority, "labels": labels, "reuse": reuse}
     fields |= {key: value for key, value in (("run_limit_s", run_limit), ("queue_limit_s", queue_limit)) if value}
+    fields |= {"destinations": to} if to else {}
     with session.client() as client:
         subject = send_model(client, model, model_name, quiet=session.json)
         job = client.jobs.submit(subject, chosen, idempotency_key=idempotency_key, **fields)

@@ -10,7 +10,9 @@ from pydantic import ValidationError
 from nightpress.client.cli import (
     audit,
     convert,
+    credentials,
     datasets,
+    deliveries,
     demo,
     doctor,
     jobs,
@@ -28,6 +30,7 @@ from nightpress.client.cli import (
     stack,
     studies,
     tenants,
+    verify,
     web,
     webhooks,
     whoami,
@@ -49,6 +52,8 @@ app = typer.Typer(
 for part in (
     jobs,
     results,
+    verify,
+    deliveries,
     proof,
     schedules,
     studies,
@@ -58,6 +63,7 @@ for part in (
     workers,
     queues,
     webhooks,
+    credentials,
     whoami,
     keys,
     tenants,
@@ -120,6 +126,8 @@ def explain(error: Exception) -> Exit:
             output.fail(f"{error.message}{_list_faults(error.details.get('faults', []))}", error.hint)
             if error.code == ErrorCode.NOT_FOUND:
                 return Exit.NOT_FOUND
+            if error.code == ErrorCode.NOT_AUTHENTIC:
+                return Exit.NOT_AUTHENTIC
             return Exit.REFUSED if error.kind.status < 500 else Exit.JOB_FAILED
         case ValidationError():
             faults = [{"at": ".".join(map(str, fault["loc"])), "problem": fault["msg"]} for fault in error.errors()]

@@ -15,11 +15,13 @@ from nightpress.client.cli.press import allow_passes, read_data, require_core, r
 from nightpress.client.cli.session import Session, takes_session
 from nightpress.client.errors import ClientError
 from nightpress.client.folders import read_model_folder
+from nightpress.core.handoff.attestation import not_authentic, read_public_keys
 from nightpress.core.handoff.compare import Comparison, compare
 from nightpress.core.handoff.manifest import describe_file
 from nightpress.core.handoff.report import REPORT_FILE, Report, read_report
 from nightpress.core.handoff.reproduction import Reproduction, judge
 from nightpress.core.handoff.spec import DATA_DIR, OUT_DIR
+from nightpress.core.handoff.verification import verify_report
 from nightpress.core.recipes.models import parse_recipe
 
 _EXITS = {"identical": Exit.OK, "equivalent": Exit.OTHER_BYTES, "different": Exit.OTHER_FIGURES}
@@ -102,9 +104,20 @@ def reproduce(
         list[str] | None, typer.Option(metavar="NAME=FILE", help="A data set that the recipe names; may be repeated.")
     ] = None,
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Keep the new result in this folder.")] = None,
+    key: Annotated[
+        Path | None,
+        typer.Option(
+            "--key",
+            metavar="FILE",
+            help="First check the report's signed statement by these public keys, which `signing-keys --out` wrote.",
+            exists=True,
+            dir_okay=False,
+        ),
+    ] = None,
 ) -> None:
     """Run a report's recipe again on this machine, and compare bytes and figures with the report."""
     before = read_file(report)
+    statement = _statement_of(report, key)
     allow_passes()
     recipe = parse_recipe(before.recipe)
     sets = read_data(recipe, data or [])
@@ -136,10 +149,25 @@ def reproduce(
             (job_dir / OUT_DIR).replace(out)
     found = judge(before, after)
     if session.json:
-        output.print_json(_as_dict(found))
+        output.print_json(_as_dict(found) | {"statement": statement})
     else:
         _print_reproduction(found)
+        if statement:
+            output.say(
+                f"The report and its figures are those of the statement for job {statement['job']}, signed by {statement['key']}."
+            )
     raise typer.Exit(_EXITS[found.outcome])
+
+
+def _statement_of(report: Path, key: Path | None) -> dict[str, str] | None:
+    """The job and key of the signed statement that names a report; None if no key was given. Raises NightpressError(not_authentic)."""
+    if key is None:
+        return None
+    file = report / REPORT_FILE if report.is_dir() else report
+    signed = verify_report(file, read_public_keys(key.read_bytes()))
+    if signed is None:
+        raise not_authentic(f"no signed statement lies beside {file}")
+    return {"job": str(signed.claims["job"]), "key": signed.key_id}
 
 
 def _as_dict(found: Reproduction) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 import tempfile
 import webbrowser
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -15,6 +15,7 @@ from nightpress.client.errors import ApiError
 from nightpress.core.errors import ErrorCode
 from nightpress.core.wire.jobs import JobView
 
+_FORMS: tuple[Literal["json", "html", "md"], ...] = ("json", "html", "md")
 JobArgument = Annotated[str, typer.Argument(metavar="JOB", help="The job's id.")]
 
 
@@ -69,14 +70,14 @@ def fetch(client: Client, job: JobView, folder: Path, formats: list[str], *, qui
     """Fetch artifacts to `folder`/<format>/ and the report beside them. Returns the artifacts' folders."""
     with output.transfer_meter("fetching", quiet=quiet) as meter:
         folders = client.jobs.download(job.id, folder, formats=formats, meter=meter)
-    for form in ("html", "md"):
+    for form in _FORMS:
         try:
-            text = client.jobs.drawn_report(job.id, form)
+            report_file = client.jobs.report_file(job.id, form)
         except ApiError as error:
             if error.code != ErrorCode.NOT_FOUND:
                 raise
         else:
-            (folder / f"report.{form}").write_text(text)
+            (folder / f"report.{form}").write_bytes(report_file)
     return list(folders)
 
 

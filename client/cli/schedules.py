@@ -6,6 +6,7 @@ from typing import Annotated, Any
 import typer
 
 from nightpress.client.cli import output
+from nightpress.client.cli.deliveries import TO
 from nightpress.client.cli.jobs import parse_labels
 from nightpress.client.cli.recipes import read_recipe
 from nightpress.client.cli.session import Session, takes_session
@@ -94,6 +95,7 @@ def add(
     label: Annotated[
         list[str] | None, typer.Option("--label", "-l", metavar="K=V", help="A label for each job; may be repeated.")
     ] = None,
+    to: Annotated[list[str] | None, typer.Option("--to", metavar="URL", help=TO)] = None,
     no_promote: Annotated[
         bool, typer.Option("--no-promote", help="Don't let accepted results become the model's latest.")
     ] = False,
@@ -104,6 +106,11 @@ def add(
     fields: dict[str, Any] = {"overlap": overlap, "catch_up": catch_up, "only_if_changed": only_if_changed}
     fields |= {"source": source} if source else {}
     fields |= {"priority": priority, "labels": parse_labels(label or []), "promote": not no_promote}
+    if to and study:
+        raise typer.BadParameter(
+            "a study's winner goes where its model's results go: `nightpress deliveries of-model`", param_hint="--to"
+        )
+    fields |= {"destinations": to} if to else {}
     with session.client() as client:
         chosen = None if recipe is None else read_recipe(recipe)
         wanted = None if study is None else read_study(study)

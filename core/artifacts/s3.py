@@ -73,7 +73,7 @@ class S3Store:
                 on_bytes(len(data))
         else:
             with storage_errors(path.name), path.open("rb", buffering=0) as source:
-                part_size = _part_size(size)
+                part_size = part_size_of(size)
                 parts = iter(lambda: source.read(part_size), b"")
                 self._put_parts(key, parts, size, sha256, hashlib.sha256() if sha256 else None, on_bytes)
 
@@ -87,7 +87,7 @@ class S3Store:
             self._put(key, data, sha256)
             return hashlib.sha256(data).hexdigest()
         whole = hashlib.sha256()
-        self._put_parts(key, _rejoined(exact, _part_size(size)), size, sha256, whole, None)
+        self._put_parts(key, _rejoined(exact, part_size_of(size)), size, sha256, whole, None)
         return whole.hexdigest()
 
     def get_file(self, key: str, path: Path, *, sha256: str | None = None, on_bytes: OnBytes | None = None) -> None:
@@ -119,7 +119,7 @@ class S3Store:
             if len(ranges) == 1:
                 yield fetch(ranges[0])
             elif ranges:
-                yield from _in_order(fetch, ranges)
+                yield from in_order(fetch, ranges)
 
     def stat(self, key: str) -> ObjectInfo | None:
         head = self._head(key)
@@ -321,7 +321,7 @@ class S3Store:
         try:
             with s3_errors(key):
                 parts = []
-                for part in _in_order(send, numbered()):
+                for part in in_order(send, numbered()):
                     parts.append(part)
                     if on_bytes is not None:
                         on_bytes(part["Size"])
@@ -348,7 +348,7 @@ class S3Store:
                 raise
 
 
-def _in_order(work: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
+def in_order(work: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
     """Apply `work` in `THREADS` threads and yield the results in order. Only a few items are in memory, whatever the object's size."""
     waiting: deque[Future[Result]] = deque()
     pool = ThreadPoolExecutor(THREADS)
@@ -375,7 +375,7 @@ def _clock(answer: Mapping[str, Any]) -> dt.datetime:
     return parsedate_to_datetime(answer["ResponseMetadata"]["HTTPHeaders"]["date"]).astimezone(dt.UTC)
 
 
-def _part_size(size: int) -> int:
+def part_size_of(size: int) -> int:
     return max(_PART, -(-size // _MAX_PARTS))
 
 

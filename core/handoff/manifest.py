@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 MANIFEST_FILE = "manifest.json"
+ATTESTATION_FILE = "nightpress.sigstore.json"  #: the signed statement in an artifact's folder
 
 
 class _Model(BaseModel):
@@ -88,3 +89,8 @@ def describe_stream(name: str, stream: BufferedReader) -> FileEntry:
 def describe_folder(root: Path) -> tuple[FileEntry, ...]:
     """Hash every regular file below `root`, sorted by path."""
     return tuple(describe_file(root, path) for path in sorted(root.rglob("*")) if path.is_file())
+
+
+def describe_bytes(name: str, data: bytes) -> FileEntry:
+    """The entry of a file with these bytes."""
+    return FileEntry(path=name, size=len(data), sha256=hashlib.sha256(data).hexdigest())

@@ -13,6 +13,10 @@ from nightpress.core.service.access.idempotency import IdempotencyBook
 from nightpress.core.service.access.issuing import KeyIssuer
 from nightpress.core.service.access.keys import KeyRing
 from nightpress.core.service.access.quotas import QuotaBook
+from nightpress.core.service.deliveries.addresses import prefix_parts
+from nightpress.core.service.deliveries.credentials import CredentialStore
+from nightpress.core.service.deliveries.destinations import ModelDestinationStore
+from nightpress.core.service.deliveries.store import DeliveryStore
 from nightpress.core.service.jobs.checkpoints import CheckpointIndex
 from nightpress.core.service.jobs.claim_statements import Caps
 from nightpress.core.service.jobs.retention import JobRetention
@@ -23,9 +27,12 @@ from nightpress.core.service.registry.datasets import DataSetRegistry
 from nightpress.core.service.registry.models import ModelRegistry
 from nightpress.core.service.schedules.service import ScheduleService
 from nightpress.core.service.schedules.store import ScheduleStore
+from nightpress.core.service.signing.keys import signing_key
+from nightpress.core.service.signing.store import SigningStore
 from nightpress.core.service.studies.ledger import StudyLedger
 from nightpress.core.service.studies.service import StudyService
 from nightpress.core.service.studies.store import StudyStore
+from nightpress.core.service.vault import open_vault
 from nightpress.core.service.webhooks.signing import open_keeper
 from nightpress.core.service.webhooks.store import WebhookStore
 from nightpress.core.settings import Settings
@@ -105,6 +112,24 @@ class Resources:
     @cached_property
     def webhooks(self) -> WebhookStore:
         return WebhookStore(self.engine, open_keeper(self.settings), self.settings)
+
+    @cached_property
+    def signing(self) -> SigningStore:
+        return SigningStore(self.engine, signing_key(self.settings))
+
+    @cached_property
+    def credentials(self) -> CredentialStore:
+        return CredentialStore(self.engine, open_vault(self.settings))
+
+    @cached_property
+    def deliveries(self) -> DeliveryStore:
+        for prefix in self.settings.destinations:
+            prefix_parts(prefix)  # a wrong one ends the process at its start
+        return DeliveryStore(self.engine, self.settings)
+
+    @cached_property
+    def model_destinations(self) -> ModelDestinationStore:
+        return ModelDestinationStore(self.engine, self.settings)
 
     @cached_property
     def quotas(self) -> QuotaBook:

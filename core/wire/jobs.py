@@ -9,6 +9,7 @@ from pydantic import (
 )
 
 from nightpress.core.wire.base import MAX_S, ONE_LINE, Labels, Moment, Request, View
+from nightpress.core.wire.deliveries import Destinations
 from nightpress.core.wire.models import FileView
 
 JobState = Literal["queued", "running", "cancelling", "succeeded", "failed", "cancelled"]
@@ -24,6 +25,11 @@ class JobRequest(Request):
     priority: int = Field(0, ge=-100, le=100, description="higher first")
     labels: Labels = {}
     promote: bool = Field(True, description="let an accepted result become the model name's latest")
+    destinations: Destinations = Field(
+        default_factory=list,
+        exclude_if=lambda value: not value,  # so that a replica of the earlier version takes what this one stores
+        description="addresses that an accepted result is delivered to; {model}, {job} and {artifact} are filled in",
+    )
     queue_limit_s: float | None = Field(None, gt=0, le=MAX_S, description="fail if not started within")
     run_limit_s: float | None = Field(None, gt=0, le=MAX_S, description="fail if one attempt runs longer")
     max_failures: int | None = Field(None, ge=1, le=20)
@@ -68,6 +74,7 @@ class JobView(View):
     error: dict[str, Any] | None
     retry_of: str | None
     promote: bool = True
+    destinations: list[str] = []
     created_by: str | None = None  #: the key's id
     study_id: str | None = None  #: the study that it is a trial of
     reused_from: str | None  #: the job whose result this one was given instead of running
@@ -140,6 +147,7 @@ class ArtifactView(View):
     digest: str
     consumer: str
     files: list[FileView]
+    signed: bool = False  #: whether GET …/artifacts/{format}/attestation has its signed statement: it was accepted
     download_url: str  #: relative: append the file's path; answers with the bytes or a redirect to a presigned URL
 
 

@@ -17,7 +17,12 @@ def browser() -> Iterator[Browser]:
 
 @pytest.fixture(scope="module")
 def face(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Face]:
-    face = Face(tmp_path_factory.mktemp("face"), webhook_networks=["127.0.0.0/8"], source_prefixes=["s3://released"])
+    face = Face(
+        tmp_path_factory.mktemp("face"),
+        webhook_networks=["127.0.0.0/8"],
+        source_prefixes=["s3://released"],
+        destinations=["hf://acme"],
+    )
     face.start()
     yield face
     face.close()

@@ -24,6 +24,7 @@ VIEWS = (
     "/studies",
     "/schedules",
     "/workers",
+    "/deliveries",
     "/webhooks",
     "/access",
     "/tenants",

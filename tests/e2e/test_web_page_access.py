@@ -1,15 +1,17 @@
-"""The web page in a real browser: signing in, keys, the quotas of tenants, and webhooks."""
+"""The web page in a real browser: signing in, keys, the quotas of tenants, webhooks and deliveries."""
 
 import datetime as dt
 
 from playwright.sync_api import expect
 
 from nightpress.client import Client
+from nightpress.core.service.compose import Resources
+from nightpress.core.service.deliveries.courier import DeliveryCourier
 from nightpress.core.service.webhooks.courier import Courier
 from nightpress.core.service.webhooks.signing import open_keeper, verify
 from nightpress.core.service.webhooks.store import WebhookStore
-from tests.browser import Browser, signed_in, violations
-from tests.face import Face
+from tests.browser import Browser, overflows, signed_in, violations
+from tests.face import RECIPE, Face
 from tests.receiver import Receiver, reply
 
 
@@ -177,3 +179,41 @@ def test_an_administrator_sees_what_tenants_use_and_sets_their_quotas(browser: B
             assert their.me().tenant_id == "search-team"
         page.click("text=Tenants and quotas")
         page.wait_for_selector("a[aria-label='Keys of search-team']")
+
+
+def test_a_result_is_delivered_tried_again_and_cancelled(browser: Browser, face: Face, model_id: str):
+    resources = Resources(face.settings, face.engine)
+    courier = DeliveryCourier(
+        resources.deliveries,
+        resources.credentials,
+        resources.signing,
+        face.engine,
+        resources.objects,
+        face.settings,
+    )
+    with face.client() as client:
+        job = client.jobs.submit(model_id, RECIPE).id
+        face.succeed(face.claim())
+    with signed_in(browser, face, f"/jobs/{job}") as seen:
+        page = seen.page
+        page.click("a:has-text('Deliveries') >> nth=-1")
+        page.wait_for_selector(".empty:has-text('Nothing is delivered yet')")
+        page.get_by_label("Destination").fill("s3://elsewhere/x")
+        page.click("form button:has-text('Deliver')")
+        assert "operator" in page.wait_for_selector("form [role=alert]").inner_text()
+        page.get_by_label("Destination").fill("hf://acme/{model}")
+        page.click("form button:has-text('Deliver')")
+        page.wait_for_selector("tr:has-text('hf://acme/') .badge:has-text('pending')")
+        courier.advance()
+        page.wait_for_selector("tr:has-text('No credentials are stored') .badge:has-text('failed')")
+        page.click("button[aria-label^='Show']")
+        page.wait_for_selector("[aria-labelledby=opened] td:has-text('No credentials are stored')")
+        assert violations(page) == []
+        page.click("button[aria-label^='Try']")
+        page.wait_for_selector("tr .badge:has-text('pending')")
+        page.click("button[aria-label^='Cancel']")
+        page.click("dialog button[value=yes]")
+        page.wait_for_selector("tr .badge:has-text('cancelled')")
+        assert overflows(page) == []
+        assert [problem for problem in seen.complaints if "403" not in problem] == []
+    courier.close()

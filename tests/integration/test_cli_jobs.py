@@ -21,7 +21,7 @@ from nightpress.core.handoff.frames import Progress
 from nightpress.core.handoff.manifest import describe_folder
 from nightpress.core.wire.jobs import JobView
 from tests.command import run
-from tests.face import OFFER, RECIPE, Face
+from tests.face import OFFER, RECIPE, Face, pulled_files
 from tests.jobs import age
 from tests.patience import slowness
 from tests.service import eventually
@@ -220,7 +220,7 @@ def test_a_result_is_pulled_and_compared(face: Face, job: JobView, tmp_path: Pat
     done = run(face, "pull", job.id, "--out", "here", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "rejected" in done.stderr
-    assert describe_folder(tmp_path / "here" / "compressed-tensors") == describe_folder(made / "compressed-tensors")
+    assert pulled_files(tmp_path / "here" / "compressed-tensors") == describe_folder(made / "compressed-tensors")
     assert (tmp_path / "here" / "report.html").read_text().startswith("<!doctype html>")
     report = run(face, "report", job.id, "--html", str(tmp_path / "r.html"))
     assert report.returncode == 0, report.stderr
@@ -247,7 +247,7 @@ def test_a_models_name_pulls_its_newest_accepted_result(face: Face, bert_tiny: P
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["job"] == job.id
     folder = tmp_path / job.model_name / "compressed-tensors"
-    assert describe_folder(folder) == describe_folder(made / "compressed-tensors")
+    assert pulled_files(folder) == describe_folder(made / "compressed-tensors")
 
 
 def test_damage_is_a_fault_of_its_own_status(face: Face, job: JobView, tmp_path: Path):

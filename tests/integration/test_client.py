@@ -18,7 +18,7 @@ from nightpress.core.handoff.frames import Progress
 from nightpress.core.handoff.manifest import describe_folder
 from nightpress.core.wire.jobs import JobView
 from nightpress.core.wire.models import DataSetCreate, ModelCreate, upload_part_size
-from tests.face import RECIPE, Face
+from tests.face import RECIPE, Face, pulled_files
 from tests.patience import slowness
 from tests.proxy import CuttingProxy
 from tests.servers import S3
@@ -264,7 +264,7 @@ def test_artifacts_arrive_whole_over_a_bad_line(face: Face, proxy: CuttingProxy,
         client.jobs.artifacts(job.id)
         proxy.cut_answers(1_000_000, 500_000)
         [folder] = client.jobs.download(job.id, tmp_path)
-    assert describe_folder(folder) == describe_folder(made / "compressed-tensors")
+    assert pulled_files(folder) == describe_folder(made / "compressed-tensors")
     assert not list(tmp_path.rglob("*.part"))
 
 
@@ -290,7 +290,7 @@ def test_a_stale_part_file_does_no_harm(face: Face, nightpress: Client, job: Job
     stale.parent.mkdir(parents=True)
     stale.write_bytes(b"of another job" * 100)
     [folder] = nightpress.jobs.download(job.id, tmp_path)
-    assert describe_folder(folder) == describe_folder(made / "compressed-tensors")
+    assert pulled_files(folder) == describe_folder(made / "compressed-tensors")
 
 
 def test_damaged_bytes_never_get_their_name(face: Face, nightpress: Client, job: JobView, tmp_path: Path):
@@ -336,7 +336,7 @@ def test_files_go_straight_to_and_from_an_s3_store(s3_server: S3, tmp_path: Path
             made = own.succeed(own.claim())
             # A store refuses a request with two kinds of credentials, so the client must not send its API key there.
             [folder] = other.jobs.download(job.id, tmp_path / "pulled")
-            assert describe_folder(folder) == describe_folder(made / "compressed-tensors")
+            assert pulled_files(folder) == describe_folder(made / "compressed-tensors")
     finally:
         own.close()
 

@@ -40,7 +40,12 @@ from nightpress.core.wire.schedules import ScheduleUpdate
 from nightpress.core.wire.studies import StudyRequest
 from nightpress.core.wire.webhooks import WebhookCreate
 from tests.columns import DIGEST, MAPPING, WORDS, Chosen, Rows, identifier, whole_id
-from tests.integration import test_columns_of_jobs, test_columns_of_models, test_columns_of_studies
+from tests.integration import (
+    test_columns_of_jobs,
+    test_columns_of_models,
+    test_columns_of_studies,
+    test_deliveries,
+)
 from tests.integration.test_schedules import TENANT, World, utc
 from tests.jobs import age, claim, submit, succeeded
 
@@ -71,6 +76,7 @@ def world(tmp_path: Path, sql_url: str, bert_tiny: Path) -> Iterator[World]:
 
 def test_every_table_is_covered() -> None:
     others = test_columns_of_jobs.COVERED | test_columns_of_models.COVERED | test_columns_of_studies.COVERED
+    others |= test_deliveries.COVERED
     assert set(metadata.tables.values()) == COVERED | others
 
 

@@ -21,6 +21,8 @@ from nightpress.core.settings import Settings
 from tests.api import RunningApi, serve
 from tests.operations import BODIES, OPEN, on_things, operations
 
+S3_KEY = {"access_key_id": "key-secret", "secret_access_key": "very-secret"}
+
 
 class Owned(NamedTuple):
     """The identifier of one thing of each kind that the first tenant has."""
@@ -32,6 +34,8 @@ class Owned(NamedTuple):
     studies: str
     keys: str
     webhooks: str
+    deliveries: str
+    credentials: str
 
 
 @pytest.fixture(scope="module")
@@ -43,6 +47,7 @@ def api(tmp_path_factory: pytest.TempPathFactory, bert_tiny: Path) -> Iterator[R
         broker_url="redis://127.0.0.1:1/0",
         model_roots=[bert_tiny.parent, folder],
         webhook_networks=["127.0.0.0/8"],
+        destinations=["s3://models"],
     )
     migrations.upgrade(settings.sql_url)
     with serve(settings) as running:
@@ -82,7 +87,21 @@ def owned(api: RunningApi, owner: httpx.Client, bert_tiny: Path) -> Owned:
     told |= {"reasons": {}, "cpu_seconds": 1.0, "gpu_seconds": 0.0, "seconds": 2.0, "split": "secret words"}
     with transaction(api.services.resources.engine) as connection:
         connection.execute(update(studies).where(studies.c.id == study).values(report=told))
-    return Owned(studies=study, jobs=job, models=model, datasets=data, schedules=schedule, keys=key, webhooks=hook)
+    sealed = owner.post("/v1/credentials", json={"prefix": "s3://models", "secrets": S3_KEY}).json()["id"]
+    sent = owner.post("/v1/deliveries", json={"job_id": job, "destinations": ["s3://models/x"]}).json()["items"][0][
+        "id"
+    ]
+    return Owned(
+        credentials=sealed,
+        deliveries=sent,
+        studies=study,
+        jobs=job,
+        models=model,
+        datasets=data,
+        schedules=schedule,
+        keys=key,
+        webhooks=hook,
+    )
 
 
 def told(response: httpx.Response, identifier: str) -> dict[str, Any]:
@@ -246,6 +265,7 @@ def test_an_idempotency_key_belongs_to_its_tenant(
 
 #: path → a body with which the POST succeeds, where that of BODIES doesn't
 DONE: dict[str, Any] = {
+    "/v1/credentials": {"prefix": "hf://once", "secrets": {"token": "hf_secret"}},
     "/v1/jobs": {"model": "tiny", "recipe": "int8-encoder"},
     "/v1/jobs:batch": {"jobs": [{"model": "tiny", "recipe": "int8-encoder", "name": "one of a batch"}]},
     "/v1/webhooks": {"url": "http://127.0.0.1:1/", "events": ["job.failed"]},
@@ -263,6 +283,8 @@ def test_every_post_under_a_key_is_done_once_and_answered_alike(
         "/v1/models": {"name": "once", "path": str(bert_tiny)},
         "/v1/datasets": {"name": "once", "path": str(data_file)},
         "/v1/models/{reference}/promotions": {"job_id": owned.jobs},
+        "/v1/deliveries": {"job_id": owned.jobs, "destinations": ["s3://models/once"]},
+        "/v1/credentials/{credential_id}/rotate": {"secrets": S3_KEY},
         "/v1/recipes/validate": {"recipe": "int8-encoder", "model": "tiny"},
     }
     document = httpx.get(f"{api.url}/openapi.json", trust_env=False).json()

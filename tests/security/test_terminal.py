@@ -118,7 +118,7 @@ def _property_names(schema: Any) -> Iterator[str]:
 
 @pytest.fixture(scope="module")
 def face(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Face]:
-    face = Face(tmp_path_factory.mktemp("face"), webhook_networks=["127.0.0.0/8"])
+    face = Face(tmp_path_factory.mktemp("face"), webhook_networks=["127.0.0.0/8"], destinations=["s3://models"])
     face.start()
     yield face
     face.close()
@@ -167,6 +167,9 @@ def commands(face: Face, bert_tiny: Path, tmp_path_factory: pytest.TempPathFacto
         study = client.studies.create("mine", {"size": "<= 60%"}, trials=2).id
         hook = client.webhooks.create("http://127.0.0.1:9/hook", ["job.failed"]).webhook.id
         delivery = client.webhooks.test(hook).id
+        sent = client.deliveries.create(done, ["s3://models/x"])[0].id
+        sealed = client.credentials.create("hf://acme", {"token": "hf_secret"}).id
+        (folder / "secrets").write_text("token=hf_other\n")
         key = client.keys.create("other", ["jobs:read"]).record.id
     texts = [
         f"submit {model} -r int8-encoder", f"watch {done}", f"watch {failed}", f"wait {done}", f"wait {failed}", "ls", f"inspect {done}",
@@ -181,6 +184,10 @@ def commands(face: Face, bert_tiny: Path, tmp_path_factory: pytest.TempPathFacto
         "webhooks", f"webhooks show {hook}", f"webhooks edit {hook} --off", f"webhooks rotate {hook}", f"webhooks test {hook}",
         f"webhooks deliveries {hook}", f"webhooks deliveries {hook} {delivery}", f"webhooks redeliver {hook} {delivery}",
         "webhooks add http://127.0.0.1:9/other -e job.failed", "webhooks rm whk_nothing",
+        "deliveries", f"deliveries show {sent}", f"deliveries retry {sent}", f"deliveries cancel {sent}", f"deliveries add {done} s3://models/y",
+        "deliveries of-model mine --to s3://models/z", "credentials", f"credentials show {sealed}", "signing-keys",
+        f"credentials add hf://more --from {folder / 'secrets'}", f"credentials rotate {sealed} --from {folder / 'secrets'}",
+        f"credentials rm {sealed}", f"verify {folder}",
         "keys", f"keys show {key}", "keys add more --scope jobs:read", f"keys rotate {key}", f"keys rm {key}",
         "tenants", "tenants show default", "tenants quota default max_queued_jobs=5",
         "studies", f"studies show {study}", f"studies trials {study}", f"studies events {study}", f"studies watch {ended}", f"studies cancel {study}",

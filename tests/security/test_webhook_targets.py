@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 
 from nightpress.core.errors import ErrorCode, NightpressError
+from nightpress.core.service.backoff import PAUSES_S
 from nightpress.core.service.webhooks import outbound
-from nightpress.core.service.webhooks.courier import PAUSES_S, Courier
+from nightpress.core.service.webhooks.courier import Courier
 from nightpress.core.service.webhooks.outbound import post
 from nightpress.core.service.webhooks.targets import check_target
 from nightpress.core.wire.webhooks import WebhookUpdate

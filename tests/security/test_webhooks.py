@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 
 from nightpress.core.errors import ErrorCode, NightpressError
-from nightpress.core.service.webhooks.courier import PAUSES_S, Courier, pause_after
+from nightpress.core.service.backoff import PAUSES_S
+from nightpress.core.service.webhooks.courier import Courier, pause_after
 from nightpress.core.service.webhooks.outbound import Answer
 from nightpress.core.service.webhooks.signing import SecretKeeper, sign, verify
 from nightpress.core.wire.webhooks import WebhookCreate, WebhookUpdate

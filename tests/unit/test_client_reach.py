@@ -13,7 +13,7 @@ from typer.main import get_command
 
 from nightpress import AsyncClient, Client
 from nightpress.api.app import create_app
-from nightpress.client import access, calls, events, resources, studies, study_calls, uploads
+from nightpress.client import access, calls, delivery_calls, events, resources, studies, study_calls, uploads
 from nightpress.client.calls import Call
 from nightpress.client.cli.main import app
 from nightpress.client.methods import Answering, Iterating, Resource
@@ -33,7 +33,10 @@ COMMANDS = {
     "job_logs": "logs",
     "job_artifacts": "inspect",
     "artifact_file": "pull",
+    "artifact_attestation": "pull",
+    "list_signing_keys": "signing-keys",
     "job_report": "report",
+    "job_report_json": "pull",
     "job_report_html": "report",
     "job_report_markdown": "report",
     "create_schedule": "schedule add",
@@ -87,6 +90,18 @@ COMMANDS = {
     "list_deliveries": "webhooks deliveries",
     "get_delivery": "webhooks deliveries",
     "redeliver": "webhooks redeliver",
+    "deliver_result": "deliveries add",
+    "list_result_deliveries": "deliveries",
+    "get_result_delivery": "deliveries show",
+    "cancel_delivery": "deliveries cancel",
+    "retry_delivery": "deliveries retry",
+    "get_destinations": "deliveries of-model",
+    "set_destinations": "deliveries of-model",
+    "create_credential": "credentials add",
+    "list_credentials": "credentials",
+    "get_credential": "credentials show",
+    "rotate_credential": "credentials rotate",
+    "delete_credential": "credentials rm",
     "list_keys": "keys",
     "create_key": "keys add",
     "get_key": "keys show",
@@ -116,10 +131,13 @@ _ARGUMENTS: dict[str, Any] = {
     "gates": {"size": "<= 50%"},
     "jobs": [JobCreate(model="x", recipe="x")],
     "wanted": JobFilter(all=True),
+    "destinations": ["s3://bucket/folder"],
+    "prefix": "hf://acme",
+    "secrets": {"token": "x"},
 }
 #: Arguments that a function can be called without, but not the operation.
 _OPTIONAL = {"create_schedule": {"recipe": "x"}}
-_CHOICES = {"kind": ("models", "datasets"), "form": ("html", "md")}
+_CHOICES = {"kind": ("models", "datasets"), "form": ("html", "md", "json")}
 
 
 @pytest.fixture(scope="module")
@@ -146,7 +164,7 @@ def makers(module: ModuleType) -> dict[str, FunctionType]:
     }
 
 
-MAKERS = makers(calls) | makers(access) | makers(study_calls)
+MAKERS = makers(calls) | makers(access) | makers(study_calls) | makers(delivery_calls)
 
 
 def made_by(maker: FunctionType) -> Iterator[Call[Any]]:

@@ -15,7 +15,8 @@ import pytest
 import yaml
 
 from nightpress.api.app import create_app
-from nightpress.core.service.webhooks.targets import PORTS, is_public
+from nightpress.core.outbound import is_public
+from nightpress.core.service.webhooks.targets import PORTS
 from nightpress.core.settings import Settings
 from nightpress.worker import health
 from tests.unit.test_monitoring import exported

@@ -8,6 +8,7 @@ import { compare } from "./views/compare.js";
 import { job } from "./views/job.js";
 import { jobs } from "./views/jobs.js";
 import { model, models } from "./views/models.js";
+import { deliveries } from "./views/deliveries.js";
 import { fresh } from "./views/new.js";
 import { schedule, schedules } from "./views/schedules.js";
 import { studies, study } from "./views/studies.js";
@@ -27,12 +28,13 @@ const VIEWS = [
   [/^\/studies$/, studies, "Studies"],
   [/^\/studies\/([^/]+)$/, study, "Study"],
   [/^\/workers$/, workers, "Workers"],
+  [/^\/deliveries$/, deliveries, "Deliveries"],
   [/^\/webhooks$/, webhooks, "Webhooks"],
   [/^\/webhooks\/([^/]+)$/, webhook, "Webhook"],
   [/^\/access$/, access, "Keys"],
   [/^\/tenants$/, tenants, "Tenants"],
 ];
-const NAVIGATION = [["#/jobs", "Jobs"], ["#/models", "Models"], ["#/studies", "Studies"], ["#/schedules", "Schedules"], ["#/workers", "Workers"], ["#/webhooks", "Webhooks"], ["#/access", "Keys"]];
+const NAVIGATION = [["#/jobs", "Jobs"], ["#/models", "Models"], ["#/studies", "Studies"], ["#/schedules", "Schedules"], ["#/deliveries", "Deliveries"], ["#/workers", "Workers"], ["#/webhooks", "Webhooks"], ["#/access", "Keys"]];
 const THEME = "nightpress.theme";
 const main = document.getElementById("main");
 let leave = new AbortController();

@@ -30,6 +30,8 @@ ALL_SCOPES = frozenset(
         "keys:write",
         "webhooks:read",
         "webhooks:write",
+        "deliveries:read",
+        "deliveries:write",
         "admin",
     }
 )

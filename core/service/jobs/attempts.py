@@ -16,7 +16,7 @@ from nightpress.core.database import clean_text, db_now, statement, transaction
 from nightpress.core.errors import ErrorCode, NightpressError
 from nightpress.core.handoff.frames import Progress
 from nightpress.core.service.jobs.records import Lease, Renewal, Succeeded
-from nightpress.core.service.jobs.results import write_result
+from nightpress.core.service.jobs.results import hand_on, write_result
 from nightpress.core.service.jobs.states import (
     CANCELLED,
     CANCELLING,
@@ -26,7 +26,6 @@ from nightpress.core.service.jobs.states import (
     Trigger,
 )
 from nightpress.core.service.jobs.transitions import RESTING, close_attempt, end_badly, holds, move
-from nightpress.core.service.promotions.store import promote_accepted
 from nightpress.core.service.tables.jobs import (
     job_logs,
     jobs,
@@ -133,8 +132,8 @@ class JobAttempts:
                 return False
             close_attempt(connection, job, "succeeded")
             write_result(connection, lease, outcome)
-            if outcome.verdict == "accepted" and job.promote:
-                promote_accepted(connection, job.tenant_id, job.model_name, job.id)
+            if outcome.verdict == "accepted":
+                hand_on(connection, job)
         return True
 
     def fail(

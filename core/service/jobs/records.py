@@ -40,6 +40,7 @@ class NewJob:
     fingerprint: str | None = None
     traceparent: str | None = None  #: the span that submitted the job, as a W3C `traceparent`
     study_id: str | None = None  #: the study that the job is a trial of
+    destinations: list[str] = field(default_factory=list)  #: addresses that an accepted result is delivered to
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +86,7 @@ class Job:
     created_by: str | None
     traceparent: str | None
     study_id: str | None  #: the study that the job is a trial of
+    destinations: list[str]  #: addresses that an accepted result is delivered to
     reused_from: str | None  #: the job whose result this job shares
     worker_id: str | None  #: the current or last worker
     lease_id: str | None

@@ -15,7 +15,7 @@ from nightpress.core.database import db_now, transaction
 from nightpress.core.recipes.passes.catalog import packages_of
 from nightpress.core.service.jobs.queries import JobReader, JobsWanted
 from nightpress.core.service.jobs.records import Job
-from nightpress.core.service.jobs.results import copy_result
+from nightpress.core.service.jobs.results import copy_result, hand_on
 from nightpress.core.service.jobs.states import (
     CANCELLED,
     CANCELLING,
@@ -25,7 +25,6 @@ from nightpress.core.service.jobs.states import (
     Trigger,
 )
 from nightpress.core.service.jobs.transitions import move
-from nightpress.core.service.promotions.store import promote_accepted
 from nightpress.core.service.tables.jobs import (
     jobs,
 )
@@ -110,7 +109,7 @@ class JobRequests:
             )
             if done is None:
                 return job
-            copy_result(connection, origin.id, job.id)
-            if origin.verdict == "accepted" and job.promote:
-                promote_accepted(connection, job.tenant_id, job.model_name, job.id)
+            copy_result(connection, origin.id, job.id, origin.verdict)
+            if origin.verdict == "accepted":
+                hand_on(connection, done)
         return done

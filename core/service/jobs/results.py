@@ -6,7 +6,10 @@ from sqlalchemy import insert, select
 from sqlalchemy.engine import Connection
 
 from nightpress.core.ids import new_id
-from nightpress.core.service.jobs.records import Lease, Succeeded
+from nightpress.core.service.deliveries.outbox import add_deliveries
+from nightpress.core.service.jobs.records import Job, Lease, Succeeded
+from nightpress.core.service.promotions.store import promote_accepted
+from nightpress.core.service.signing.store import mark_for_signing
 from nightpress.core.service.tables.jobs import job_artifacts, job_metrics, job_reports
 
 
@@ -29,6 +32,8 @@ def write_result(connection: Connection, lease: Lease, outcome: Succeeded) -> No
     ]
     if artifacts:
         connection.execute(insert(job_artifacts), artifacts)
+    if outcome.verdict == "accepted":
+        mark_for_signing(connection, [str(artifact["id"]) for artifact in artifacts])
     report_files = [file.model_dump() for file in manifest.report]
     connection.execute(insert(job_reports).values(job_id=lease.job_id, report=outcome.report, files=report_files))
     metrics = [
@@ -38,15 +43,24 @@ def write_result(connection: Connection, lease: Lease, outcome: Succeeded) -> No
         connection.execute(insert(job_metrics), metrics)
 
 
-def copy_result(connection: Connection, origin: str, job_id: str) -> None:
-    """Copy the rows of another job's result. The files are not copied: `attempt` and `reused_from` locate them."""
+def copy_result(connection: Connection, origin: str, job_id: str, verdict: str) -> None:
+    """Copy the rows of another job's result, which has this verdict. The files are not copied: `attempt` and `reused_from` locate them."""
     artifacts = connection.execute(select(job_artifacts).where(job_artifacts.c.job_id == origin)).mappings().all()
     if artifacts:
         rows = [{**row, "id": new_id("art"), "job_id": job_id} for row in artifacts]
         connection.execute(insert(job_artifacts), rows)
+        if verdict == "accepted":
+            mark_for_signing(connection, [row["id"] for row in rows])
     row = connection.execute(select(job_reports).where(job_reports.c.job_id == origin)).mappings().one()
     report = {**row["report"], "reused_from": origin}
     connection.execute(insert(job_reports).values(job_id=job_id, report=report, files=row["files"]))
     metrics = connection.execute(select(job_metrics).where(job_metrics.c.job_id == origin)).mappings().all()
     if metrics:
         connection.execute(insert(job_metrics), [{**metric, "job_id": job_id} for metric in metrics])
+
+
+def hand_on(connection: Connection, job: Job) -> None:
+    """Deliver an accepted result to its job's destinations, and let its model's name mean it."""
+    add_deliveries(connection, job.tenant_id, job.model_name, job.id, job.destinations, key_id=job.created_by)
+    if job.promote:
+        promote_accepted(connection, job.tenant_id, job.model_name, job.id)

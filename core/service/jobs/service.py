@@ -15,6 +15,7 @@ from nightpress.core.recipes.models import Quality, Recipe, parse_recipe
 from nightpress.core.recipes.passes.catalog import packages_of
 from nightpress.core.recipes.plan import Plan, make_plan
 from nightpress.core.service.access.quotas import NO_BOUND, QuotaBook
+from nightpress.core.service.deliveries.addresses import check_destinations
 from nightpress.core.service.jobs.records import Idempotency, Job, NewJob
 from nightpress.core.service.jobs.roster import Fleet
 from nightpress.core.service.jobs.states import is_terminal
@@ -198,6 +199,7 @@ class JobService:
             max_failures=old.max_failures,
             retry_of=old.id,
             promote=old.promote,
+            destinations=old.destinations,
             created_by=key_id,
             fingerprint=_fingerprint(old.model_digest, old.recipe, old.data),
         )
@@ -245,6 +247,7 @@ class JobService:
             stall_s=settings.stall_s,
             max_failures=wanted.max_failures or settings.max_failures,
             promote=wanted.promote,
+            destinations=wanted.destinations,
             created_by=key_id,
         )
 
@@ -256,6 +259,8 @@ class JobService:
         plan, recipe = planned.plan, planned.plan.recipe  # this recipe has its target chosen for this model
         data = {name: self._ready_data(tenant_id, name) for name in sorted(recipe.data_refs())}
         _check_labels(recipe, planned.header, data)
+        exports = max(1, len(recipe.exports))
+        check_destinations(wanted.destinations, self._settings, model=model.name, exports=exports)
         return _Resolved(
             model_id=model.id,
             model_name=model.name,

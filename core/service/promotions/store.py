@@ -12,6 +12,7 @@ from nightpress.core.database import later_than, lock_until_commit, transaction
 from nightpress.core.errors import ErrorCode, NightpressError
 from nightpress.core.ids import new_id
 from nightpress.core.paging import newest_first
+from nightpress.core.service.deliveries.outbox import deliver_latest
 from nightpress.core.service.tables.jobs import job_artifacts, jobs
 from nightpress.core.service.tables.promotions import promotions
 from nightpress.core.wire.promotions import PromotionView
@@ -102,12 +103,13 @@ def _write(
     cause: Literal["accepted", "manual"],
     key_id: str | None,
 ) -> str:
-    """Insert a promotion that is newer than all others of the name. Returns its id."""
+    """Insert a promotion that is newer than all others of the name, and deliver the result to the name's destinations. Returns its id."""
     there = (_columns.tenant_id == tenant_id, _columns.model_name == model_name)
     created_at = later_than(connection, select(func.max(_columns.created_at)).where(*there))
     row = {"tenant_id": tenant_id, "model_name": model_name, "job_id": job_id, "cause": cause, "created_by": key_id}
     written = new_id("prm")
     connection.execute(insert(promotions).values(id=written, created_at=created_at, **row))
+    deliver_latest(connection, tenant_id, model_name, job_id, key_id=key_id)
     return written
 
 

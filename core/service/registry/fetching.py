@@ -14,7 +14,7 @@ from nightpress.core.database import db_now, transaction
 from nightpress.core.errors import ErrorCode, NightpressError
 from nightpress.core.handoff.manifest import FileEntry
 from nightpress.core.ids import new_id
-from nightpress.core.service.registry.claims import Claim
+from nightpress.core.service.claims import Claim
 from nightpress.core.service.registry.registry import (
     Registry,
     Taken,

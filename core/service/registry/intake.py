@@ -15,7 +15,7 @@ from sqlalchemy import ColumnElement, Engine, or_, select, update
 from nightpress.core.database import db_now, statement, transaction
 from nightpress.core.errors import ErrorCode, NightpressError
 from nightpress.core.ids import new_id
-from nightpress.core.service.registry.claims import Claim
+from nightpress.core.service.claims import Claim
 from nightpress.core.service.registry.datasets import DataSetRegistry
 from nightpress.core.service.registry.models import ModelRegistry
 

@@ -71,6 +71,8 @@ jobs = Table(
     Column("traceparent", String(55)),
     #: the study that the job is a trial of; no foreign key: jobs and studies are pruned each in their time
     Column("study_id", String(40)),
+    #: addresses that its artifacts are delivered to, if it is accepted
+    Column("destinations", JsonType, nullable=False, server_default=text("'[]'")),
     Column("worker_id", String(80)),
     Column("lease_id", String(40)),
     Column("lease_expires_at", UtcDateTime),

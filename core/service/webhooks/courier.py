@@ -3,7 +3,6 @@
 import datetime as dt
 import json
 import logging
-import random
 import ssl
 import threading
 import time
@@ -13,16 +12,15 @@ from typing import Any
 
 from nightpress.core.errors import NightpressError
 from nightpress.core.numbers import whole_number
+from nightpress.core.outbound import Resolve, resolve_name
+from nightpress.core.service import backoff
 from nightpress.core.service.webhooks.outbound import Answer, post
 from nightpress.core.service.webhooks.signing import sign
 from nightpress.core.service.webhooks.store import DueDelivery, WebhookStore
-from nightpress.core.service.webhooks.targets import Resolve, check_target, resolve_name
+from nightpress.core.service.webhooks.targets import check_target
 from nightpress.core.settings import Settings
 from nightpress.core.version import VERSION
 
-#: Seconds after each failed attempt; three days in total.
-PAUSES_S = (5.0, 300.0, 1800.0, 7200.0, 18000.0, 36000.0, 50400.0, 72000.0, 86400.0)
-_JITTER = 0.2
 _LONGEST_ASKED_S = 24 * 3600.0
 _AT_A_TIME = 8
 
@@ -118,10 +116,8 @@ class Courier:
 
 def pause_after(attempts: int, answer: Answer | None, now: dt.datetime) -> float | None:
     """Seconds from the `attempts`-th attempt to the next; None: there is no next. Retry-After can only make the pause longer."""
-    if attempts > len(PAUSES_S):
-        return None
-    pause = PAUSES_S[attempts - 1] * random.uniform(1 - _JITTER, 1 + _JITTER)
-    return max(pause, _asked_for(answer, now) if answer else 0.0)
+    pause = backoff.pause_after(attempts)
+    return None if pause is None else max(pause, _asked_for(answer, now) if answer else 0.0)
 
 
 def _asked_for(answer: Answer, now: dt.datetime) -> float:

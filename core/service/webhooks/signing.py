@@ -5,19 +5,16 @@ The secrets are derived from the installation's key and never stored.
 
 import base64
 import binascii
-import hashlib
 import hmac
-import os
 import time
 from collections.abc import Mapping, Sequence
 
-from nightpress.core.errors import ErrorCode, NightpressError
 from nightpress.core.numbers import whole_number
+from nightpress.core.service.secret_key import installation_key
 from nightpress.core.settings import Settings
 
 PREFIX = "whsec_"
 TOLERANCE_S = 300.0
-_KEY_BYTES = 32
 
 
 class SecretKeeper:
@@ -33,32 +30,8 @@ class SecretKeeper:
 
 
 def open_keeper(settings: Settings) -> SecretKeeper:
-    """Take the key from NIGHTPRESS_SECRET_KEY, else from a file in the data folder, which the first process creates.
-
-    Raises NightpressError(internal) if the file is damaged.
-    """
-    if settings.secret_key is not None:
-        return SecretKeeper(hashlib.sha256(settings.secret_key.get_secret_value().encode()).digest())
-    path = settings.data_dir / "secret"
-    settings.data_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
-    partial = path.with_name(f"secret.{os.getpid()}")
-    if not path.exists():
-        with os.fdopen(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as stream:
-            stream.write(os.urandom(_KEY_BYTES))
-        try:
-            os.link(partial, path)  # fails instead of replacing the key of another process
-        except FileExistsError:
-            pass  # two processes started at the same time: use the key of the first
-        finally:
-            partial.unlink()
-    key = path.read_bytes()
-    if len(key) != _KEY_BYTES:
-        raise NightpressError(
-            ErrorCode.INTERNAL,
-            f"{path} holds {len(key)} bytes, not {_KEY_BYTES}: it was cut off or overwritten.",
-            hint="Restore it from a backup; or move it away, and rotate every webhook's secret after the start.",
-        )
-    return SecretKeeper(key)
+    """The keeper of this installation. Raises NightpressError(internal) if the key's file is damaged."""
+    return SecretKeeper(installation_key(settings))
 
 
 def sign(secrets: Sequence[str], message_id: str, timestamp: int, body: bytes) -> dict[str, str]:

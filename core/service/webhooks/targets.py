@@ -1,19 +1,14 @@
 """Checks the target of a webhook: every address that its name resolves to is checked, and one of them is used."""
 
 import ipaddress
-import socket
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from urllib.parse import urlsplit
 
 from nightpress.core.errors import ErrorCode, NightpressError
-
-Address = ipaddress.IPv4Address | ipaddress.IPv6Address
-Network = ipaddress.IPv4Network | ipaddress.IPv6Network
-Resolve = Callable[[str, int], list[str]]
+from nightpress.core.outbound import Network, Resolve, is_public, is_within, resolve_name
 
 PORTS = frozenset({443, 8443})
-_NAT64 = (ipaddress.IPv6Network("64:ff9b::/96"), ipaddress.IPv6Network("64:ff9b:1::/48"))
 
 
 @dataclass(frozen=True)
@@ -24,11 +19,6 @@ class Target:
     host: str
     port: int
     address: str
-
-
-def resolve_name(host: str, port: int) -> list[str]:
-    """Every address of a name. Raises OSError if there is none."""
-    return [str(found[4][0]) for found in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)]
 
 
 def check_target(url: str, allowed: Sequence[Network] = (), *, resolve: Resolve = resolve_name) -> Target:
@@ -50,27 +40,12 @@ def check_target(url: str, allowed: Sequence[Network] = (), *, resolve: Resolve 
         addresses = [ipaddress.ip_address(text.partition("%")[0]) for text in resolve(host, port)]
     except (OSError, ValueError) as error:
         raise _refused(f"the name {host[:100]} has no address") from error
-    known = [_within(address, allowed) for address in addresses]
+    known = [is_within(address, allowed) for address in addresses]
     if not addresses or not all(mine or is_public(address) for mine, address in zip(known, addresses, strict=True)):
         raise _refused("it leads to a private or reserved address")
     if not all(known) and (parts.scheme != "https" or port not in PORTS):
         raise _refused("it must be https, on port 443 or 8443")
     return Target(url, host, port, str(addresses[0]))
-
-
-def is_public(address: Address) -> bool:
-    """Whether an address is on the public internet. An IPv4 address that is embedded in an IPv6 address must be public too."""
-    if isinstance(address, ipaddress.IPv6Address):
-        if any(address in network for network in _NAT64):
-            return False
-        inner = address.ipv4_mapped or address.sixtofour or (address.teredo[1] if address.teredo else None)
-        if inner is not None and not is_public(inner):
-            return False
-    return address.is_global and not address.is_multicast and not address.is_reserved
-
-
-def _within(address: Address, networks: Sequence[Network]) -> bool:
-    return any(address.version == network.version and address in network for network in networks)
 
 
 def _refused(why: str) -> NightpressError:

@@ -116,7 +116,8 @@ async function results(path, now, place, signal) {
     h("p", { class: "row" },
       button("Save the report (HTML)", () => download(`${path}/report.html`, `${now.id}.html`)),
       button("Save the model card", () => download(`${path}/report.md`, `${now.id}.md`)),
-      h("a", { class: "button", href: `#/compare?job=${now.id}` }, "Compare with other jobs")));
+      h("a", { class: "button", href: `#/compare?job=${now.id}` }, "Compare with other jobs"),
+      now.verdict === "accepted" ? h("a", { class: "button", href: `#/deliveries?job=${now.id}` }, "Deliveries") : null));
 }
 
 // How many times as fast as the source. Reports of earlier versions have only medians.
@@ -169,6 +170,7 @@ function artifact(path, item, report) {
     h("h3", {}, item.format, " ", h("small", { class: "quiet" }, bytes(item.size))),
     check ? h("p", {}, badge(check.passed ? "verified" : "failed"), ` Loaded by ${check.consumer} in a fresh process: ${check.measure} ${figure(check.value)} (bound ${figure(check.bound)}).`) : null,
     check?.load_snippet ? copyable(check.load_snippet) : null,
+    item.signed ? h("p", {}, button("Save the signed statement", () => download(`${path}/artifacts/${encodeURIComponent(item.format)}/attestation`, "nightpress.sigstore.json"), { tone: "small" })) : null,
     h("details", {}, h("summary", {}, `${item.files.length} files`),
       h("ul", { class: "files" }, item.files.map((file) => h("li", {}, button(file.path, () => download(item.download_url + file.path.split("/").map(encodeURIComponent).join("/"), file.path.split("/").at(-1)), { tone: "link", label: `Download ${file.path}` }), " ", h("small", { class: "quiet" }, bytes(file.size), " ", h("code", { title: file.sha256 }, file.sha256.slice(0, 12))))))));
 }

@@ -44,6 +44,7 @@ export async function model(main, { signal }, id) {
   const view = await get(`/v1/models/${encodeURIComponent(id)}`, {}, signal);
   const path = `/v1/models/${encodeURIComponent(view.name)}`;
   const pointer = h("div");
+  const going = h("div");
   document.title = `${view.name} · Nightpress`;
   fill(main,
     h("p", { class: "crumbs" }, h("a", { href: "#/models" }, "Models"), " / ", h("code", {}, view.id)),
@@ -53,8 +54,11 @@ export async function model(main, { signal }, id) {
       ["Digest", view.digest ? h("code", {}, view.digest) : null], ["Added", age(view.created_at)],
       ["Jobs", h("a", { href: `#/jobs?model=${encodeURIComponent(view.id)}` }, "on this model")],
     ]),
-    h("section", { "aria-labelledby": "latest" }, h("h2", { id: "latest" }, "Latest accepted"), pointer));
+    h("section", { "aria-labelledby": "latest" }, h("h2", { id: "latest" }, "Latest accepted"), pointer),
+    h("section", { "aria-labelledby": "going" }, h("h2", { id: "going" }, "Where the latest is delivered to"), going));
   await draw();
+  const { destinations } = await get(`${path}/destinations`, {}, signal);
+  fill(going, destinations.length ? h("ul", {}, destinations.map((destination) => h("li", {}, h("code", {}, destination)))) : h("p", { class: "quiet" }, "Nowhere by themselves. `nightpress deliveries of-model` sets it."));
 
   async function draw() {
     const history = await get(`${path}/promotions`, { limit: 50 }, signal);

@@ -1,4 +1,4 @@
-"""A process's right to fetch or verify one model or data set. It expires unless the process renews it."""
+"""A process's right to work on one row, e.g. to fetch a model or to deliver an artifact. It expires unless the process renews it."""
 
 import threading
 from collections.abc import Iterable, Iterator
@@ -15,17 +15,29 @@ class Claim:
     claim_id: str
     total: int = 0
     done: int = 0
+    skipped: int = 0  #: bytes of `done` that an earlier attempt had transferred
     lost: threading.Event = field(default_factory=threading.Event)
 
     @property
     def progress(self) -> float:
         return min(1.0, self.done / self.total) if self.total else 0.0
 
+    @property
+    def sent(self) -> int:
+        return self.done - self.skipped
+
+    def skip(self, count: int) -> None:
+        """Add bytes that need no transfer. Raises NightpressError(cancelled) if the claim is lost."""
+        self.skipped += count
+        self.note(count)
+
     def note(self, count: int) -> None:
         """Add `count` transferred bytes. Raises NightpressError(cancelled) if the claim is lost."""
         self.done += count
         if self.lost.is_set():
-            raise NightpressError(ErrorCode.CANCELLED, "It was deleted meanwhile, or another process has taken over.")
+            raise NightpressError(
+                ErrorCode.CANCELLED, "It was deleted or cancelled meanwhile, or another process has taken over."
+            )
 
     def counted(self, pieces: Iterable[bytes]) -> Iterator[bytes]:
         for piece in pieces:
