@@ -102,6 +102,17 @@ class Settings(BaseSettings):
         description="Private networks that webhooks may reach, e.g. 10.0.0.0/8. There, http and any port are allowed too.",
     )
 
+    mlflow_url: str = Field(
+        "",
+        description="An MLflow tracking server that is told of every job and study, e.g. https://mlflow.example.com. Only the control process needs it, with `nightpress[trackers]`. Empty: none.",
+    )
+    mlflow_token: SecretStr | None = Field(
+        None, description="Its bearer token. For a user and a password, set MLFLOW_TRACKING_USERNAME and …_PASSWORD."
+    )
+    mlflow_experiment: str = Field(
+        "nightpress", description="A tenant's runs are in the experiment of this name/tenant."
+    )
+
     lease_ttl_s: float = 60.0
     stall_s: float = 1800.0
     run_limit_s: float = 24 * 3600.0

@@ -20,6 +20,8 @@ from nightpress.core.service.registry.intake import Intake
 from nightpress.core.service.schedules.bringing import Bringer
 from nightpress.core.service.schedules.firing import Firing
 from nightpress.core.service.studies.searching import Searching
+from nightpress.core.service.trackers.courier import TrackerCourier
+from nightpress.core.service.trackers.open import open_trackers
 from nightpress.core.service.webhooks.courier import Courier
 from nightpress.core.settings import load_settings
 from nightpress.core.tracing import configure_tracing
@@ -84,6 +86,11 @@ class Control:
         )
         self._searching = Searching(resources.study_ledger, resources.jobs, resources.store, resources.models, ring)
         self._courier = Courier(resources.webhooks, resources.settings)
+        trackers = open_trackers(resources.settings)
+        resources.trackers.use({tracker.name: url for tracker, url in trackers})
+        self._trackers = [
+            TrackerCourier(tracker, resources.trackers, resources.run_contents) for tracker, _ in trackers
+        ]
         self._intake = Intake(resources.engine, self._registries)
         self._slow = SlowSteps()
         self._pauses: dict[str, _Pause] = {}
@@ -99,6 +106,7 @@ class Control:
             self._advance_studies,
             self._take_in,
             self._deliver_webhooks,
+            self._tell_trackers,
             self._ring_queues,
         ]
         if time.monotonic() >= self._sweep_at:
@@ -117,9 +125,11 @@ class Control:
             attempt(step.__name__.strip("_"), step)
 
     def close(self) -> None:
-        """Release the claims of what is being fetched, and wait for webhook deliveries and slow steps that still run."""
+        """Release the claims of what is being fetched, and wait for deliveries and slow steps that still run."""
         self._intake.close()
         self._courier.close()
+        for courier in self._trackers:
+            courier.close()
         self._slow.close()
 
     def _expire_leases(self) -> None:
@@ -148,10 +158,15 @@ class Control:
     def _deliver_webhooks(self) -> None:
         self._courier.deliver()
 
+    def _tell_trackers(self) -> None:
+        for courier in self._trackers:
+            courier.deliver()
+
     def _prune(self) -> None:
         settings = self._settings
         self._resources.schedule_store.forget_runs(settings.keep_history_days * _DAY_S)
         self._resources.webhooks.forget_deliveries(settings.keep_history_days * _DAY_S)
+        self._resources.trackers.forget(settings.keep_history_days * _DAY_S)
         if settings.keep_audit_days:
             self._resources.audit.prune(settings.keep_audit_days * _DAY_S)
         if settings.keep_artifacts_days and (

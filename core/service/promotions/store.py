@@ -14,6 +14,7 @@ from nightpress.core.ids import new_id
 from nightpress.core.paging import newest_first
 from nightpress.core.service.tables.jobs import job_artifacts, jobs
 from nightpress.core.service.tables.promotions import promotions
+from nightpress.core.service.trackers.outbox import note_for_trackers
 from nightpress.core.wire.promotions import PromotionView
 
 _columns = promotions.c
@@ -108,6 +109,7 @@ def _write(
     row = {"tenant_id": tenant_id, "model_name": model_name, "job_id": job_id, "cause": cause, "created_by": key_id}
     written = new_id("prm")
     connection.execute(insert(promotions).values(id=written, created_at=created_at, **row))
+    note_for_trackers(connection, job_id)
     return written
 
 

@@ -18,6 +18,7 @@ from nightpress.core.service.promotions.store import promote_accepted
 from nightpress.core.service.studies.records import Ended, NewTrial, Outcome, Progress, Study, Trial
 from nightpress.core.service.tables.jobs import job_attempts, jobs
 from nightpress.core.service.tables.studies import studies, study_events, study_trials
+from nightpress.core.service.trackers.outbox import note_for_trackers
 from nightpress.core.wire.jobs import TERMINAL_STATES
 from nightpress.core.wire.studies import Reason
 
@@ -204,6 +205,7 @@ def _note(
     if seq is None:
         return False
     connection.execute(insert(study_events).values(study_id=study_id, seq=seq, at=db_now(), kind=kind, data=data))
+    note_for_trackers(connection, study_id)
     return True
 
 

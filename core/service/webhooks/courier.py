@@ -5,14 +5,13 @@ import json
 import logging
 import random
 import ssl
-import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
 from email.utils import parsedate_to_datetime
 from typing import Any
 
 from nightpress.core.errors import NightpressError
 from nightpress.core.numbers import whole_number
+from nightpress.core.service.dispatch.threads import Threads
 from nightpress.core.service.webhooks.outbound import Answer, post
 from nightpress.core.service.webhooks.signing import sign
 from nightpress.core.service.webhooks.store import DueDelivery, WebhookStore
@@ -44,36 +43,18 @@ class Courier:
         self._settings = settings
         self._resolve = resolve
         self._context = context
-        self._threads = ThreadPoolExecutor(_AT_A_TIME, thread_name_prefix="webhook")
-        self._lock = threading.Lock()
-        self._busy = 0
+        self._threads = Threads[DueDelivery]("webhook", at_a_time=_AT_A_TIME)
 
     def deliver(self, now: dt.datetime | None = None) -> int:
         """Start an attempt of each delivery that is due, without waiting for the answers. Returns the number of attempts."""
-        free = 2 * _AT_A_TIME - self._busy
-        if free <= 0:
-            return 0
-        taken = self._store.take_due(now or self._store.now(), limit=free)
-        with self._lock:
-            self._busy += len(taken)
-        for due in taken:
-            self._threads.submit(self._run, due, now)
-        return len(taken)
+        return self._threads.start(
+            lambda room: self._store.take_due(now or self._store.now(), limit=room),
+            lambda due: self.attempt(due, now),
+        )
 
     def close(self) -> None:
         """Wait for the running attempts. Each ends after ten seconds at most."""
-        self._threads.shutdown(wait=True)
-
-    def _run(self, due: DueDelivery, now: dt.datetime | None) -> None:
-        try:
-            self.attempt(due, now)
-        except NightpressError as error:
-            log.warning("Delivery %s could not be settled, and is tried again: %s", due.id, error)
-        except Exception:
-            log.exception("Delivery %s: an unexpected error", due.id)
-        finally:
-            with self._lock:
-                self._busy -= 1
+        self._threads.close()
 
     def attempt(self, due: DueDelivery, now: dt.datetime | None = None) -> None:
         """Send a delivery once, and store the result and the time of the next attempt."""

@@ -2,7 +2,7 @@
 
 import datetime as dt
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from sqlalchemy import ColumnElement, Engine, Row, delete, func, insert, select, update
@@ -38,10 +38,10 @@ class DueDelivery:
 
     id: str
     webhook_id: str
-    url: str
-    payload: dict[str, Any]
+    url: str = field(repr=False)  #: may hold a token; never in a log
+    payload: dict[str, Any] = field(repr=False)
     attempts: int  #: including this attempt
-    secrets: tuple[str, ...]
+    secrets: tuple[str, ...] = field(repr=False)
 
 
 class WebhookStore:
