@@ -192,6 +192,7 @@ class Jobs(Resource[Driver]):
     cancel_all = ask(calls.cancel_jobs)
     retry = ask(calls.retry_job)
     artifacts = ask(calls.list_artifacts)
+    trackers = ask(calls.list_job_trackers)
     report = ask(calls.get_report)
     drawn_report = ask(calls.get_drawn_report)
 

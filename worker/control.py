@@ -87,7 +87,7 @@ class Control:
         self._searching = Searching(resources.study_ledger, resources.jobs, resources.store, resources.models, ring)
         self._courier = Courier(resources.webhooks, resources.settings)
         trackers = open_trackers(resources.settings)
-        resources.trackers.use({tracker.name: url for tracker, url in trackers})
+        self._tracker_urls: dict[str, str] | None = {tracker.name: url for tracker, url in trackers}
         self._trackers = [
             TrackerCourier(tracker, resources.trackers, resources.run_contents) for tracker, _ in trackers
         ]
@@ -159,6 +159,9 @@ class Control:
         self._courier.deliver()
 
     def _tell_trackers(self) -> None:
+        if self._tracker_urls is not None:
+            self._resources.trackers.use(self._tracker_urls)
+            self._tracker_urls = None
         for courier in self._trackers:
             courier.deliver()
 

@@ -1,5 +1,6 @@
 """Commands about jobs: submit, watch, wait, ls, inspect, logs, cancel, retry."""
 
+from collections.abc import Sequence
 from typing import Annotated, Any
 
 import typer
@@ -12,6 +13,7 @@ from nightpress.client.cli.recipes import read_recipe
 from nightpress.client.cli.session import Session, takes_session
 from nightpress.client.client import Client
 from nightpress.core.wire.jobs import JobFilter, JobView, LogView
+from nightpress.core.wire.trackers import TrackedView
 
 JobArgument = Annotated[str, typer.Argument(metavar="JOB", help="The job's id.")]
 
@@ -142,8 +144,9 @@ def inspect(session: Session, job: JobArgument) -> None:
         view = client.jobs.get(job)
         history = list(client.jobs.past_events(job))
         artifacts = client.jobs.artifacts(job)
+        trackers = client.jobs.trackers(job)
     if session.json:
-        output.print_json({"job": view, "events": history, "artifacts": list(artifacts)})
+        output.print_json({"job": view, "events": history, "artifacts": list(artifacts), "trackers": list(trackers)})
         return
     fields: list[tuple[str, object]] = [
         ("job", view.id),
@@ -173,7 +176,7 @@ def inspect(session: Session, job: JobArgument) -> None:
         )
         for artifact in artifacts
     ]
-    output.print_fields(fields)
+    output.print_fields(fields + tracked_fields(trackers))
     for event in history:
         detail = " ".join(f"{key}={value}" for key, value in event.data.items() if not isinstance(value, dict | list))
         output.say(f"  {event.seq:>4}  {event.at:%Y-%m-%d %H:%M:%S}  {event.kind}  {output.clean(detail)}")
@@ -247,6 +250,12 @@ def retry(
         if wait:
             _follow_to_end(client, view.id, json=session.json)
         output.print_json(view) if session.json else output.say(view.id)
+
+
+def tracked_fields(trackers: Sequence[TrackedView]) -> list[tuple[str, object]]:
+    """Where each tracker shows the run, or why it was not told of it."""
+    shown = ((run.tracker, run.page or "not told yet", f" ({run.error})" if run.error else "") for run in trackers)
+    return [(f"in {tracker}", f"{page}{error}") for tracker, page, error in shown]
 
 
 def parse_labels(raw: list[str]) -> dict[str, str]:

@@ -7,7 +7,7 @@ import typer
 
 from nightpress.client.cli import output
 from nightpress.client.cli.exits import Exit
-from nightpress.client.cli.jobs import parse_labels
+from nightpress.client.cli.jobs import parse_labels, tracked_fields
 from nightpress.client.cli.models import send_model
 from nightpress.client.cli.session import Session, takes_session
 from nightpress.client.cli.study_output import StudyProgress, print_report, print_study, print_trials
@@ -150,10 +150,13 @@ def show(session: Session, study: StudyArgument) -> None:
     with session.client() as client:
         found = client.studies.get(study)
         report = client.studies.report(study) if found.state == "succeeded" else None
+        trackers = client.studies.trackers(study)
     if session.json:
-        output.print_json({"study": found, "report": report})
+        output.print_json({"study": found, "report": report, "trackers": list(trackers)})
         return
     print_study(found)
+    if trackers:
+        output.print_fields(tracked_fields(trackers))
     if report is not None:
         print_report(found, report)
 

@@ -84,7 +84,15 @@ class Told:
 
 
 @pytest.fixture
-def told(server: MlflowServer, sql_url: str, tmp_path: Path, bert_tiny: Path) -> Iterator[Told]:
+def told(server: MlflowServer, sqlite_url: str, tmp_path: Path, bert_tiny: Path) -> Iterator[Told]:
+    world = StudyWorld(tmp_path, sqlite_url, bert_tiny)
+    yield Told(world, server.url)
+    world.engine.dispose()
+
+
+@pytest.fixture
+def told_on_both(server: MlflowServer, sql_url: str, tmp_path: Path, bert_tiny: Path) -> Iterator[Told]:
+    """On SQLite and on PostgreSQL."""
     world = StudyWorld(tmp_path, sql_url, bert_tiny)
     yield Told(world, server.url)
     world.engine.dispose()
@@ -173,7 +181,8 @@ def test_a_server_that_is_down_holds_up_nothing_and_is_told_when_it_is_back(told
     assert told.store.pending() == {"mlflow": 0}
 
 
-def test_a_killed_courier_leaves_one_run(told: Told, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_killed_courier_leaves_one_run(told_on_both: Told) -> None:
+    told = told_on_both
     job_id = new_job(told)
     claimed = claim(told.world.store)
     assert told.world.store.attempts.finish(claimed.lease, succeeded(claimed.lease))
@@ -222,7 +231,8 @@ def test_a_study_is_a_parent_run_with_its_trials_below(told: Told) -> None:
     assert '"winner"' in text(told, parent, "report.json")
 
 
-def test_two_couriers_tell_each_row_once(told: Told) -> None:
+def test_two_couriers_tell_each_row_once(told_on_both: Told) -> None:
+    told = told_on_both
     jobs = []
     for _ in range(6):
         jobs.append(new_job(told))
@@ -239,8 +249,6 @@ def test_two_couriers_tell_each_row_once(told: Told) -> None:
     assert sorted(run.data.tags["nightpress.id"] for run in told.runs()) == sorted(jobs)
     with transaction(told.world.engine, read_only=True) as connection:
         assert set(connection.execute(select(tracked_runs.c.attempts)).scalars()) == {0}
-
-
 
 
 def text(told: Told, run: MlflowRun, name: str) -> str:

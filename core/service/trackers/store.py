@@ -1,7 +1,6 @@
 """The outbox of trackers: a row for each job and study, with how much of it the tracker knows."""
 
 import datetime as dt
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from sqlalchemy import ColumnElement, Engine, delete, func, select, update
@@ -105,7 +104,7 @@ class TrackerStore:
         with transaction(self._engine, read_only=True) as connection:
             return {row[0]: row[1] for row in connection.execute(query.group_by(trackers.c.name))}
 
-    def of(self, subject: str) -> Sequence[TrackedView]:
+    def of(self, subject: str) -> list[TrackedView]:
         """What each tracker was told of a job or study."""
         query = select(tracked_runs).where(_runs.subject == subject).order_by(_runs.tracker)
         with transaction(self._engine, read_only=True) as connection:

@@ -104,7 +104,7 @@ function recipe(now) {
 }
 
 async function results(path, now, place, signal) {
-  const [{ report }, artifacts] = await Promise.all([get(`${path}/report`, {}, signal), get(`${path}/artifacts`, {}, signal)]);
+  const [{ report }, artifacts, trackers] = await Promise.all(["report", "artifacts", "trackers"].map((part) => get(`${path}/${part}`, {}, signal)));
   const subjects = [report.source, ...report.artifacts];
   fill(place,
     h("section", { "aria-labelledby": "result" }, h("h2", { id: "result" }, "Before and after"), gates(report), comparison(report, subjects),
@@ -116,7 +116,8 @@ async function results(path, now, place, signal) {
     h("p", { class: "row" },
       button("Save the report (HTML)", () => download(`${path}/report.html`, `${now.id}.html`)),
       button("Save the model card", () => download(`${path}/report.md`, `${now.id}.md`)),
-      h("a", { class: "button", href: `#/compare?job=${now.id}` }, "Compare with other jobs")));
+      h("a", { class: "button", href: `#/compare?job=${now.id}` }, "Compare with other jobs"),
+      trackers.items.filter((run) => /^https?:/.test(run.page ?? "")).map((run) => h("a", { class: "button", href: run.page, rel: "noreferrer" }, `Show in ${run.tracker === "mlflow" ? "MLflow" : run.tracker}`))));
 }
 
 // How many times as fast as the source. Reports of earlier versions have only medians.
