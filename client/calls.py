@@ -156,6 +156,11 @@ def page_promotions(model: str, *, cursor: str | None = None, limit: int = 50) -
     return Call("GET", path_of("models", model, "promotions"), _PROMOTIONS, params=query(cursor=cursor, limit=limit))
 
 
+def get_promotions_feed(model: str) -> Call[str]:
+    """The last fifty promotions of a model's name as an Atom feed."""
+    return Call("GET", path_of("models", model, "promotions.atom"), _text)
+
+
 def promote(model: str, job_id: str) -> Call[PromotionView]:
     """Let a model's name mean the accepted result of this job, e.g. to go back. The next accepted result replaces it."""
     return post(path_of("models", model, "promotions"), _PROMOTION, PromotionCreate(job_id=job_id))

@@ -1,4 +1,4 @@
-"""Trackers, and what each was told of jobs and studies
+"""Trackers, what each was told of jobs and studies, and webhooks for Slack and e-mail
 
 Revision ID: 0022
 Revises: 0020
@@ -18,6 +18,9 @@ _TIME = UtcDateTime()
 
 
 def upgrade() -> None:
+    kind = sa.Column("kind", sa.String(length=12), server_default=sa.text("'standard'"), nullable=False)
+    op.add_column("webhooks", kind)
+    op.add_column("webhooks", sa.Column("template", sa.Text(), server_default=sa.text("''"), nullable=False))
     op.create_table(
         "trackers",
         sa.Column("name", sa.String(length=16), nullable=False),
@@ -55,3 +58,5 @@ def upgrade() -> None:
 def downgrade() -> None:
     op.drop_table("tracked_runs")
     op.drop_table("trackers")
+    op.drop_column("webhooks", "template")
+    op.drop_column("webhooks", "kind")

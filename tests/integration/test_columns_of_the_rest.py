@@ -222,6 +222,8 @@ def test_webhooks_and_what_they_deliver(engine: Engine, rows: Rows, tmp_path: Pa
         "id": hook,
         "tenant_id": "tenant-a",
         "url": "https://93.184.215.14/",
+        "kind": "standard",
+        "template": "",
         "events": ["job.failed"],
         "generation": 1,
         "previous_until": None,
@@ -233,6 +235,11 @@ def test_webhooks_and_what_they_deliver(engine: Engine, rows: Rows, tmp_path: Pa
     }
     counters = frozenset({"generation", "version"})
     rows.check(webhooks, row, alike=counters)
+    channel = WebhookCreate(url="https://93.184.215.15/", events=["job.failed"], kind="slack", template="$model")
+    other = hooks.create("tenant-a", channel, key_id="key12345").webhook.id
+    told = {"id": other, "url": "https://93.184.215.15/", "kind": "slack", "template": "$model"}
+    rows.check(webhooks, {**row, **told}, webhooks.c.id == other, alike=counters)
+    hooks.delete("tenant-a", other)
     hooks.rotate("tenant-a", hook, overlap_s=3600)
     hooks.test("tenant-a", hook)
     delivery = {

@@ -64,6 +64,7 @@ COMMANDS = {
     "delete_model": "models rm",
     "latest": "pull",
     "history": "models history",
+    "promotions_atom": "models history",
     "promote": "models promote",
     "create_data_set": "datasets add",
     "list_data_sets": "datasets",

@@ -12,6 +12,8 @@ from typing import Any
 from nightpress.core.errors import NightpressError
 from nightpress.core.numbers import whole_number
 from nightpress.core.service.dispatch.threads import Threads
+from nightpress.core.service.notifications.mail import check_recipient, send_mail
+from nightpress.core.service.notifications.messages import Message, message_of, slack_body
 from nightpress.core.service.webhooks.outbound import Answer, post
 from nightpress.core.service.webhooks.signing import sign
 from nightpress.core.service.webhooks.store import DueDelivery, WebhookStore
@@ -61,19 +63,9 @@ class Courier:
         began = time.monotonic()
         # The database's time: a receiver refuses a timestamp that is five minutes off, and this host's clock may be wrong.
         clock = self._store.now()
-        body = json.dumps(due.payload, separators=(",", ":"), ensure_ascii=False).encode()
-        headers = {
-            "Content-Type": "application/json",
-            "Content-Length": str(len(body)),
-            "User-Agent": f"nightpress/{VERSION}",
-            **sign(due.secrets, due.id, int(clock.timestamp()), body),
-        }
         answer, fault = None, None
         try:
-            # Check again at each attempt: the name may resolve to another address than when the webhook was registered.
-            target = check_target(due.url, self._settings.webhook_networks, resolve=self._resolve)
-            headers["Host"] = _host_of(target.host, target.port)
-            answer = post(target, headers, body, context=self._context)
+            answer = self._mail(due, clock) if due.kind == "email" else self._post(due, clock)
         except (NightpressError, ConnectionError, TimeoutError) as error:
             fault = error.message if isinstance(error, NightpressError) else str(error)
         except Exception:
@@ -89,12 +81,43 @@ class Courier:
             self._store.settle(due, state="delivered", next_at=None, attempt=tried)
             return
         gone = answer is not None and answer.status == 410
-        pause = pause_after(due.attempts, answer, clock)
+        refused = due.kind == "email" and answer is not None and answer.status >= 500  # SMTP: for good
+        pause = None if refused else pause_after(due.attempts, answer, clock)
         if gone or pause is None:
             self._store.settle(due, state="failed", next_at=None, attempt=tried, gone=gone)
             return
         moment = (now or clock + dt.timedelta(seconds=time.monotonic() - began)) + dt.timedelta(seconds=pause)
         self._store.settle(due, state="pending", next_at=moment, attempt=tried)
+
+    def _post(self, due: DueDelivery, clock: dt.datetime) -> Answer:
+        if due.kind == "slack":
+            body, signature = _json(slack_body(self._message(due))), {}
+        else:
+            body = _json(due.payload)
+            signature = sign(due.secrets, due.id, int(clock.timestamp()), body)
+        headers = {
+            "Content-Type": "application/json",
+            "Content-Length": str(len(body)),
+            "User-Agent": f"nightpress/{VERSION}",
+            **signature,
+        }
+        # Check again at each attempt: the name may resolve to another address than when the webhook was registered.
+        target = check_target(due.url, self._settings.webhook_networks, resolve=self._resolve)
+        headers["Host"] = _host_of(target.host, target.port)
+        return post(target, headers, body, context=self._context)
+
+    def _mail(self, due: DueDelivery, clock: dt.datetime) -> Answer:
+        recipient = check_recipient(due.url, self._settings)
+        message = self._message(due)
+        code, text = send_mail(recipient, message, self._settings, message_id=due.id, at=clock, context=self._context)
+        return Answer(code, {}, text.encode())
+
+    def _message(self, due: DueDelivery) -> Message:
+        return message_of(due.payload, template=due.template, public_url=self._settings.public_url)
+
+
+def _json(value: Any) -> bytes:
+    return json.dumps(value, separators=(",", ":"), ensure_ascii=False).encode()
 
 
 def pause_after(attempts: int, answer: Answer | None, now: dt.datetime) -> float | None:
