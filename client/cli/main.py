@@ -15,6 +15,7 @@ from nightpress.client.cli import (
     doctor,
     jobs,
     keys,
+    mcp,
     models,
     output,
     press,
@@ -68,6 +69,7 @@ for part in (
     press,
     convert,
     profile,
+    mcp,
     doctor,
     demo,
 ):
