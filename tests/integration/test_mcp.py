@@ -79,13 +79,16 @@ def test_an_assistant_submits_reads_and_promotes(face: Face) -> None:
     with face.client() as client:
         second = client.jobs.submit("tiny", RECIPE).id
     face.succeed(face.claim())
-    seen, report, listed, promoted, history = ask(
+    seen, report, listed, promoted, history, *refused = ask(
         face,
         ("get_job", {"job_id": job["id"]}),
         ("get_report", {"job_id": job["id"]}),
         ("list_jobs", {"state": "succeeded", "model": "tiny", "limit": 1}),
         ("promote", {"model": "tiny", "job_id": job["id"]}),
         ("list_promotions", {"model": "tiny", "limit": 2}),
+        ("get_job", {"job_id": "job_none"}),
+        ("search", {"model": "tiny", "gates": {"beauty": ">= 3"}}),
+        ("submit_job", {"model": "tiny", "recipe": "no-such-recipe"}),
     )
     assert json.loads(seen)["verdict"] == "accepted"
     assert json.loads(seen)["artifacts"][0]["format"] == "compressed-tensors"
@@ -93,26 +96,13 @@ def test_an_assistant_submits_reads_and_promotes(face: Face) -> None:
     assert json.loads(listed)["id"] == second
     assert json.loads(promoted)["job_id"] == job["id"]
     assert job["id"] in history
-
-
-def test_what_the_service_refuses_is_an_error_with_a_way_out(face: Face) -> None:
-    gone, wrong, odd = ask(
-        face,
-        ("get_job", {"job_id": "job_none"}),
-        ("search", {"model": "tiny", "gates": {"beauty": ">= 3"}}),
-        ("submit_job", {"model": "tiny", "recipe": "no-such-recipe"}),
-    )
-    assert isinstance(gone, Refused)
-    assert "no such job" in gone
-    assert isinstance(wrong, Refused)
-    assert "beauty" in wrong
-    assert isinstance(odd, Refused)
-    assert "no-such-recipe" in odd
+    assert all(isinstance(answer, Refused) for answer in refused)
+    for answer, why in zip(refused, ("no such job", "beauty", "no-such-recipe"), strict=True):
+        assert why in answer
 
 
 def test_the_callers_scopes_decide(face: Face) -> None:
     _, reader = create_key(face.engine, name="reader", scopes=["jobs:read", "models:read"])
-    jobs, refused = ask(face, ("list_jobs", {}), ("submit_job", {"model": "tiny", "recipe": RECIPE}), key=reader)
-    assert not isinstance(jobs, Refused)
+    [refused] = ask(face, ("submit_job", {"model": "tiny", "recipe": RECIPE}), key=reader)
     assert isinstance(refused, Refused)
     assert "jobs:write" in refused
