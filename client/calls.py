@@ -34,6 +34,7 @@ from nightpress.core.wire.recipes import PassView, RecipeView, ValidateRequest, 
 from nightpress.core.wire.schedules import ScheduleCreate, ScheduleRunView, ScheduleUpdate, ScheduleView
 from nightpress.core.wire.studies import StudyRequest
 from nightpress.core.wire.system import QueueView, ReadyView, WorkerView
+from nightpress.core.wire.trackers import TrackedView
 
 Answer = TypeVar("Answer")
 _HASHING_S = 3600.0  #: time for the server to read a model of some terabytes from its disk
@@ -86,6 +87,7 @@ _UPLOADS = items_reader(UploadFile)
 _PASSES = items_reader(PassView)
 _POSSIBLE = items_reader(Possibility)
 _RECIPE, _RECIPES = reader(RecipeView), items_reader(RecipeView)
+_TRACKED = items_reader(TrackedView)
 _ARTIFACTS, _WORKERS, _QUEUES = items_reader(ArtifactView), items_reader(WorkerView), items_reader(QueueView)
 _EVENTS, _LOGS = items_reader(EventView), items_reader(LogView)
 _REPORT, _READY = reader(ReportView), reader(ReadyView)
@@ -152,6 +154,11 @@ def latest_of(model: str) -> Call[LatestView]:
 def page_promotions(model: str, *, cursor: str | None = None, limit: int = 50) -> Call[Page[PromotionView]]:
     """A page of the results that a model's name has meant, newest first. The first is the present one."""
     return Call("GET", path_of("models", model, "promotions"), _PROMOTIONS, params=query(cursor=cursor, limit=limit))
+
+
+def get_promotions_feed(model: str) -> Call[str]:
+    """The last fifty promotions of a model's name as an Atom feed."""
+    return Call("GET", path_of("models", model, "promotions.atom"), _text)
 
 
 def promote(model: str, job_id: str) -> Call[PromotionView]:
@@ -293,6 +300,11 @@ def list_logs(job_id: str, *, after: int = 0, limit: int = 500) -> Call[list[Log
 def list_artifacts(job_id: str) -> Call[list[ArtifactView]]:
     """A job's artifacts with their files; none before the job has succeeded."""
     return Call("GET", path_of("jobs", job_id, "artifacts"), _ARTIFACTS)
+
+
+def list_job_trackers(job_id: str) -> Call[list[TrackedView]]:
+    """A job's runs in trackers, e.g. MLflow; none where the service tells no tracker, or the job waits."""
+    return Call("GET", path_of("jobs", job_id, "trackers"), _TRACKED)
 
 
 def get_report(job_id: str) -> Call[ReportView]:

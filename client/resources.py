@@ -39,6 +39,7 @@ class Models(Resource[Driver]):
     promotions = pages(calls.page_promotions)
     destinations = ask(delivery_calls.get_destinations)
     set_destinations = ask(delivery_calls.set_destinations)
+    feed = ask(calls.get_promotions_feed)
 
     @flow
     def fetch(self, source: str, name: str) -> Flow[ModelView]:
@@ -196,6 +197,7 @@ class Jobs(Resource[Driver]):
     cancel_all = ask(calls.cancel_jobs)
     retry = ask(calls.retry_job)
     artifacts = ask(calls.list_artifacts)
+    trackers = ask(calls.list_job_trackers)
     report = ask(calls.get_report)
     drawn_report = ask(calls.get_drawn_report)
     report_file = ask(delivery_calls.get_report_file)

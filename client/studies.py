@@ -22,6 +22,7 @@ class Studies(Resource[Driver]):
     cancel = ask(study_calls.cancel_study)
     trials = pages(study_calls.page_trials)
     report = ask(study_calls.get_study_report)
+    trackers = ask(study_calls.list_study_trackers)
 
     @flow
     def wait(

@@ -7,7 +7,9 @@ from nightpress.client.calls import Call, items_reader, path_of, post, query, re
 from nightpress.core.wire.base import Page
 from nightpress.core.wire.jobs import EventView
 from nightpress.core.wire.studies import StudyCreate, StudyReport, StudyView, TrialView
+from nightpress.core.wire.trackers import TrackedView
 
+_TRACKED = items_reader(TrackedView)
 _STUDY, _STUDIES, _STUDY_REPORT = reader(StudyView), reader(Page[StudyView]), reader(StudyReport)
 _TRIALS, _EVENTS = reader(Page[TrialView]), items_reader(EventView)
 _PLANNING_S = 60.0  #: the server makes plans of many recipes before it answers
@@ -43,6 +45,11 @@ def page_trials(study_id: str, *, cursor: str | None = None, limit: int = 50) ->
 def get_study_report(study_id: str) -> Call[StudyReport]:
     """What a study found. Raises ApiError(not_found) before the study has succeeded."""
     return Call("GET", path_of("studies", study_id, "report"), _STUDY_REPORT)
+
+
+def list_study_trackers(study_id: str) -> Call[list[TrackedView]]:
+    """A study's runs in trackers, e.g. MLflow."""
+    return Call("GET", path_of("studies", study_id, "trackers"), _TRACKED)
 
 
 def list_study_events(study_id: str, *, after: int = 0, limit: int = 500) -> Call[list[EventView]]:

@@ -117,6 +117,29 @@ class Settings(BaseSettings):
         description="Private networks that webhooks may reach, e.g. 10.0.0.0/8. There, http and any port are allowed too.",
     )
 
+    smtp_url: SecretStr | None = Field(
+        None,
+        description="The mail server for webhooks of the kind `email`: smtp://[user:password@]host[:port], with STARTTLS where it is offered, or smtps://…. User and password are ASCII, percent-encoded. API and control process need it. Empty: no e-mail.",
+    )
+    mail_from: str = Field("", description="The sender of e-mail, e.g. Nightpress <nightpress@example.com>.")
+    mail_domains: list[str] = Field(
+        default_factory=list, description="Domains that e-mail may be sent to, e.g. example.com. Empty: none."
+    )
+    public_url: str = Field(
+        "", description="Where people reach the web page, for links in messages and feeds. Empty: no links."
+    )
+
+    mlflow_url: str = Field(
+        "",
+        description="An MLflow tracking server that is told of every job and study, e.g. https://mlflow.example.com. Only the control process needs it, with `nightpress[trackers]`. Empty: none.",
+    )
+    mlflow_token: SecretStr | None = Field(
+        None, description="Its bearer token. For a user and a password, set MLFLOW_TRACKING_USERNAME and …_PASSWORD."
+    )
+    mlflow_experiment: str = Field(
+        "nightpress", description="A tenant's runs are in the experiment of this name/tenant."
+    )
+
     lease_ttl_s: float = 60.0
     stall_s: float = 1800.0
     run_limit_s: float = 24 * 3600.0

@@ -14,6 +14,7 @@ import nightpress.core.service.tables.registry
 import nightpress.core.service.tables.schedules
 import nightpress.core.service.tables.signing
 import nightpress.core.service.tables.studies
+import nightpress.core.service.tables.trackers
 import nightpress.core.service.tables.webhooks  # noqa: F401 - importing a module of tables adds them to the metadata
 from nightpress.core.database import make_engine, metadata
 from nightpress.core.settings import load_settings

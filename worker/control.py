@@ -21,6 +21,8 @@ from nightpress.core.service.registry.intake import Intake
 from nightpress.core.service.schedules.bringing import Bringer
 from nightpress.core.service.schedules.firing import Firing
 from nightpress.core.service.studies.searching import Searching
+from nightpress.core.service.trackers.courier import TrackerCourier
+from nightpress.core.service.trackers.open import open_trackers
 from nightpress.core.service.webhooks.courier import Courier
 from nightpress.core.settings import load_settings
 from nightpress.core.tracing import configure_tracing
@@ -93,6 +95,11 @@ class Control:
             resources.objects,
             resources.settings,
         )
+        trackers = open_trackers(resources.settings)
+        self._tracker_urls: dict[str, str] | None = {tracker.name: url for tracker, url in trackers}
+        self._trackers = [
+            TrackerCourier(tracker, resources.trackers, resources.run_contents) for tracker, _ in trackers
+        ]
         self._intake = Intake(resources.engine, self._registries)
         self._slow = SlowSteps()
         self._pauses: dict[str, _Pause] = {}
@@ -110,6 +117,7 @@ class Control:
             self._deliver_webhooks,
             self._sign_artifacts,
             self._deliver_results,
+            self._tell_trackers,
             self._ring_queues,
         ]
         if time.monotonic() >= self._sweep_at:
@@ -129,10 +137,12 @@ class Control:
             attempt(step.__name__.strip("_"), step)
 
     def close(self) -> None:
-        """Release the claims of what is being fetched or delivered, and wait for webhook deliveries and slow steps that still run."""
+        """Release the claims of what is being fetched or delivered, and wait for messages and slow steps that still run."""
         self._intake.close()
         self._deliveries.close()
         self._courier.close()
+        for courier in self._trackers:
+            courier.close()
         self._slow.close()
 
     def _expire_leases(self) -> None:
@@ -171,11 +181,19 @@ class Control:
         """Encrypt stored credentials by the newest key, after the operator has put one in front."""
         self._resources.credentials.seal_again()
 
+    def _tell_trackers(self) -> None:
+        if self._tracker_urls is not None:
+            self._resources.trackers.use(self._tracker_urls)
+            self._tracker_urls = None
+        for courier in self._trackers:
+            courier.deliver()
+
     def _prune(self) -> None:
         settings = self._settings
         self._resources.schedule_store.forget_runs(settings.keep_history_days * _DAY_S)
         self._resources.webhooks.forget_deliveries(settings.keep_history_days * _DAY_S)
         self._resources.deliveries.forget(settings.keep_history_days * _DAY_S)
+        self._resources.trackers.forget(settings.keep_history_days * _DAY_S)
         if settings.keep_audit_days:
             self._resources.audit.prune(settings.keep_audit_days * _DAY_S)
         if settings.keep_artifacts_days and (

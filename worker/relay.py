@@ -11,6 +11,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from nightpress.core.errors import ErrorCode, NightpressError
+from nightpress.core.handoff import curves
 from nightpress.core.handoff.frames import (
     MAX_FRAME_BYTES,
     Checkpoint,
@@ -129,8 +130,7 @@ class Relay:
         elif isinstance(frame, Checkpoint):
             self._keep(frame)
         elif isinstance(frame, Metric):
-            step = "" if frame.step is None else f" at step {frame.step}"
-            self._keeper.log_line("debug", f"{frame.name} = {frame.value:g}{step}")
+            self._keeper.log_line(curves.LEVEL, curves.line_of(frame))
         self._progressed = time.monotonic()
 
     # Memory and the end ----------------------------------------------------------------------------------------------

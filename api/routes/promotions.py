@@ -3,7 +3,8 @@
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
-from nightpress.api.deps import Cursor, Limit, ModelsReader, ModelsWriter, Services, ServicesDep
+from nightpress.api.deps import Cursor, FeedReader, Limit, ModelsReader, ModelsWriter, Services, ServicesDep
+from nightpress.api.feeds import MEDIA_TYPE, promotions_feed
 from nightpress.api.once import OnceRoute
 from nightpress.api.problems import documented
 from nightpress.api.routes import answer
@@ -49,6 +50,29 @@ async def history(
         services.resources.promotions.page, caller.tenant_id, promotion.model_name, cursor=cursor, limit=limit
     )
     return answer(Page[PromotionView](items=items, next_cursor=following))
+
+
+@router.get(
+    "/promotions.atom",
+    response_class=Response,
+    summary="Get the last fifty promotions of a model's name as an Atom feed",
+    description="A feed reader may send the key as the password of HTTP's basic authentication, with any user name.",
+    responses={
+        200: {"content": {MEDIA_TYPE: {}}},
+        304: {"description": "No newer promotion."},
+        **documented(ErrorCode.NOT_FOUND),
+    },
+)
+async def promotions_atom(request: Request, reference: str, caller: FeedReader, services: ServicesDep) -> Response:
+    newest = await services.call(_latest, services, caller.tenant_id, reference)
+    headers = {"ETag": f'"{newest.id}"', "Cache-Control": "private, no-cache"}
+    if headers["ETag"] in request.headers.get("if-none-match", ""):
+        return Response(status_code=304, headers=headers)
+    items, _ = await services.call(
+        services.resources.promotions.page, caller.tenant_id, newest.model_name, cursor=None, limit=50
+    )
+    feed = promotions_feed(newest.model_name, items, services.resources.settings.public_url)
+    return Response(feed, media_type=MEDIA_TYPE, headers=headers)
 
 
 @router.post(

@@ -16,6 +16,7 @@ from nightpress.core.service.jobs.records import Artifact, Job
 from nightpress.core.wire.base import Page
 from nightpress.core.wire.jobs import ArtifactView, ReportView
 from nightpress.core.wire.models import FileView
+from nightpress.core.wire.trackers import TrackedView
 
 router = APIRouter(prefix="/v1/jobs/{job_id}", tags=["results"])
 
@@ -90,6 +91,17 @@ async def artifact_attestation(
     await own_job(services, caller, job_id)
     bundle = await services.call(services.resources.signing.bundle, job_id, format)
     return Response(bundle, media_type="application/vnd.dev.sigstore.bundle.v0.3+json")
+
+
+@router.get(
+    "/trackers",
+    response_model=Page[TrackedView],
+    summary="List a job's runs in trackers, e.g. MLflow",
+    responses=documented(ErrorCode.NOT_FOUND),
+)
+async def job_trackers(job_id: str, caller: JobsReader, services: ServicesDep) -> Response:
+    await own_job(services, caller, job_id)
+    return answer(Page[TrackedView](items=await services.call(services.resources.trackers.of, job_id)))
 
 
 @router.get(

@@ -15,6 +15,7 @@ from nightpress.core.service.jobs.records import Event
 from nightpress.core.wire.base import Page
 from nightpress.core.wire.jobs import EventView
 from nightpress.core.wire.studies import StudyCreate, StudyReport, StudyView, TrialView
+from nightpress.core.wire.trackers import TrackedView
 
 router = APIRouter(prefix="/v1/studies", tags=["studies"], route_class=OnceRoute)
 
@@ -125,6 +126,17 @@ async def list_trials(
 )
 async def get_study_report(study_id: str, caller: JobsReader, services: ServicesDep) -> Response:
     return answer(await services.call(services.resources.studies.store.report, caller.tenant_id, study_id))
+
+
+@router.get(
+    "/{study_id}/trackers",
+    response_model=Page[TrackedView],
+    summary="List a study's runs in trackers, e.g. MLflow",
+    responses=documented(ErrorCode.NOT_FOUND),
+)
+async def study_trackers(study_id: str, caller: JobsReader, services: ServicesDep) -> Response:
+    await services.call(services.resources.studies.store.get, caller.tenant_id, study_id)
+    return answer(Page[TrackedView](items=await services.call(services.resources.trackers.of, study_id)))
 
 
 @router.get(

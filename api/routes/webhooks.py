@@ -1,4 +1,4 @@
-"""Webhooks: messages to an address when a job has ended."""
+"""Webhooks: messages to an address, a channel or a mailbox when something has happened."""
 
 from typing import Annotated
 
@@ -30,7 +30,24 @@ _EXAMPLES = {
             "url": "https://ci.example.com/hooks/nightpress",
             "events": ["job.succeeded", "job.failed", "job.cancelled"],
         },
-    }
+    },
+    "a channel": {
+        "summary": "A channel of Slack is told of new results",
+        "value": {
+            "url": "https://hooks.slack.com/services/T000/B000/XXX",
+            "kind": "slack",
+            "events": ["model.promoted", "study.succeeded", "schedule.failed"],
+        },
+    },
+    "a mailbox": {
+        "summary": "A mailbox is told of what failed, in words of its own",
+        "value": {
+            "url": "mailto:nights@example.com",
+            "kind": "email",
+            "events": ["job.failed", "study.failed", "schedule.failed"],
+            "template": "$model failed\n$error\n$link",
+        },
+    },
 }
 _NO_STORE = {"Cache-Control": "no-store"}
 
@@ -102,7 +119,7 @@ async def delete_webhook(
     "/{webhook_id}/rotate",
     response_model=NewWebhookView,
     summary="Make a new secret; for a while messages carry signatures by both secrets",
-    responses=documented(ErrorCode.NOT_FOUND, ErrorCode.INVALID_REQUEST),
+    responses=documented(ErrorCode.NOT_FOUND, ErrorCode.INVALID_REQUEST, ErrorCode.CONFLICT),
 )
 async def rotate_secret(
     webhook_id: str, caller: WebhooksWriter, services: ServicesDep, body: SecretRotate | None = None

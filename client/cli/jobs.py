@@ -1,5 +1,6 @@
 """Commands about jobs: submit, watch, wait, ls, inspect, logs, cancel, retry."""
 
+from collections.abc import Sequence
 from typing import Annotated, Any
 
 import typer
@@ -12,7 +13,10 @@ from nightpress.client.cli.models import send_model
 from nightpress.client.cli.recipes import read_recipe
 from nightpress.client.cli.session import Session, takes_session
 from nightpress.client.client import Client
+from nightpress.client.gates import with_gates
 from nightpress.core.wire.jobs import JobFilter, JobView, LogView
+from nightpress.core.wire.studies import read_gate
+from nightpress.core.wire.trackers import TrackedView
 
 JobArgument = Annotated[str, typer.Argument(metavar="JOB", help="The job's id.")]
 
@@ -29,6 +33,15 @@ def submit(
     ],
     recipe: Annotated[str, typer.Option("--recipe", "-r", help="A built-in recipe's name, or a YAML file.")],
     wait: Annotated[bool, typer.Option("--wait", "-w", help="Show progress until the job ends.")] = False,
+    gate: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--gate",
+            "-g",
+            metavar="GATE",
+            help="A bound such as 'perplexity <= +1%', in place of the recipe's own for this figure; may be repeated. With --wait, the exit status is 3 if the result misses one.",
+        ),
+    ] = None,
     name: Annotated[str, typer.Option(help="A title for the job.")] = "",
     model_name: Annotated[
         str | None, typer.Option(help="The model's name at the server; otherwise its folder's.")
@@ -51,13 +64,13 @@ def submit(
 ) -> None:
     """Queue a job: a recipe on a model."""
     labels = parse_labels(label or [])
-    chosen = read_recipe(recipe)
+    chosen, gates = read_recipe(recipe), read_gates(gate or [])
     fields: dict[str, Any] = {"name": name, "priority": priority, "labels": labels, "reuse": reuse}
     fields |= {key: value for key, value in (("run_limit_s", run_limit), ("queue_limit_s", queue_limit)) if value}
     fields |= {"destinations": to} if to else {}
     with session.client() as client:
         subject = send_model(client, model, model_name, quiet=session.json)
-        job = client.jobs.submit(subject, chosen, idempotency_key=idempotency_key, **fields)
+        job = client.jobs.submit(subject, with_gates(client, chosen, gates), idempotency_key=idempotency_key, **fields)
         if not session.json:
             output.note(f"Submitted {job.id} to the queue {job.queue}: {output.clean(job.queue_reason)}")
         if not wait:
@@ -145,8 +158,9 @@ def inspect(session: Session, job: JobArgument) -> None:
         view = client.jobs.get(job)
         history = list(client.jobs.past_events(job))
         artifacts = client.jobs.artifacts(job)
+        trackers = client.jobs.trackers(job)
     if session.json:
-        output.print_json({"job": view, "events": history, "artifacts": list(artifacts)})
+        output.print_json({"job": view, "events": history, "artifacts": list(artifacts), "trackers": list(trackers)})
         return
     fields: list[tuple[str, object]] = [
         ("job", view.id),
@@ -176,7 +190,7 @@ def inspect(session: Session, job: JobArgument) -> None:
         )
         for artifact in artifacts
     ]
-    output.print_fields(fields)
+    output.print_fields(fields + tracked_fields(trackers))
     for event in history:
         detail = " ".join(f"{key}={value}" for key, value in event.data.items() if not isinstance(value, dict | list))
         output.say(f"  {event.seq:>4}  {event.at:%Y-%m-%d %H:%M:%S}  {event.kind}  {output.clean(detail)}")
@@ -250,6 +264,20 @@ def retry(
         if wait:
             _follow_to_end(client, view.id, json=session.json)
         output.print_json(view) if session.json else output.say(view.id)
+
+
+def tracked_fields(trackers: Sequence[TrackedView]) -> list[tuple[str, object]]:
+    """Where each tracker shows the run, or why it was not told of it."""
+    shown = ((run.tracker, run.page or "not told yet", f" ({run.error})" if run.error else "") for run in trackers)
+    return [(f"in {tracker}", f"{page}{error}") for tracker, page, error in shown]
+
+
+def read_gates(gates: Sequence[str]) -> dict[str, str]:
+    """Figure → bound. Raises BadParameter."""
+    try:
+        return dict(read_gate(text) for text in gates)
+    except ValueError as error:
+        raise typer.BadParameter(str(error), param_hint="--gate") from error
 
 
 def parse_labels(raw: list[str]) -> dict[str, str]:

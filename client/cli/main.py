@@ -17,6 +17,7 @@ from nightpress.client.cli import (
     doctor,
     jobs,
     keys,
+    mcp,
     models,
     output,
     press,
@@ -74,6 +75,7 @@ for part in (
     press,
     convert,
     profile,
+    mcp,
     doctor,
     demo,
 ):

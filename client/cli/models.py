@@ -131,9 +131,13 @@ def model_history(
     session: Session,
     model: Annotated[str, typer.Argument(metavar="MODEL")],
     limit: Annotated[int, typer.Option("--limit", "-n", min=1, help="How many, newest first.")] = 20,
+    atom: Annotated[bool, typer.Option("--atom", help="Print the Atom feed of the last fifty instead.")] = False,
 ) -> None:
     """List the jobs whose results a model's name has meant. `nightpress pull MODEL` fetches the first."""
     with session.client() as client:
+        if atom:
+            output.say(client.models.feed(model))
+            return
         found = list(islice(client.models.promotions(model, limit=min(limit, 200)), limit))
     if session.json:
         output.print_json(found)

@@ -7,7 +7,7 @@ import typer
 
 from nightpress.client.cli import output
 from nightpress.client.cli.exits import Exit
-from nightpress.client.cli.jobs import parse_labels
+from nightpress.client.cli.jobs import parse_labels, read_gates, tracked_fields
 from nightpress.client.cli.models import send_model
 from nightpress.client.cli.session import Session, takes_session
 from nightpress.client.cli.study_output import StudyProgress, print_report, print_study, print_trials
@@ -15,7 +15,7 @@ from nightpress.client.client import Client
 from nightpress.client.errors import ClientError
 from nightpress.core.recipes.yamlfile import read_yaml
 from nightpress.core.wire.jobs import TERMINAL_STATES
-from nightpress.core.wire.studies import StudyView, read_gate
+from nightpress.core.wire.studies import StudyView
 
 studies = typer.Typer(invoke_without_command=True, help="Studies: list, show, trials, events, cancel.")
 StudyArgument = Annotated[str, typer.Argument(metavar="STUDY", help="The study's id.")]
@@ -94,7 +94,7 @@ def search(
     fields |= {key: value for key, value in given.items() if value is not None}
     if space is not None:
         fields |= _read_space(space)
-    gates = dict(_read_gate(text) for text in gate)
+    gates = read_gates(gate)
     with session.client() as client:
         subject = send_model(client, model, None, quiet=session.json)
         study = client.studies.create(subject, gates, minimize=minimize, **fields)
@@ -150,10 +150,13 @@ def show(session: Session, study: StudyArgument) -> None:
     with session.client() as client:
         found = client.studies.get(study)
         report = client.studies.report(study) if found.state == "succeeded" else None
+        trackers = client.studies.trackers(study)
     if session.json:
-        output.print_json({"study": found, "report": report})
+        output.print_json({"study": found, "report": report, "trackers": list(trackers)})
         return
     print_study(found)
+    if trackers:
+        output.print_fields(tracked_fields(trackers))
     if report is not None:
         print_report(found, report)
 
@@ -233,13 +236,6 @@ def _exit_of(study: StudyView) -> Exit:
     if study.state != "succeeded":
         return Exit.JOB_FAILED
     return Exit.REJECTED if study.verdict == "rejected" else Exit.OK
-
-
-def _read_gate(text: str) -> tuple[str, str]:
-    try:
-        return read_gate(text)
-    except ValueError as error:
-        raise typer.BadParameter(str(error), param_hint="--gate") from error
 
 
 def read_study(file: Path) -> dict[str, Any]:

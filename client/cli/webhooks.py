@@ -1,13 +1,20 @@
-"""`nightpress webhooks …`: addresses that are told when a job has ended."""
+"""`nightpress webhooks …`: addresses, channels and mailboxes that are told when something has happened."""
 
 from itertools import islice
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args
 
 import typer
 
 from nightpress.client.cli import output
 from nightpress.client.cli.session import Session, takes_session
-from nightpress.core.wire.webhooks import DeliveryView, NewWebhookView, WebhookView
+from nightpress.core.wire.webhooks import (
+    TEMPLATE_FIELDS,
+    DeliveryView,
+    NewWebhookView,
+    WebhookEvent,
+    WebhookKind,
+    WebhookView,
+)
 
 webhooks = typer.Typer(
     invoke_without_command=True,
@@ -17,7 +24,14 @@ webhooks = typer.Typer(
 Hook = Annotated[str, typer.Argument(metavar="WEBHOOK", help="Its id.")]
 Event = Annotated[
     list[str] | None,
-    typer.Option("--event", "-e", metavar="EVENT", help="job.succeeded, job.failed or job.cancelled; may be repeated."),
+    typer.Option("--event", "-e", metavar="EVENT", help=f"{', '.join(get_args(WebhookEvent))}; may be repeated."),
+]
+Words = Annotated[
+    str | None,
+    typer.Option(
+        metavar="TEXT",
+        help=f"For Slack and e-mail: the text, with {', '.join('$' + name for name in TEMPLATE_FIELDS)} filled in. The first line is a mail's subject.",
+    ),
 ]
 _EVERY_EVENT = ["job.succeeded", "job.failed", "job.cancelled"]
 
@@ -42,11 +56,18 @@ def list_webhooks(session: Session, context: typer.Context) -> None:
 
 @webhooks.command("add")
 @takes_session
-def add(session: Session, url: Annotated[str, typer.Argument(metavar="URL")], event: Event = None) -> None:
-    """Tell an address when jobs end. Prints the secret that signs the messages; it is shown this once."""
+def add(
+    session: Session,
+    url: Annotated[str, typer.Argument(metavar="URL", help="An address of the web, or mailto:NAME@DOMAIN.")],
+    event: Event = None,
+    slack: Annotated[bool, typer.Option("--slack", help="The address is an incoming webhook of Slack.")] = False,
+    template: Words = None,
+) -> None:
+    """Tell an address when jobs end, or of other events. Prints the secret that signs messages; it is shown this once."""
     wanted: Any = event or _EVERY_EVENT
+    kind: WebhookKind = "slack" if slack else "email" if url.startswith("mailto:") else "standard"
     with session.client() as client:
-        _print_new(session, client.webhooks.create(url, wanted))
+        _print_new(session, client.webhooks.create(url, wanted, kind=kind, template=template or ""))
 
 
 @webhooks.command("show")
@@ -64,10 +85,11 @@ def edit(
     webhook: Hook,
     url: Annotated[str | None, typer.Option(metavar="URL")] = None,
     event: Event = None,
+    template: Words = None,
     enabled: Annotated[bool | None, typer.Option("--on/--off", help="Send messages, or send none.")] = None,
 ) -> None:
     """Change the given options of a webhook. Options that are not given stay as they are."""
-    given = {"url": url, "events": event, "enabled": enabled}
+    given = {"url": url, "events": event, "template": template, "enabled": enabled}
     with session.client() as client:
         found = client.webhooks.get(webhook)
         changes = {key: value for key, value in given.items() if value is not None}
@@ -150,6 +172,8 @@ def _print(session: Session, webhook: WebhookView) -> None:
     fields = [
         ("webhook", webhook.id),
         ("address", webhook.url),
+        ("kind", webhook.kind),
+        ("template", webhook.template),
         ("events", ", ".join(webhook.events)),
         ("state", _state(webhook)),
     ]
@@ -161,6 +185,8 @@ def _print_new(session: Session, made: NewWebhookView) -> None:
         output.print_json(made)
         return
     _print(session, made.webhook)
+    if made.secret is None:
+        return
     output.say(f"secret   {made.secret}")
     output.note("Keep the secret: it is shown this once. Messages are signed as standardwebhooks.com specifies.")
 

@@ -33,6 +33,8 @@ from nightpress.core.service.studies.ledger import StudyLedger
 from nightpress.core.service.studies.service import StudyService
 from nightpress.core.service.studies.store import StudyStore
 from nightpress.core.service.vault import open_vault
+from nightpress.core.service.trackers.contents import Contents
+from nightpress.core.service.trackers.store import TrackerStore
 from nightpress.core.service.webhooks.signing import open_keeper
 from nightpress.core.service.webhooks.store import WebhookStore
 from nightpress.core.settings import Settings
@@ -130,6 +132,14 @@ class Resources:
     @cached_property
     def model_destinations(self) -> ModelDestinationStore:
         return ModelDestinationStore(self.engine, self.settings)
+
+    @cached_property
+    def trackers(self) -> TrackerStore:
+        return TrackerStore(self.engine)
+
+    @cached_property
+    def run_contents(self) -> Contents:
+        return Contents(self.engine, self.objects, self.settings.objects_url)
 
     @cached_property
     def quotas(self) -> QuotaBook:

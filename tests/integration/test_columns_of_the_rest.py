@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from sqlalchemy import Engine, select
 
-from nightpress.core.database import db_month, metadata, transaction
+from nightpress.core.database import db_month, db_now, metadata, transaction
 from nightpress.core.service.access.audit import AuditLog
 from nightpress.core.service.access.idempotency import Answered, Begun, IdempotencyBook
 from nightpress.core.service.access.keys import KeyRing, create_key, revoke
@@ -30,7 +30,9 @@ from nightpress.core.service.tables.jobs import (
 )
 from nightpress.core.service.tables.promotions import promotions
 from nightpress.core.service.tables.schedules import schedule_runs, schedules
+from nightpress.core.service.tables.trackers import tracked_runs, trackers
 from nightpress.core.service.tables.webhooks import webhook_attempts, webhook_deliveries, webhooks
+from nightpress.core.service.trackers.store import TrackerStore
 from nightpress.core.service.webhooks.signing import open_keeper
 from nightpress.core.service.webhooks.store import WebhookStore
 from nightpress.core.settings import Settings
@@ -60,6 +62,8 @@ COVERED = {
     schedules,
     source_figures,
     tenants,
+    tracked_runs,
+    trackers,
     webhook_attempts,
     webhook_deliveries,
     webhooks,
@@ -224,6 +228,8 @@ def test_webhooks_and_what_they_deliver(engine: Engine, rows: Rows, tmp_path: Pa
         "id": hook,
         "tenant_id": "tenant-a",
         "url": "https://93.184.215.14/",
+        "kind": "standard",
+        "template": "",
         "events": ["job.failed"],
         "generation": 1,
         "previous_until": None,
@@ -235,6 +241,11 @@ def test_webhooks_and_what_they_deliver(engine: Engine, rows: Rows, tmp_path: Pa
     }
     counters = frozenset({"generation", "version"})
     rows.check(webhooks, row, alike=counters)
+    channel = WebhookCreate(url="https://93.184.215.15/", events=["job.failed"], kind="slack", template="$model")
+    other = hooks.create("tenant-a", channel, key_id="key12345").webhook.id
+    told = {"id": other, "url": "https://93.184.215.15/", "kind": "slack", "template": "$model"}
+    rows.check(webhooks, {**row, **told}, webhooks.c.id == other, alike=counters)
+    hooks.delete("tenant-a", other)
     hooks.rotate("tenant-a", hook, overlap_s=3600)
     hooks.test("tenant-a", hook)
     delivery = {
@@ -349,3 +360,43 @@ def test_schedules_and_their_runs(world: World, tmp_path: Path) -> None:
     searched |= {"fingerprint": whole_id(64), "model_id": identifier("mdl"), "digest": DIGEST}
     rows.check(schedule_runs, {**run, **searched}, schedule_runs.c.id == begun.id)
     rows.all_seen(schedules, schedule_runs)
+
+
+def test_trackers_and_what_they_were_told(engine: Engine, rows: Rows, store: JobStore) -> None:
+    outbox = TrackerStore(engine)
+    outbox.use({"mlflow": "http://mlflow:5000"})
+    rows.check(trackers, {"name": "mlflow", "url": "http://mlflow:5000", "since": rows.now})
+    job_id = submit(store)
+    claimed = claim(store)
+    assert store.attempts.record_event(claimed.lease, "checkpoint", {})
+    row = {
+        "tracker": "mlflow",
+        "subject": job_id,
+        "changed": 1,
+        "told": 0,
+        "lines": 0,
+        "run_id": None,
+        "page": None,
+        "attempts": 0,
+        "next_at": rows.now,
+        "error": None,
+        "created_at": rows.now,
+    }
+    counters = frozenset({"changed", "told", "lines", "attempts"})
+    rows.check(tracked_runs, row, alike=counters)
+    [due] = outbox.take_due("mlflow", limit=5)
+    assert outbox.begun(due, "run-7", "http://mlflow:5000/#/run-7")
+    assert store.attempts.record_event(claimed.lease, "checkpoint", {})
+    begun = {**row, "changed": 2, "run_id": "run-7", "page": "http://mlflow:5000/#/run-7"}
+    rows.check(tracked_runs, {**begun, "attempts": 1, "next_at": rows.after(120)}, alike=counters)
+    assert outbox.failed(due, "it answered 503")
+    rows.check(
+        tracked_runs, {**begun, "attempts": 1, "next_at": rows.after(2), "error": "it answered 503"}, alike=counters
+    )
+    assert not outbox.told(due, lines=9, again_s=None), "the row is no longer held"
+    with transaction(engine) as connection:
+        connection.execute(tracked_runs.update().values(next_at=db_now(-1)))
+    [due] = outbox.take_due("mlflow", limit=5)
+    assert outbox.told(due, lines=9, again_s=30)
+    rows.check(tracked_runs, {**begun, "told": 2, "lines": 9, "next_at": rows.after(30)}, alike=counters)
+    rows.all_seen(trackers, tracked_runs)

@@ -36,6 +36,7 @@ from nightpress.core.service.tables.jobs import (
     job_events,
     jobs,
 )
+from nightpress.core.service.trackers.outbox import note_for_trackers
 from nightpress.core.service.webhooks.outbox import note_for_webhooks
 
 MAX_BACKOFF_S = 600.0
@@ -79,6 +80,7 @@ def move(
     event = {"job_id": job.id, "seq": seq, "kind": kind, "data": data}
     connection.execute(insert(job_events).values(at=db_now(), **event))
     note_for_webhooks(connection, job.tenant_id, kind, job.told())
+    note_for_trackers(connection, job.id)
     return job
 
 

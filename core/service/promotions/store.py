@@ -15,6 +15,8 @@ from nightpress.core.paging import newest_first
 from nightpress.core.service.deliveries.outbox import deliver_latest
 from nightpress.core.service.tables.jobs import job_artifacts, jobs
 from nightpress.core.service.tables.promotions import promotions
+from nightpress.core.service.trackers.outbox import note_for_trackers
+from nightpress.core.service.webhooks.outbox import note_event
 from nightpress.core.wire.promotions import PromotionView
 
 _columns = promotions.c
@@ -110,6 +112,9 @@ def _write(
     written = new_id("prm")
     connection.execute(insert(promotions).values(id=written, created_at=created_at, **row))
     deliver_latest(connection, tenant_id, model_name, job_id, key_id=key_id)
+    note_for_trackers(connection, job_id)
+    told = {"id": written, "model_name": model_name, "job_id": job_id, "cause": cause}
+    note_event(connection, tenant_id, "model.promoted", told)
     return written
 
 

@@ -18,6 +18,7 @@ from nightpress.core.service.schedules.cron import Cron
 from nightpress.core.service.tables.jobs import jobs
 from nightpress.core.service.tables.schedules import schedule_runs, schedules
 from nightpress.core.service.tables.studies import studies
+from nightpress.core.service.webhooks.outbox import note_event
 from nightpress.core.versions import changed_since
 from nightpress.core.wire.jobs import TERMINAL_STATES, JobRequest
 from nightpress.core.wire.schedules import ScheduleRunView, ScheduleView
@@ -212,8 +213,9 @@ class ScheduleStore:
             if not connection.execute(update(schedules).where(*still).values(next_at=next_at)).rowcount:
                 return False
             for moment, reason in fires.items():
+                run_id = new_id("run")
                 row = {
-                    "id": new_id("run"),
+                    "id": run_id,
                     "schedule_id": due.id,
                     "scheduled_for": moment,
                     "created_at": db_now(),
@@ -222,6 +224,8 @@ class ScheduleStore:
                     "reason": reason,
                 }
                 connection.execute(self._insert_once(connection, row))
+                if reason:
+                    _note_decided(connection, run_id)
         return True
 
     def _insert_once(self, connection: Connection, row: Mapping[str, Any]) -> Any:
@@ -311,14 +315,35 @@ class ScheduleStore:
         """pending → submitted | skipped | failed. False: another replica has decided the run."""
         with transaction(self._engine) as connection:
             still = (_runs.id == run_id, _runs.state == "pending")
-            won = connection.execute(update(schedule_runs).where(*still).values(state=state, **columns))
-            return won.rowcount == 1
+            won = connection.execute(update(schedule_runs).where(*still).values(state=state, **columns)).rowcount == 1
+            if won and state in {"failed", "skipped"}:
+                _note_decided(connection, run_id)
+            return won
 
     def forget_runs(self, older_than_s: float) -> int:
         """Delete decided runs that are older than `older_than_s` seconds. Returns their number."""
         with transaction(self._engine) as connection:
             old = (_runs.state != "pending", _runs.created_at < db_now(-older_than_s))
             return connection.execute(schedule_runs.delete().where(*old)).rowcount
+
+
+def _note_decided(connection: Connection, run_id: str) -> None:
+    """Tell the tenant's webhooks of a run that failed or was skipped. One whose job or study ends is told by these."""
+    query = select(
+        schedules.c.id,
+        schedules.c.name,
+        schedules.c.tenant_id,
+        _runs.state,
+        _runs.reason,
+        _runs.error,
+        _runs.scheduled_for,
+    ).join_from(schedule_runs, schedules, schedules.c.id == _runs.schedule_id)
+    run = connection.execute(query.where(_runs.id == run_id)).one_or_none()
+    if run is None:
+        return  # another replica has recorded this fire
+    told = {"id": run.id, "name": run.name, "run_id": run_id, "scheduled_for": run.scheduled_for.isoformat()}
+    told |= {"state": run.state, "reason": run.reason, "error": run.error}
+    note_event(connection, run.tenant_id, f"schedule.{run.state}", told)
 
 
 def _named(tenant_id: str, reference: str) -> tuple[ColumnElement[bool], ...]:

@@ -18,12 +18,15 @@ from nightpress.core.service.promotions.store import promote_accepted
 from nightpress.core.service.studies.records import Ended, NewTrial, Outcome, Progress, Study, Trial
 from nightpress.core.service.tables.jobs import job_attempts, jobs
 from nightpress.core.service.tables.studies import studies, study_events, study_trials
+from nightpress.core.service.trackers.outbox import note_for_trackers
+from nightpress.core.service.webhooks.outbox import note_event
 from nightpress.core.wire.jobs import TERMINAL_STATES
 from nightpress.core.wire.studies import Reason
 
 STUDY_COLUMNS = tuple(studies.c[field.name] for field in fields(Study))
 _TRIAL_COLUMNS = tuple(study_trials.c[field.name] for field in fields(Trial))
 _trials = study_trials.c
+_ENDED = frozenset({"succeeded", "failed", "cancelled"})
 
 
 class StudyLedger:
@@ -184,7 +187,11 @@ class StudyLedger:
     def _moved(
         self, connection: Connection, study: Study, source: str, kind: str, data: dict[str, Any], **values: Any
     ) -> bool:
-        return _note(connection, study.id, kind, data, studies.c.state == source, **values)
+        done = _note(connection, study.id, kind, data, studies.c.state == source, **values)
+        if done and kind in _ENDED:
+            told = {"id": study.id, "name": study.name, "model_name": study.model_name, "labels": study.labels}
+            note_event(connection, study.tenant_id, f"study.{kind}", {**told, "state": kind, **data})
+        return done
 
     def forget(self, older_than_s: float) -> int:
         """Delete studies that ended more than `older_than_s` seconds ago. Their jobs are pruned by themselves. Returns their number."""
@@ -204,6 +211,7 @@ def _note(
     if seq is None:
         return False
     connection.execute(insert(study_events).values(study_id=study_id, seq=seq, at=db_now(), kind=kind, data=data))
+    note_for_trackers(connection, study_id)
     return True
 
 

@@ -16,6 +16,7 @@ from nightpress.core.service.jobs.positions import Position
 from nightpress.core.service.jobs.records import Event
 from nightpress.core.service.studies.ledger import request_cancel
 from nightpress.core.service.tables.studies import studies, study_events, study_trials
+from nightpress.core.service.trackers.outbox import note_for_trackers
 from nightpress.core.wire.studies import Best, StudyReport, StudyView, TrialView
 
 _MAX_ACTIVE = 100  #: studies of a tenant that have not ended
@@ -62,6 +63,7 @@ class StudyStore:
             connection.execute(insert(studies).values(**row, **values))
             event = {"study_id": study_id, "seq": 1, "at": db_now(), "kind": "created", "data": {}}
             connection.execute(insert(study_events).values(**event))
+            note_for_trackers(connection, study_id)
 
     def get(self, tenant_id: str, study_id: str) -> StudyView:
         """Raises not_found."""

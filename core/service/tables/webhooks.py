@@ -10,6 +10,8 @@ webhooks = Table(
     Column("id", String(40), primary_key=True),
     Column("tenant_id", String(64), nullable=False),
     Column("url", String(2048), nullable=False),
+    Column("kind", String(12), nullable=False, server_default=text("'standard'")),
+    Column("template", Text, nullable=False, server_default=text("''")),  #: of its messages; empty: the usual text
     Column("events", JsonType, nullable=False),
     Column("generation", Integer, nullable=False),  #: number of the secret in use
     Column("previous_until", UtcDateTime),  #: time until which messages are also signed with the previous secret

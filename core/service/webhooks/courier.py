@@ -4,9 +4,7 @@ import datetime as dt
 import json
 import logging
 import ssl
-import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
 from email.utils import parsedate_to_datetime
 from typing import Any
 
@@ -14,6 +12,9 @@ from nightpress.core.errors import NightpressError
 from nightpress.core.numbers import whole_number
 from nightpress.core.outbound import Resolve, resolve_name
 from nightpress.core.service import backoff
+from nightpress.core.service.dispatch.threads import Threads
+from nightpress.core.service.notifications.mail import check_recipient, send_mail
+from nightpress.core.service.notifications.messages import Message, message_of, slack_body
 from nightpress.core.service.webhooks.outbound import Answer, post
 from nightpress.core.service.webhooks.signing import sign
 from nightpress.core.service.webhooks.store import DueDelivery, WebhookStore
@@ -42,55 +43,27 @@ class Courier:
         self._settings = settings
         self._resolve = resolve
         self._context = context
-        self._threads = ThreadPoolExecutor(_AT_A_TIME, thread_name_prefix="webhook")
-        self._lock = threading.Lock()
-        self._busy = 0
+        self._threads = Threads[DueDelivery]("webhook", at_a_time=_AT_A_TIME)
 
     def deliver(self, now: dt.datetime | None = None) -> int:
         """Start an attempt of each delivery that is due, without waiting for the answers. Returns the number of attempts."""
-        free = 2 * _AT_A_TIME - self._busy
-        if free <= 0:
-            return 0
-        taken = self._store.take_due(now or self._store.now(), limit=free)
-        with self._lock:
-            self._busy += len(taken)
-        for due in taken:
-            self._threads.submit(self._run, due, now)
-        return len(taken)
+        return self._threads.start(
+            lambda room: self._store.take_due(now or self._store.now(), limit=room),
+            lambda due: self.attempt(due, now),
+        )
 
     def close(self) -> None:
         """Wait for the running attempts. Each ends after ten seconds at most."""
-        self._threads.shutdown(wait=True)
-
-    def _run(self, due: DueDelivery, now: dt.datetime | None) -> None:
-        try:
-            self.attempt(due, now)
-        except NightpressError as error:
-            log.warning("Delivery %s could not be settled, and is tried again: %s", due.id, error)
-        except Exception:
-            log.exception("Delivery %s: an unexpected error", due.id)
-        finally:
-            with self._lock:
-                self._busy -= 1
+        self._threads.close()
 
     def attempt(self, due: DueDelivery, now: dt.datetime | None = None) -> None:
         """Send a delivery once, and store the result and the time of the next attempt."""
         began = time.monotonic()
         # The database's time: a receiver refuses a timestamp that is five minutes off, and this host's clock may be wrong.
         clock = self._store.now()
-        body = json.dumps(due.payload, separators=(",", ":"), ensure_ascii=False).encode()
-        headers = {
-            "Content-Type": "application/json",
-            "Content-Length": str(len(body)),
-            "User-Agent": f"nightpress/{VERSION}",
-            **sign(due.secrets, due.id, int(clock.timestamp()), body),
-        }
         answer, fault = None, None
         try:
-            # Check again at each attempt: the name may resolve to another address than when the webhook was registered.
-            target = check_target(due.url, self._settings.webhook_networks, resolve=self._resolve)
-            headers["Host"] = _host_of(target.host, target.port)
-            answer = post(target, headers, body, context=self._context)
+            answer = self._mail(due, clock) if due.kind == "email" else self._post(due, clock)
         except (NightpressError, ConnectionError, TimeoutError) as error:
             fault = error.message if isinstance(error, NightpressError) else str(error)
         except Exception:
@@ -106,12 +79,43 @@ class Courier:
             self._store.settle(due, state="delivered", next_at=None, attempt=tried)
             return
         gone = answer is not None and answer.status == 410
-        pause = pause_after(due.attempts, answer, clock)
+        refused = due.kind == "email" and answer is not None and answer.status >= 500  # SMTP: for good
+        pause = None if refused else pause_after(due.attempts, answer, clock)
         if gone or pause is None:
             self._store.settle(due, state="failed", next_at=None, attempt=tried, gone=gone)
             return
         moment = (now or clock + dt.timedelta(seconds=time.monotonic() - began)) + dt.timedelta(seconds=pause)
         self._store.settle(due, state="pending", next_at=moment, attempt=tried)
+
+    def _post(self, due: DueDelivery, clock: dt.datetime) -> Answer:
+        if due.kind == "slack":
+            body, signature = _json(slack_body(self._message(due))), {}
+        else:
+            body = _json(due.payload)
+            signature = sign(due.secrets, due.id, int(clock.timestamp()), body)
+        headers = {
+            "Content-Type": "application/json",
+            "Content-Length": str(len(body)),
+            "User-Agent": f"nightpress/{VERSION}",
+            **signature,
+        }
+        # Check again at each attempt: the name may resolve to another address than when the webhook was registered.
+        target = check_target(due.url, self._settings.webhook_networks, resolve=self._resolve)
+        headers["Host"] = _host_of(target.host, target.port)
+        return post(target, headers, body, context=self._context)
+
+    def _mail(self, due: DueDelivery, clock: dt.datetime) -> Answer:
+        recipient = check_recipient(due.url, self._settings)
+        message = self._message(due)
+        code, text = send_mail(recipient, message, self._settings, message_id=due.id, at=clock, context=self._context)
+        return Answer(code, {}, text.encode())
+
+    def _message(self, due: DueDelivery) -> Message:
+        return message_of(due.payload, template=due.template, public_url=self._settings.public_url)
+
+
+def _json(value: Any) -> bytes:
+    return json.dumps(value, separators=(",", ":"), ensure_ascii=False).encode()
 
 
 def pause_after(attempts: int, answer: Answer | None, now: dt.datetime) -> float | None:

@@ -1,4 +1,4 @@
-"""Adds deliveries to the tenant's webhooks, in the same transaction as the event of the job."""
+"""Adds deliveries to the tenant's webhooks, in the same transaction as what they tell."""
 
 from typing import Any
 
@@ -16,8 +16,12 @@ EVENTS = {"succeeded": "job.succeeded", "failed": "job.failed", "cancelled": "jo
 def note_for_webhooks(connection: Connection, tenant_id: str, kind: str, told: dict[str, Any]) -> None:
     """Add a delivery for each webhook that is subscribed to this kind of event. `told`: the job's fields for the payload."""
     event = EVENTS.get(kind)
-    if event is None:
-        return
+    if event is not None:
+        note_event(connection, tenant_id, event, told)
+
+
+def note_event(connection: Connection, tenant_id: str, event: str, told: dict[str, Any]) -> None:
+    """Add a delivery for each webhook of the tenant that is subscribed to the event. `told`: the payload's data."""
     mine = select(webhooks.c.id, webhooks.c.events).where(webhooks.c.tenant_id == tenant_id, webhooks.c.enabled)
     listening = [row.id for row in connection.execute(mine) if event in row.events]
     if not listening:

@@ -2,7 +2,7 @@
 
 import datetime as dt
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from sqlalchemy import ColumnElement, Engine, Row, delete, func, insert, select, update
@@ -12,6 +12,7 @@ from nightpress.core.database import clean_text, db_now, read_now, transaction
 from nightpress.core.errors import ErrorCode, NightpressError
 from nightpress.core.ids import new_id
 from nightpress.core.paging import newest_first
+from nightpress.core.service.notifications.mail import check_recipient
 from nightpress.core.service.tables.webhooks import webhook_attempts, webhook_deliveries, webhooks
 from nightpress.core.service.webhooks.outbox import add_delivery
 from nightpress.core.service.webhooks.signing import SecretKeeper
@@ -23,6 +24,7 @@ from nightpress.core.wire.webhooks import (
     DeliveryView,
     NewWebhookView,
     WebhookCreate,
+    WebhookKind,
     WebhookUpdate,
     WebhookView,
 )
@@ -38,10 +40,12 @@ class DueDelivery:
 
     id: str
     webhook_id: str
-    url: str
-    payload: dict[str, Any]
+    url: str = field(repr=False)  #: may hold a token; never in a log
+    payload: dict[str, Any] = field(repr=False)
     attempts: int  #: including this attempt
-    secrets: tuple[str, ...]
+    kind: WebhookKind
+    template: str = field(repr=False)
+    secrets: tuple[str, ...] = field(repr=False)
 
 
 class WebhookStore:
@@ -56,7 +60,7 @@ class WebhookStore:
 
     def create(self, tenant_id: str, wanted: WebhookCreate, *, key_id: str | None = None) -> NewWebhookView:
         """Register a webhook. Raises url_not_allowed, quota_exceeded."""
-        check_target(wanted.url, self._settings.webhook_networks)
+        self._check(wanted.kind, wanted.url)
         webhook_id = new_id("whk")
         mine = select(func.count()).select_from(webhooks).where(webhooks.c.tenant_id == tenant_id)
         with transaction(self._engine) as connection:
@@ -65,9 +69,10 @@ class WebhookStore:
                     ErrorCode.QUOTA_EXCEEDED, f"There are already {_MAX_WEBHOOKS} webhooks.", hint="Delete one first."
                 )
             new = {"id": webhook_id, "tenant_id": tenant_id, "generation": 1, "enabled": True, "version": 1}
-            row = {**new, "url": wanted.url, "events": sorted(wanted.events), "created_by": key_id}
+            row = {**new, **wanted.model_dump(), "events": sorted(wanted.events), "created_by": key_id}
             connection.execute(insert(webhooks).values(created_at=db_now(), **row))
-        return NewWebhookView(webhook=self.get(tenant_id, webhook_id), secret=self._keeper.secret(webhook_id, 1))
+        secret = self._keeper.secret(webhook_id, 1) if wanted.kind == "standard" else None
+        return NewWebhookView(webhook=self.get(tenant_id, webhook_id), secret=secret)
 
     def get(self, tenant_id: str, webhook_id: str) -> WebhookView:
         return _view(self._row(tenant_id, webhook_id))
@@ -82,9 +87,14 @@ class WebhookStore:
     def edit(
         self, tenant_id: str, webhook_id: str, wanted: WebhookUpdate, *, version: int | None = None
     ) -> WebhookView:
-        """Change the given fields. Raises url_not_allowed, precondition_failed."""
+        """Change the given fields. Raises url_not_allowed, invalid_request, precondition_failed."""
+        kind = self._row(tenant_id, webhook_id).kind
         if wanted.url is not None:
-            check_target(wanted.url, self._settings.webhook_networks)
+            self._check(kind, wanted.url)
+        if wanted.template and kind == "standard":
+            raise NightpressError(
+                ErrorCode.INVALID_REQUEST, "A standard webhook's messages are JSON, without a template."
+            )
         values = wanted.model_dump(exclude_none=True)
         if wanted.enabled:
             values["disabled_reason"] = None
@@ -98,7 +108,9 @@ class WebhookStore:
         return view
 
     def rotate(self, tenant_id: str, webhook_id: str, *, overlap_s: float) -> NewWebhookView:
-        """Make a new secret. For `overlap_s` seconds, messages carry the signatures of both secrets, so that the receiver can switch."""
+        """Make a new secret. Raises conflict if the webhook's messages are not signed. For `overlap_s` seconds, messages carry the signatures of both secrets, so that the receiver can switch."""
+        if self._row(tenant_id, webhook_id).kind != "standard":
+            raise NightpressError(ErrorCode.CONFLICT, "This webhook has no secret: only standard messages are signed.")
         with transaction(self._engine) as connection:
             turned = update(webhooks).where(*_of_tenant(tenant_id, webhook_id))
             new = {"generation": webhooks.c.generation + 1, "version": webhooks.c.version + 1}
@@ -191,7 +203,10 @@ class WebhookStore:
             until = webhook[webhooks.c.previous_until]
             generations = [generation] + [generation - 1] * (until is not None and until > now)
             secrets = tuple(self._keeper.secret(hook_id, generation) for generation in generations)
-            taken.append(DueDelivery(delivery_id, hook_id, webhook[webhooks.c.url], row[3], attempts + 1, secrets))
+            how = (webhook[webhooks.c.kind], webhook[webhooks.c.template])
+            taken.append(
+                DueDelivery(delivery_id, hook_id, webhook[webhooks.c.url], row[3], attempts + 1, *how, secrets)
+            )
         return taken
 
     def settle(
@@ -227,6 +242,13 @@ class WebhookStore:
         old = (_deliveries.state != "pending", _deliveries.created_at < db_now(-older_than_s))
         with transaction(self._engine) as connection:
             return connection.execute(delete(webhook_deliveries).where(*old)).rowcount
+
+    def _check(self, kind: str, url: str) -> None:
+        """Raises url_not_allowed."""
+        if kind == "email":
+            check_recipient(url, self._settings)
+        else:
+            check_target(url, self._settings.webhook_networks)
 
     def _row(self, tenant_id: str, webhook_id: str) -> Row[Any]:
         with transaction(self._engine, read_only=True) as connection:

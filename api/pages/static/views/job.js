@@ -104,7 +104,7 @@ function recipe(now) {
 }
 
 async function results(path, now, place, signal) {
-  const [{ report }, artifacts] = await Promise.all([get(`${path}/report`, {}, signal), get(`${path}/artifacts`, {}, signal)]);
+  const [{ report }, artifacts, trackers] = await Promise.all(["report", "artifacts", "trackers"].map((part) => get(`${path}/${part}`, {}, signal)));
   const subjects = [report.source, ...report.artifacts];
   fill(place,
     h("section", { "aria-labelledby": "result" }, h("h2", { id: "result" }, "Before and after"), gates(report), comparison(report, subjects),
@@ -117,7 +117,8 @@ async function results(path, now, place, signal) {
       button("Save the report (HTML)", () => download(`${path}/report.html`, `${now.id}.html`)),
       button("Save the model card", () => download(`${path}/report.md`, `${now.id}.md`)),
       h("a", { class: "button", href: `#/compare?job=${now.id}` }, "Compare with other jobs"),
-      now.verdict === "accepted" ? h("a", { class: "button", href: `#/deliveries?job=${now.id}` }, "Deliveries") : null));
+      now.verdict === "accepted" ? h("a", { class: "button", href: `#/deliveries?job=${now.id}` }, "Deliveries") : null,
+      trackers.items.filter((run) => /^https?:/.test(run.page ?? "")).map((run) => h("a", { class: "button", href: run.page, rel: "noreferrer" }, `Show in ${run.tracker === "mlflow" ? "MLflow" : run.tracker}`))));
 }
 
 // How many times as fast as the source. Reports of earlier versions have only medians.

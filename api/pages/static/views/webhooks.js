@@ -9,7 +9,11 @@ import { badge, button, confirmed, copyable, empty, facts, field, heading, row, 
 const COLUMNS = ["Webhook", "State", "Events", "Made"];
 const DELIVERIES = ["Message", "State", "Tries", "Written", "Next try", ""];
 const TRIES = ["Try", "When", "Answer", "Took"];
-const EVENTS = [["job.succeeded", "a job succeeded"], ["job.failed", "a job failed"], ["job.cancelled", "a job was cancelled"]];
+const EVENTS = [["job.succeeded", "a job succeeded"], ["job.failed", "a job failed"], ["job.cancelled", "a job was cancelled"],
+  ["study.succeeded", "a study succeeded"], ["study.failed", "a study failed"], ["study.cancelled", "a study was cancelled"],
+  ["schedule.failed", "a schedule's run failed"], ["schedule.skipped", "a schedule's run was skipped"], ["model.promoted", "a result was promoted"]];
+const USUAL = new Set(["job.succeeded", "job.failed", "job.cancelled"]);
+const KINDS = [["standard", "Signed JSON, for programs"], ["slack", "Slack, or what is compatible with it"], ["email", "E-mail"]];
 const KEEP_IT = "Copy it now: receivers check signatures with it, and it can't be shown again.";
 
 export async function webhooks(main, { signal, query, go }) {
@@ -21,7 +25,7 @@ export async function webhooks(main, { signal, query, go }) {
   await poll(signal, 5, async () => {
     const page = await get("/v1/webhooks", { cursor: query.get("cursor"), limit: 50 }, signal);
     fill(notice);
-    if (page.items.length === 0) fill(place, empty("No webhooks yet.", h("p", {}, "A webhook gets a message when a job ends. Messages are signed as Standard Webhooks specifies.")));
+    if (page.items.length === 0) fill(place, empty("No webhooks yet.", h("p", {}, "A webhook gets a message when a job ends, a study finds its winner or a result is promoted: a program, a channel or a mailbox.")));
     else fill(place, table("Webhooks, newest first", COLUMNS, page.items.map((hook) => row(COLUMNS, [
       h("a", { href: `#/webhooks/${hook.id}` }, hook.url), state(hook), told(hook), h("time", { datetime: hook.created_at }, age(hook.created_at))]))));
     fill(pages, page.next_cursor ? h("a", { href: `#/webhooks?cursor=${encodeURIComponent(page.next_cursor)}` }, "Older") : null);
@@ -78,7 +82,7 @@ export async function webhook(main, { signal, query, go }, id) {
           await refresh();
         }, { tone: "small" }),
         button("Edit", async () => fill(editing, form(go, hook, refresh)), { tone: "small" }),
-        button("Rotate the secret", async () => {
+        hook.kind !== "standard" ? null : button("Rotate the secret", async () => {
           if (!(await confirmed("Make a new secret? For a day, messages are signed with the old secret too.", "Make it", { tone: "primary" }))) return;
           shownOnce("The new secret", KEEP_IT, (await post(`${path}/rotate`, {})).secret, () => refresh().catch((error) => fill(notice, trouble(error))));
         }, { tone: "small" }),
@@ -87,7 +91,7 @@ export async function webhook(main, { signal, query, go }, id) {
           await change("DELETE", path, undefined, hook.etag);
           go("#/webhooks");
         }, { tone: "small bad" })),
-      facts([["State", state(hook)], ["Events", told(hook)], ["Made", moment(hook.created_at)], ["By the key", hook.created_by ? h("code", {}, hook.created_by) : null]]),
+      facts([["State", state(hook)], ["Kind", KINDS.find(([name]) => name === hook.kind)?.[1]], ["Text", hook.template || null], ["Events", told(hook)], ["Made", moment(hook.created_at)], ["By the key", hook.created_by ? h("code", {}, hook.created_by) : null]]),
     ];
   }
 
@@ -118,24 +122,33 @@ export async function webhook(main, { signal, query, go }, id) {
 /** The form of a new webhook, or of an existing one: `If-Match` then refuses an edit of an older version. */
 function form(go, existing = null, saved = null) {
   const url = h("input", { type: "url", required: true, maxlength: 2048, placeholder: "https address for the messages", value: existing?.url ?? "" });
-  const events = EVENTS.map(([name]) => h("input", { type: "checkbox", value: name, id: `event-${name}`, checked: existing ? existing.events.includes(name) : true }));
+  const kind = h("select", {}, KINDS.map(([name, text]) => h("option", { value: name }, text)));
+  const words = h("textarea", { rows: 3, maxlength: 2000, placeholder: "$model is $verdict" }, existing?.template ?? "");
+  const text = field("Text", words, "Optional. $name, $model, $verdict, $error, $link and so on are filled in; the first line is a mail's subject.");
+  const show = () => { text.hidden = (existing?.kind ?? kind.value) === "standard"; };
+  kind.addEventListener("change", show);
+  show();
+  const events = EVENTS.map(([name]) => h("input", { type: "checkbox", value: name, id: `event-${name}`, checked: existing ? existing.events.includes(name) : USUAL.has(name) }));
   const place = h("div");
   const element = h("form", { class: "card narrow" }, h("h2", {}, existing ? "Edit the webhook" : "New webhook"), place,
-    field("Address", url, "https on the internet, or in a network that the operator has allowed."),
+    existing ? null : field("Kind", kind),
+    field("Address", url, "https on the internet, or in a network that the operator has allowed; mailto:name@example.com for e-mail."),
+    text,
     h("fieldset", {}, h("legend", {}, "Send a message when"), events.map((box, at) => h("p", { class: "check" }, box, h("label", { for: box.id }, EVENTS[at][1])))),
     h("div", { class: "row" }, h("button", { class: "primary" }, existing ? "Save" : "Make it"), h("button", { type: "button", onclick: () => element.remove() }, "Cancel")));
   element.addEventListener("submit", async (event) => {
     event.preventDefault();
-    const wanted = { url: url.value.trim(), events: events.filter((box) => box.checked).map((box) => box.value) };
+    const wanted = { ...((existing?.kind ?? kind.value) === "standard" ? {} : { template: words.value.trim() }), url: url.value.trim(), events: events.filter((box) => box.checked).map((box) => box.value) };
     try {
       if (existing) {
         await change("PATCH", `/v1/webhooks/${existing.id}`, wanted, existing.etag);
         element.remove();
         await saved();
       } else {
-        const made = await post("/v1/webhooks", wanted);
+        const made = await post("/v1/webhooks", { kind: kind.value, ...wanted });
         element.remove();
-        shownOnce("The webhook's secret", KEEP_IT, made.secret, () => go(`#/webhooks/${made.webhook.id}`));
+        if (made.secret === null) go(`#/webhooks/${made.webhook.id}`);
+        else shownOnce("The webhook's secret", KEEP_IT, made.secret, () => go(`#/webhooks/${made.webhook.id}`));
       }
     } catch (error) {
       fill(place, trouble(error));
