@@ -13,9 +13,10 @@ from nightpress.client.cli.session import Session, takes_session
 from nightpress.client.cli.study_output import StudyProgress, print_report, print_study, print_trials
 from nightpress.client.client import Client
 from nightpress.client.errors import ClientError
+from nightpress.core.recipes.gates import read_gate
 from nightpress.core.recipes.yamlfile import read_yaml
 from nightpress.core.wire.jobs import TERMINAL_STATES
-from nightpress.core.wire.studies import StudyView, read_gate
+from nightpress.core.wire.studies import StudyView
 
 studies = typer.Typer(invoke_without_command=True, help="Studies: list, show, trials, events, cancel.")
 StudyArgument = Annotated[str, typer.Argument(metavar="STUDY", help="The study's id.")]

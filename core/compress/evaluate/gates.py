@@ -12,7 +12,8 @@ from nightpress.core.handoff.report import (
     same_device,
 )
 from nightpress.core.recipes.exports import TORCH_FORMATS
-from nightpress.core.recipes.models import Gate, Recipe
+from nightpress.core.recipes.gates import Gate
+from nightpress.core.recipes.models import Recipe
 
 _PLAIN = "the uncompressed model in the same runtime"
 

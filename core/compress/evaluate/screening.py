@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Sequence
 
 from nightpress.core.handoff.report import GateResult, Measurement
-from nightpress.core.recipes.models import Gate
+from nightpress.core.recipes.gates import Gate
 
 SAMPLES = 16  #: texts of a screening
 #: Intervals of few texts are widened by this factor: the bootstrap's intervals of so few are too narrow.
