@@ -21,6 +21,11 @@ class Gate(BaseModel):
     #: What a speed is compared with: the source, the uncompressed model in the artifact's own runtime, or whichever of the two is faster.
     against: Literal["source", "runtime", "best"] = "source"
 
+    @property
+    def is_upper(self) -> bool:
+        """Whether smaller figures are better."""
+        return self.operator in {"<=", "<"}
+
     def __str__(self) -> str:
         number = {
             "absolute": f"{self.value:g}",

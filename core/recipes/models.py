@@ -61,7 +61,7 @@ class Quality(_Model):
     part: Literal["all", "choose", "judge"] = Field(
         "all",
         exclude_if=lambda value: value == "all",  # workers of earlier versions refuse a field that they don't know
-        description="Half of the data, the same for every recipe: studies choose with one half and judge with the other.",
+        description="Half of the data, the same for every recipe: studies, and passes with `within`, choose with one half and judge with the other. In a recipe with such a pass, `all` becomes `judge`.",
     )
 
     @model_validator(mode="after")
@@ -179,6 +179,23 @@ class Recipe(_Model):
         elif self.target is not None and (why := misfit(self.target, self.exports)) is not None:
             raise ValueError(why)
         return self
+
+    @model_validator(mode="after")
+    def _data_that_chooses_does_not_judge(self) -> "Recipe":
+        if self.searches:
+            judged = tuple(
+                entry.model_copy(update={"part": "judge"})
+                if isinstance(entry, Quality) and entry.part == "all"
+                else entry
+                for entry in self.evaluate
+            )
+            self.__dict__["evaluate"] = judged  # the model is frozen, and no other field depends on this one
+        return self
+
+    @property
+    def searches(self) -> bool:
+        """Whether a pass finds the smallest result that keeps its gate, by the half of the evaluation's data that doesn't judge."""
+        return any(options.gate_within is not None for options in self.passes)
 
     @model_validator(mode="after")
     def _gates_parse(self) -> "Recipe":

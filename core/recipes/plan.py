@@ -81,6 +81,7 @@ def make_plan(recipe: Recipe, header: ModelHeader | None = None, fleet: Sequence
         check_target(recipe.target, header)
     _check_order(recipe)
     _check_exports(recipe)
+    measuring.check_searches(recipe, header)
     estimate = None
     if header is not None:
         _check_model(recipe, header)
@@ -381,7 +382,12 @@ def _estimate(
 def _costs(recipe: Recipe, header: ModelHeader, *, vllm: bool) -> list[Cost]:
     """Return the cost of each pass, and at the end that of measuring. vllm: artifacts are run in vLLM, too."""
     given, _ = _chain(recipe, header)
-    found = [options.cost(seen, recipe.calibration) for options, seen in zip(recipe.passes, given, strict=True)]
+    found = [
+        options.cost(seen, recipe.calibration).then(
+            measuring.searching_cost(recipe, seen, options.stage, options.tries(seen))
+        )
+        for options, seen in zip(recipe.passes, given, strict=True)
+    ]
     measured = measuring.measuring_cost(recipe, header, _outputs(recipe, header), _most(found))
     served = serving_cost(recipe, header) if vllm else None
     return [*found, measured if served is None else measured.then(served)]

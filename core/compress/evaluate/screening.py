@@ -16,7 +16,7 @@ def surely_missed(gates: Sequence[Gate], figures: Sequence[Measurement], name: s
 
 
 def _missed(gate: Gate, figures: Sequence[Measurement], name: str) -> Iterable[GateResult]:
-    upper = gate.operator in {"<=", "<"}
+    upper = gate.is_upper
     for figure in figures:
         if figure.name != gate.metric:
             continue
