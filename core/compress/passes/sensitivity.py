@@ -58,7 +58,7 @@ def press_with_bits(source: Path, target: Path, options: Budgeted, context: Pass
     summary: dict[str, Any] = {"bits": options.bits, "group_size": options.group_size, "symmetric": options.symmetric}
     if not options.chooses_bits:
         return press(target, options.scheme, summary, context)
-    runs = 2 if context.judge is None else 1 + options.tries(context.header)
+    runs = 1 + max(1, options.tries(context.header))
     found = _sweep(source, options, replace(context, progress=part_of(context, 0.0, 1 / runs)))
     rest = replace(context, progress=part_of(context, 1 / runs, 1.0))
     summary |= {
@@ -76,12 +76,12 @@ def press_with_bits(source: Path, target: Path, options: Budgeted, context: Pass
         told = {"bits_by_layer": bits} | ({} if options.budget is None else {"budget": options.budget})
         return press(folder, lambda module: options.candidate(bits[module]), summary | told, context)
 
-    if context.judge is None:
+    if options.within is None:
         assert found.room is not None
         return with_options(choose(found.sizes, found.lost, found.room), target, rest)
     line = _line(found)
     steps = [_told(picked, found, options) for picked in line]
-    search = Search(options, steps, rest, context.judge, context.work_dir / f"within-{context.index}.json")
+    search = Search(options, steps, rest, context.work_dir / f"within-{context.index}.json")
     return smallest_model(search, target, lambda at, folder, context: with_options(line[at], folder, context), first=0)
 
 

@@ -67,7 +67,7 @@ def narrow(source: Path, target: Path, options: Narrowing, context: PassContext)
         summary = {"units": options.counts(anatomy), "kept": kept}
         return _record(options, context, folder, pressed.effects, start, summary)
 
-    if context.judge is None:
+    if options.within is None:
         return press(options, target, context)
     return _smallest(source, target, options, context, press)
 
@@ -96,7 +96,7 @@ def layers(source: Path, target: Path, options: Layers, context: PassContext) ->
         summary = {"removed": sorted(gone), "blocks": anatomy.layers, "kept": kept, "importance": influence}
         return _record(options, context, folder, {}, start, summary)
 
-    if context.judge is None:
+    if options.within is None:
         return press(options, target, context)
     return _smallest(source, target, options, context, press)
 
@@ -112,10 +112,9 @@ def _smallest(
     press: Callable[[Extent, Path, PassContext], PassRecord],
 ) -> PassRecord:
     """Search for the smallest model that keeps the gate. If none does, the model stays as it is. press writes one of the choices."""
-    assert context.judge is not None
     choices = options.choices(context.header)
     steps = [*(choice.describe() for choice in choices), "the model as it was"]
-    search = Search(options, steps, context, context.judge, context.work_dir / f"within-{context.index}.json")
+    search = Search(options, steps, context, context.work_dir / f"within-{context.index}.json")
 
     def press_step(step: int, folder: Path, context: PassContext) -> PassRecord:
         if step < len(choices):

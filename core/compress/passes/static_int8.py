@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from nightpress.core.compress.context import Judge, PassContext
+from nightpress.core.compress.context import PassContext
 from nightpress.core.compress.data.calibration import calibration_samples
 from nightpress.core.compress.graph.static_ranges import Texts, calibrated, session
 from nightpress.core.compress.graph.tracing import Traced
@@ -66,12 +66,10 @@ def static_int8(
         order = _Order(costs, plan.work(_TRIAL_LENGTH), score, max(1, len(held.ids) // share), context)
         found: Within | None = None
         warnings: tuple[str, ...] = ()
-        if context.judge is None:
+        if options.within is None:
             left, cosine = _reaching(options.min_cosine, order, score, context)
         else:
-            left, found, warnings = _within(
-                context.judge, order, lambda left: plan.written(ranges, left), options, folder, context
-            )
+            left, found, warnings = _within(order, lambda left: plan.written(ranges, left), options, folder, context)
             cosine = score(left)
         with disk_errors():
             partial = folder / "partial.onnx"
@@ -234,19 +232,18 @@ def _reaching(
 
 
 def _within(
-    judge: Judge,
     order: _Order,
     written: Callable[[frozenset[str]], bytes],
     options: StaticInt8,
     folder: Path,
     context: PassContext,
 ) -> tuple[frozenset[str], Within, tuple[str, ...]]:
-    """Return the layers to leave in float so that the judge's gate is kept, as few as possible, the report of the search, and its warnings.
+    """Return the layers to leave in float so that the gate is kept, as few as possible, the report of the search, and its warnings.
 
     If no number of layers keeps it, they are those of the graph that came nearest.
     """
     steps = [f"{count} of {len(order)} layers in float" for count in range(max(1, len(order)))]
-    search = Search(options, steps, context, judge, folder / "within.json")
+    search = Search(options, steps, context, folder / "within.json")
     tried = folder / "tried"
 
     def make(count: int) -> Candidate:
@@ -254,7 +251,7 @@ def _within(
         tried.mkdir(exist_ok=True)
         with disk_errors():
             size = (tried / GRAPH_FILE).write_bytes(written(order.first(count)))
-        return Candidate(size, judge.graph(tried))
+        return Candidate(size, search.judge.graph(tried))
 
     count, kept = search.run(make, first=0)
     shutil.rmtree(tried, ignore_errors=True)

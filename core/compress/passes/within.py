@@ -14,7 +14,7 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict
 
-from nightpress.core.compress.context import Judge, Judged, PassContext
+from nightpress.core.compress.context import Judged, PassContext
 from nightpress.core.compress.model.checkpoint import write_file
 from nightpress.core.handoff.report import PassRecord, Tried, Within
 from nightpress.core.recipes.gates import parse_gate, read_gate
@@ -62,10 +62,10 @@ class _Known(BaseModel):
 class Search:
     """The search of a pass. It keeps the figures of its candidates in a file, for later attempts."""
 
-    def __init__(
-        self, options: PassOptions, steps: Sequence[str], context: PassContext, judge: Judge, file: Path
-    ) -> None:
-        """options, steps: what decides the candidates, beside the context. steps: what each result is, for a reader."""
+    def __init__(self, options: PassOptions, steps: Sequence[str], context: PassContext, file: Path) -> None:
+        """options, steps: what decides the candidates, beside the context, which has a judge. steps: what each result is, for a reader."""
+        assert context.judge is not None
+        judge = context.judge
         self.name, self.steps, self.context, self.judge, self.file = options.name, steps, context, judge, file
         body = (options.model_dump_json(), context.calibration.model_dump_json(), judge.gate, *steps)
         self._made_of = hashlib.sha256("\n".join(body).encode()).hexdigest()
