@@ -260,6 +260,17 @@ class Within(_Model):
     beyond: Tried | None  #: the next smaller candidate, which misses the gate; None: the smallest candidate was chosen
     note: str = ""  #: what stood in for the gate's figure, and why
 
+    def told(self) -> tuple[str, ...]:
+        """Sentences for a reader: what was chosen, on which data, and what is on the other side of the gate."""
+        ended = "It keeps the gate." if self.kept else "No result that was tried keeps the gate; this one came nearest."
+        sentences = [
+            f"Chosen: {self.chosen}. {ended}",
+            f"Measured on {self.examples} examples of {', '.join(self.data)}: one half of the data chooses, and the artifacts are measured on the other. Of {self.candidates} possible results, {len(self.tried)} were tried.",
+        ]
+        if self.beyond is not None:
+            sentences.append(f"On the other side of the gate: {self.beyond.what}, {self.beyond.explanation}.")
+        return (*sentences, *([self.note] if self.note else []))
+
 
 class PassRecord(_Model):
     index: int
