@@ -368,7 +368,10 @@ def _estimate(
     need = _need(recipe, costs, queue, threads)
     return Estimate(
         memory_bytes=need.memory_bytes,
-        disk_bytes=header.size + 2 * sum(outputs.values()) + (header.brought.size if header.brought is not None else 0),
+        # A search keeps its best candidate beside the one that it tries.
+        disk_bytes=header.size * (1 + 2 * recipe.searches)
+        + 2 * sum(outputs.values())
+        + (header.brought.size if header.brought is not None else 0),
         seconds=round(need.seconds, 1),
         threads=threads,
         output_bytes=outputs,

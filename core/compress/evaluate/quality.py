@@ -103,10 +103,7 @@ def prepare(
         sets.append(found.scorer.examples)
         evaluations.append(found)
     screen = _usable(evaluation_of(f"screen{at}", few) for at, few in _few_texts(recipe, qualities))
-    choose = _usable(
-        evaluation_of(f"choose{at}", quality.model_copy(update={"part": "choose"}))
-        for at, quality in enumerate(qualities if recipe.searches else [])
-    )
+    choose = _usable(evaluation_of(f"choose{at}", wanted) for at, wanted in _choosing(recipe, qualities))
     longest = max([*(shape.length for shape in shapes), *(writing.prompt for writing in writings)], default=16)
     timing = tokenized.text_windows(
         prose, tokenizer, samples=8, length=min(longest, 512), ref="builtin:prose"
@@ -139,6 +136,15 @@ def _few_texts(recipe: Recipe, qualities: Sequence[Quality]) -> Iterator[tuple[i
     for at, wanted in enumerate(qualities if recipe.screen else []):
         if wanted.samples >= 2 * SAMPLES and wanted.metric != "generation":
             yield at, wanted.model_copy(update={"samples": SAMPLES})
+
+
+def _choosing(recipe: Recipe, qualities: Sequence[Quality]) -> Iterator[tuple[int, Quality]]:
+    """What measures the candidates of passes with `within`. Text is generated only for a gate on generated text."""
+    gates = [gate for options in recipe.passes if (gate := options.gate_within) is not None]
+    written = any(gate.metric in {"generation_match", "prefix_match"} for gate in gates)
+    for at, wanted in enumerate(qualities if gates else []):
+        if written or wanted.metric != "generation":
+            yield at, wanted.model_copy(update={"part": "choose"})
 
 
 def _evaluation(

@@ -183,7 +183,7 @@ def _plain_text(text: object) -> str:
 
 
 def _table_cell(text: object) -> str:
-    return " ".join(str(text).split()).replace("|", "\\|").replace("<", "&lt;")
+    return " ".join(str(text).split()).replace("|", "\\|").replace("`", "\\`").replace("<", "&lt;")
 
 
 def _code_block(text: str) -> str:
