@@ -113,7 +113,7 @@ def _smallest(
 ) -> PassRecord:
     """Search for the smallest model that keeps the gate. If none does, the model stays as it is. press writes one of the choices."""
     choices = options.choices(context.header)
-    steps = [*(choice.describe() for choice in choices), "the model as it was"]
+    steps = [*(choice.extent for choice in choices), "the model as it was"]
     search = Search(options, steps, context, context.work_dir / f"within-{context.index}.json")
 
     def press_step(step: int, folder: Path, context: PassContext) -> PassRecord:

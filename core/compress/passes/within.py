@@ -69,11 +69,15 @@ class Search:
         self.name, self.steps, self.context, self.judge, self.file = options.name, steps, context, judge, file
         body = (options.model_dump_json(), context.calibration.model_dump_json(), judge.gate, *steps)
         self._made_of = hashlib.sha256("\n".join(body).encode()).hexdigest()
-        self._tried: dict[int, Tried] = {}
-        if file.is_file():
-            known = _Known.model_validate_json(file.read_bytes())
-            if known.made_of == self._made_of:
-                self._tried = dict(known.tried)
+        self._tried = self._known()
+
+    def _known(self) -> dict[int, Tried]:
+        """The candidates that an earlier attempt measured."""
+        try:
+            known = _Known.model_validate_json(self.file.read_bytes())
+        except (OSError, ValueError):
+            return {}
+        return known.tried if known.made_of == self._made_of else {}
 
     def run(
         self, make: Callable[[int], Candidate], *, first: int | None = None, sure: bool = False

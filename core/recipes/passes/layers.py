@@ -61,6 +61,10 @@ class Layers(Shrinking):
             return f"as many blocks fewer as keep {self.within}, by {self.importance}"
         return f"{self.count} block{'s' * (self.count > 1)} fewer, by {self.importance}"
 
+    @property
+    def extent(self) -> str:
+        return f"{self.count} block{'s' * (self.count > 1)} removed"
+
     def choices(self, header: ModelHeader) -> tuple[Self, ...]:
         most = min(self.count, self.anatomy(header).layers - 1)
         return tuple(self.model_copy(update={"count": count, "within": None}) for count in range(most, 0, -1))

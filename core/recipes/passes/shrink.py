@@ -44,6 +44,11 @@ class Shrinking(Searching):
         """With `within`: the same pass with each extent that the search may choose, the smallest result first."""
         raise NotImplementedError
 
+    @property
+    def extent(self) -> str:
+        """How much is removed, e.g. `37.5% of the channels removed`."""
+        raise NotImplementedError
+
     def most_results(self, header: ModelHeader) -> int:
         return 1 + len(self.choices(header))
 
@@ -135,6 +140,10 @@ class Narrowing(Shrinking):
     def kept(self, count: int) -> int:
         """Return how many of a layer's `count` units stay if every layer loses the same share."""
         return round(count * (1 - self.share) / self.step) * self.step
+
+    @property
+    def extent(self) -> str:
+        return f"{self.share:.1%} of the {self.name} removed"
 
     def choices(self, header: ModelHeader) -> tuple[Self, ...]:
         counts = self.counts(self.anatomy(header))
