@@ -1,6 +1,6 @@
 """Prepares the examples that a recipe evaluates every model of a job on, and turns the models' outputs into measurements."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -95,20 +95,16 @@ def prepare(
     evaluations = []
     evaluation_of = partial(_evaluation, recipe, header, model_dir, data_files, tokenizer)
     for at, quality in enumerate(qualities):
-        found = evaluation_of(f"quality{at}", quality)
-        if not _is_usable(found):
-            raise invalid(
-                quality.data, "it has a single usable example: no interval can be given", "Bring at least two rows."
-            )
-        sets.append(found.scorer.examples)
-        evaluations.append(found)
-    screen = _usable(evaluation_of(f"screen{at}", few) for at, few in _few_texts(recipe, qualities))
-    choose = _usable(evaluation_of(f"choose{at}", wanted) for at, wanted in _choosing(recipe, qualities))
+        evaluations.append(_checked(evaluation_of(f"quality{at}", quality)))
+        sets.append(evaluations[-1].scorer.examples)
+    few_texts = (evaluation_of(f"screen{at}", few) for at, few in _few_texts(recipe, qualities))
+    screen = tuple(filter(_is_usable, few_texts))
+    choose = tuple(_checked(evaluation_of(f"choose{at}", wanted)) for at, wanted in _choosing(recipe, qualities))
     longest = max([*(shape.length for shape in shapes), *(writing.prompt for writing in writings)], default=16)
     timing = tokenized.text_windows(
         prose, tokenizer, samples=8, length=min(longest, 512), ref="builtin:prose"
     ).ids.ravel()
-    for one_set in sets:
+    for one_set in (*sets, *(entry.scorer.examples for entry in choose)):
         tokenized.check_vocabulary(one_set.sequences, header)
     return Trial(
         task=Task(
@@ -162,8 +158,13 @@ def _evaluation(
     return Evaluation(wanted.data, _SCORERS[_metric(wanted, header, source)](request))
 
 
-def _usable(evaluations: Iterable[Evaluation]) -> tuple[Evaluation, ...]:
-    return tuple(filter(_is_usable, evaluations))
+def _checked(evaluation: Evaluation) -> Evaluation:
+    """Return the evaluation. Raises NightpressError(invalid_data) if it has too few examples."""
+    if not _is_usable(evaluation):
+        raise invalid(
+            evaluation.ref, "it has a single usable example: no interval can be given", "Bring at least two rows."
+        )
+    return evaluation
 
 
 def _is_usable(evaluation: Evaluation) -> bool:
