@@ -16,7 +16,8 @@ from nightpress.core.handoff.report import Report
 from nightpress.core.recipes.builtins import builtin_recipes, builtin_text
 from nightpress.core.recipes.calibration import Calibration
 from nightpress.core.recipes.exports import Export
-from nightpress.core.recipes.models import GATE_METRICS, GenerationSpeed, Latency, Quality, Recipe
+from nightpress.core.recipes.gates import GATE_METRICS
+from nightpress.core.recipes.models import GenerationSpeed, Latency, Quality, Recipe
 from nightpress.core.recipes.passes import catalog
 from nightpress.core.recipes.targets import AIMS, Aim
 from nightpress.core.settings import Settings, load_settings

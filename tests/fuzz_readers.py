@@ -29,9 +29,10 @@ from nightpress.core.errors import NightpressError
 from nightpress.core.paging import _read_cursor
 from nightpress.core.recipes.builtins import builtin_recipes, builtin_text
 from nightpress.core.recipes.datafile import examine_data
+from nightpress.core.recipes.gates import parse_gate
 from nightpress.core.recipes.inspect import FolderFiles, inspect_model
 from nightpress.core.recipes.jsonfile import parse_json, walk
-from nightpress.core.recipes.models import load_recipe, parse_gate, parse_recipe
+from nightpress.core.recipes.models import load_recipe, parse_recipe
 from nightpress.core.recipes.plan import make_plan
 from nightpress.core.service.schedules.cron import parse_cron
 from nightpress.core.service.tables.jobs import jobs

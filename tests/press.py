@@ -12,7 +12,9 @@ from nightpress.core.handoff.spec import DATA_DIR, SOURCE_DIR, JobSpec
 from nightpress.core.recipes.models import parse_recipe
 
 
-def lay_out(job_dir: Path, model: Path, recipe: dict[str, Any], data: dict[str, str] | None = None) -> Path:
+def lay_out(
+    job_dir: Path, model: Path, recipe: dict[str, Any], data: dict[str, str] | None = None, *, threads: int = 1
+) -> Path:
     """Prepare a job's folder and return it. `data`: the recipe's name of a data set → its JSONL text."""
     shutil.copytree(model, job_dir / SOURCE_DIR)
     (job_dir / DATA_DIR).mkdir()
@@ -25,7 +27,7 @@ def lay_out(job_dir: Path, model: Path, recipe: dict[str, Any], data: dict[str, 
         model_digest="sha256:" + "0" * 64,
         recipe=parse_recipe({"name": "test", **recipe}),
         data={name: f"{name}.jsonl" for name in data or {}},
-        threads=1,
+        threads=threads,
     ).save(job_dir)
     return job_dir
 

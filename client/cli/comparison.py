@@ -30,6 +30,10 @@ def print_report(raw: dict[str, object]) -> None:
         output.say(
             f"gate {mark} {gate.artifact}: {gate.gate} (observed {_figure(gate.observed)}) {gate.explanation}", style
         )
+    for record in report.passes:
+        if record.within is not None:
+            for sentence in record.within.told():
+                output.say(f"{record.name} within {record.within.gate}: {sentence}")
     for subject in report.artifacts:
         for note in subject.notes:
             output.say(f"note {subject.format}: {note}", "yellow")

@@ -14,8 +14,8 @@ from nightpress.client.cli.recipes import read_recipe
 from nightpress.client.cli.session import Session, takes_session
 from nightpress.client.client import Client
 from nightpress.client.gates import with_gates
+from nightpress.core.recipes.gates import read_gate
 from nightpress.core.wire.jobs import JobFilter, JobView, LogView
-from nightpress.core.wire.studies import read_gate
 from nightpress.core.wire.trackers import TrackedView
 
 JobArgument = Annotated[str, typer.Argument(metavar="JOB", help="The job's id.")]

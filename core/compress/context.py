@@ -3,7 +3,9 @@
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Protocol
 
+from nightpress.core.handoff.report import GateResult
 from nightpress.core.recipes.calibration import Calibration
 from nightpress.core.recipes.header import ModelHeader
 
@@ -21,6 +23,40 @@ def _no_checkpoint(_path: str, _step: int) -> None:
 
 
 @dataclass(frozen=True)
+class Judged:
+    """A gate decided for a candidate."""
+
+    by_end: GateResult  #: by the unfavourable end of the figure's interval: this decides
+    by_value: GateResult  #: by the figure itself
+
+
+class Judge(Protocol):
+    """Measures candidates on the half of the evaluation's data that chooses, and decides the gate of the pass's `within`."""
+
+    @property
+    def gate(self) -> str:
+        """The gate as it is decided, e.g. `accuracy >= -1%`."""
+
+    @property
+    def data(self) -> tuple[str, ...]:
+        """The data sets that measure it."""
+
+    @property
+    def examples(self) -> int:
+        """The number of examples in the smallest of them."""
+
+    @property
+    def note(self) -> str:
+        """What stands in for the gate's figure, and why; empty: nothing."""
+
+    def model(self, folder: Path) -> Judged:
+        """Decide the gate for a model's folder."""
+
+    def graph(self, folder: Path) -> Judged:
+        """Decide the gate for the folder of an ONNX graph."""
+
+
+@dataclass(frozen=True)
 class PassContext:
     header: ModelHeader  #: of the model that the pass reads
     work_dir: Path  #: kept between the attempts of a job, so that an attempt finds finished shards there
@@ -32,6 +68,8 @@ class PassContext:
     calibration: Calibration = field(default=Calibration())  #: the text that the pass may read
     #: Files of registered data sets, by their names in the recipe.
     data_files: Mapping[str, Path] = field(default_factory=dict)
+    #: Measures candidates, for a pass that searches within a gate; None: the pass does not.
+    judge: Judge | None = None
     progress: Callable[[float, str], None] = field(default=_no_progress)  #: (fraction of this pass, what it does now)
     #: (name, value, step): adds a point to a curve.
     metric: Callable[[str, float, int], None] = field(default=_no_metric)

@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict
 
 from nightpress.core.handoff.report import PassRecord
 from nightpress.core.recipes.header import ModelHeader
-from nightpress.core.recipes.models import Recipe
+from nightpress.core.recipes.models import Quality, Recipe
 from nightpress.core.recipes.passes.catalog import providers_of
 
 
@@ -59,14 +59,19 @@ def prefix_digests(
 
     A further digest at the end is for the graph that is traced from the last pass's model.
 
-    data: the recipe's name of a data set → its digest. A data set that only the evaluation reads is left out of the digests.
+    data: the recipe's name of a data set → its digest. A data set that only the report's figures need is left out of the digests.
     """
     digests = []
     for count in (*range(1, len(recipe.passes) + 1), None):
         passes = [options.model_dump(mode="json") for options in recipe.passes[:count]]
         reads = any(options.wants != "nothing" for options in recipe.passes[:count])
         calibration = recipe.calibration.model_dump(mode="json") if reads else None
-        said = set(_strings([passes, calibration]))
+        # A search within a gate measures its candidates on the evaluation's data.
+        searches = any(options.gate_within is not None for options in recipe.passes[:count])
+        measured = [
+            entry.model_dump(mode="json") for entry in recipe.evaluate if isinstance(entry, Quality) and searches
+        ]
+        said = set(_strings([passes, calibration, measured]))
         body: dict[str, Any] = {
             "tenant": tenant_id,
             "model": model_digest,
@@ -79,6 +84,8 @@ def prefix_digests(
         }
         if packages := providers_of(options.name for options in recipe.passes[:count]):
             body["packages"] = sorted(str(package) for package in packages.values())
+        if measured:
+            body["measured"] = measured
         if count is None:
             body["makes"] = "graph"
         digests.append(hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest())

@@ -234,6 +234,44 @@ class Series(_Model):
     x_label: str = "step"
 
 
+class Tried(_Model):
+    """A candidate of a search within a gate."""
+
+    what: str  #: e.g. "12 of 42 layers in float"
+    size_bytes: int  #: of its weights, or of its graph
+    value: float  #: the figure, in the gate's unit
+    observed: float  #: the unfavourable end of its interval, which is compared with the gate
+    passed: bool
+    unsure: bool  #: the figure keeps the gate, and the end of its interval misses it
+    explanation: str
+    seconds: float  #: for making and measuring it
+
+
+class Within(_Model):
+    """A pass's search for the smallest result that keeps a gate."""
+
+    gate: str  #: as it was decided, e.g. "accuracy >= -1%"
+    data: tuple[str, ...]  #: the data sets whose choosing half measured the candidates
+    examples: int  #: of that half; of the smallest if there are several data sets
+    candidates: int  #: results that it could choose from
+    tried: tuple[Tried, ...]  #: in the order in which they were tried
+    chosen: str
+    kept: bool  #: whether the chosen result keeps the gate; if not, no candidate did, and this one came nearest
+    beyond: Tried | None  #: the next smaller candidate, which misses the gate; None: the smallest candidate was chosen
+    note: str = ""  #: what stood in for the gate's figure, and why
+
+    def told(self) -> tuple[str, ...]:
+        """Sentences for a reader: what was chosen, on which data, and what is on the other side of the gate."""
+        ended = "It keeps the gate." if self.kept else "No result that was tried keeps the gate; this one came nearest."
+        sentences = [
+            f"Chosen: {self.chosen}. {ended}",
+            f"Measured on {self.examples} examples of {', '.join(self.data)}: one half of the data chooses, and the artifacts are measured on the other. Of {self.candidates} possible results, {len(self.tried)} were tried.",
+        ]
+        if self.beyond is not None:
+            sentences.append(f"On the other side of the gate: {self.beyond.what}, {self.beyond.explanation}.")
+        return (*sentences, *([self.note] if self.note else []))
+
+
 class PassRecord(_Model):
     index: int
     name: str
@@ -245,6 +283,7 @@ class PassRecord(_Model):
     series: tuple[Series, ...] = ()
     peak_gpu_bytes: int | None = None  #: largest use of the GPU's memory while the pass ran; None on a CPU
     warnings: tuple[str, ...] = ()  #: what the pass left out, and why
+    within: Within | None = None  #: how the result was found, if the pass searched for it
 
 
 class GateResult(_Model):

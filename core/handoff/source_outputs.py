@@ -52,6 +52,8 @@ def source_digest(
         "engine": engine,
         "versions": {"python": platform.python_version()} | {name: _version(name) for name in _LIBRARIES},
     }
+    if recipe.searches:
+        body["searches"] = True  # with outputs for the half of the data that chooses
     return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
 
 

@@ -116,6 +116,10 @@ class Cost(NamedTuple):
             self.host_work + other.host_work,
         )
 
+    def times(self, runs: int) -> "Cost":
+        """Return the cost of running it so often, one run after the other."""
+        return self._replace(seconds=runs * self.seconds, work=runs * self.work, host_work=runs * self.host_work)
+
     def held(self, queue: Queue) -> int:
         """Return the bytes of the host's memory."""
         return self.memory_bytes if queue == "cpu" or self.host_bytes is None else self.host_bytes

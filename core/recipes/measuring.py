@@ -19,7 +19,9 @@ from nightpress.core.recipes.costs import (
 )
 from nightpress.core.recipes.exports import GRAPH_FORMATS, Export
 from nightpress.core.recipes.header import ModelHeader, TensorInfo
+from nightpress.core.recipes.linears import invalid
 from nightpress.core.recipes.models import Evaluation, GenerationSpeed, Latency, Quality, Recipe
+from nightpress.core.recipes.passes.base import Stage
 
 _IMPORT_S = 3.5  #: seconds to start a consumer's process with torch and transformers
 _GRAPH_S = 4.0  #: seconds to trace, and to start a consumer with only a graph runtime
@@ -65,6 +67,40 @@ def measuring_cost(recipe: Recipe, header: ModelHeader, outputs: Mapping[str, in
         gpu,
         host_bytes=beside_gpu + source + beside,
         host_work=host_work + (len(recipe.exports) - also_on_gpu) * timed,
+    )
+
+
+def check_searches(recipe: Recipe, header: ModelHeader | None) -> None:
+    """Raise NightpressError(invalid_recipe) if a pass is to keep a gate that nothing measures. header: None if no model was named."""
+    searching = next((options for options in recipe.passes if options.gate_within is not None), None)
+    if searching is None:
+        return
+    if not any(isinstance(entry, Quality) for entry in recipe.evaluate):
+        raise invalid(
+            f"`{searching.name}`: nothing in `evaluate` measures quality, so that nothing can be kept `within` a gate.",
+            "Add an evaluation, e.g. `{metric: auto}`.",
+        )
+    if header is not None and header.sees_images:
+        raise invalid(
+            f"`{searching.name}`: `within` divides the evaluation's data into two halves, and images are not divided.",
+            "Leave `within` out, and give the pass its options.",
+        )
+
+
+def searching_cost(recipe: Recipe, header: ModelHeader, stage: Stage, tries: int) -> Cost:
+    """Return the cost of measuring the candidates of a search within a gate, and the source on the same data.
+
+    stage: of the pass that searches. Candidates of the stage `graph` run in a graph's runtime. tries: number of candidates.
+    """
+    if not tries:
+        return Cost(0, 0.0)
+    work = sum(_tokens(entry) for entry in recipe.evaluate if isinstance(entry, Quality)) * header.parameters
+    on_gpu = stage == "folder" and recipe.measured_on_gpu(None)
+    return Cost(
+        0,
+        tries * (_GRAPH_S if stage == "graph" else _IMPORT_S),
+        work * (recipe.measured_on_gpu(None) + on_gpu * tries),
+        host_work=work * (not recipe.measured_on_gpu(None)) + work * tries * (not on_gpu),
     )
 
 

@@ -1,6 +1,5 @@
 """The model of a recipe: an ordered list of passes, the exports, the calibration, the evaluation and the gates."""
 
-import re
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError, field_validator, model_validator
@@ -9,6 +8,7 @@ from pydantic_core import ErrorDetails
 from nightpress.core.errors import ErrorCode, NightpressError
 from nightpress.core.recipes.calibration import BUILTIN_DATA, Calibration, DataRef
 from nightpress.core.recipes.exports import TORCH_FORMATS, Export
+from nightpress.core.recipes.gates import Gate, parse_gate
 from nightpress.core.recipes.header import ModelHeader
 from nightpress.core.recipes.passes import Pass, catalog
 from nightpress.core.recipes.passes.named import CHECKED_ELSEWHERE
@@ -20,7 +20,6 @@ MAX_PASSES = 20
 
 _SHOWN_FAULTS = 100  #: the most faults of a recipe that an error lists
 _UNKNOWN_NAME = "union_tag_invalid"  #: pydantic's type of the error for an unknown pass
-_GATE = re.compile(r"^\s*(<=|>=|<|>)\s*([+-]?\d+(?:\.\d+)?)\s*(%|x)?(?:\s+(source|runtime|best))?\s*$")
 
 
 class _Model(BaseModel):
@@ -62,7 +61,7 @@ class Quality(_Model):
     part: Literal["all", "choose", "judge"] = Field(
         "all",
         exclude_if=lambda value: value == "all",  # workers of earlier versions refuse a field that they don't know
-        description="Half of the data, the same for every recipe: studies choose with one half and judge with the other.",
+        description="Half of the data, the same for every recipe: studies, and passes with `within`, choose with one half and judge with the other. In a recipe with such a pass, `all` becomes `judge`.",
     )
 
     @model_validator(mode="after")
@@ -117,27 +116,6 @@ Evaluation = Annotated[
     | Annotated[GenerationSpeed, Tag("generation-speed")],
     Discriminator(_which_evaluation),
 ]
-
-
-class Gate(_Model):
-    """A bound that decides the verdict. Relative bounds compare with the source: `<= +3%` (change), `<= 35%` (share), `>= 1.5x` (times)."""
-
-    metric: str
-    operator: Literal["<=", ">=", "<", ">"]
-    value: float
-    relative: Literal["absolute", "change", "share", "times"]
-    #: What a speed is compared with: the source, the uncompressed model in the artifact's own runtime, or whichever of the two is faster.
-    against: Literal["source", "runtime", "best"] = "source"
-
-    def __str__(self) -> str:
-        number = {
-            "absolute": f"{self.value:g}",
-            "change": f"{self.value * 100:+g}%",
-            "share": f"{self.value * 100:g}%",
-            "times": f"{self.value:g}x",
-        }
-        against = "" if self.against == "source" else f" {self.against}"
-        return f"{self.metric} {self.operator} {number[self.relative]}{against}"
 
 
 class Recipe(_Model):
@@ -203,6 +181,23 @@ class Recipe(_Model):
         return self
 
     @model_validator(mode="after")
+    def _data_that_chooses_does_not_judge(self) -> "Recipe":
+        if self.searches:
+            judged = tuple(
+                entry.model_copy(update={"part": "judge"})
+                if isinstance(entry, Quality) and entry.part == "all"
+                else entry
+                for entry in self.evaluate
+            )
+            self.__dict__["evaluate"] = judged  # the model is frozen, and no other field depends on this one
+        return self
+
+    @property
+    def searches(self) -> bool:
+        """Whether a pass finds the smallest result that keeps its gate, by the half of the evaluation's data that doesn't judge."""
+        return any(options.gate_within is not None for options in self.passes)
+
+    @model_validator(mode="after")
     def _gates_parse(self) -> "Recipe":
         self.parsed_gates()
         return self
@@ -225,73 +220,6 @@ class Recipe(_Model):
             refs.add(self.calibration.data)
         refs |= {ref for step in self.passes for ref in step.data_refs()}
         return frozenset(refs - BUILTIN_DATA)
-
-
-#: Gates on them may name what the speed is compared with.
-_SPEEDS = frozenset({"latency", "throughput", "prefill_tokens_per_s", "decode_tokens_per_s"})
-
-GATE_METRICS = (
-    "size",
-    "latency",
-    "throughput",
-    "prefill_tokens_per_s",
-    "decode_tokens_per_s",
-    "memory",
-    "perplexity",
-    "bits_per_byte",
-    "masked_accuracy",
-    "accuracy",
-    "f1",
-    "entity_f1",
-    "choice_accuracy",
-    "spearman",
-    "pearson",
-    "ndcg",
-    "recall",
-    "generation_match",
-    "prefix_match",
-    "cosine",
-    "centred_cosine",
-    "top1_agreement",
-    "label_agreement",
-    "kl_divergence",
-    "kl_median",
-    "kl_p90",
-    "kl_p99",
-    "kl_p999",
-    "kl_max",
-    "rms_dp",
-    "rank_correlation",
-    "correlation",
-    "mean_error",
-    "largest_error",
-)
-
-
-def parse_gate(metric: str, bound: str) -> Gate:
-    """Parse a bound. A signed percentage is a change, an unsigned percentage a share of the source, `x` a factor.
-
-    A relative bound on a speed may end in `runtime` or `best`; see Gate.
-
-    Raises ValueError for an unknown metric or an invalid bound.
-    """
-    match = _GATE.match(bound)
-    if metric not in GATE_METRICS:
-        raise ValueError(f"gate {metric!r} is not one of {', '.join(GATE_METRICS)}")
-    if not match:
-        raise ValueError(f"gate {metric}: {bound!r} is not a bound like '<= +3%', '<= 35%', '>= 1.5x' or '>= 0.99'")
-    operator, number, unit, against = match.groups()
-    if against is not None and (unit is None or metric not in _SPEEDS):
-        raise ValueError(
-            f"gate {metric}: {against!r} belongs to a relative bound on a speed, e.g. latency: '<= 0.7x {against}'"
-        )
-    value = float(number)
-    if unit == "%":
-        kind, value = ("change" if number[0] in "+-" else "share"), value / 100
-    else:
-        kind = "times" if unit == "x" else "absolute"
-    gate = {"metric": metric, "operator": operator, "value": value, "relative": kind, "against": against or "source"}
-    return Gate.model_validate(gate)
 
 
 def parse_recipe(raw: Any, *, for_a_service: bool = False) -> Recipe:

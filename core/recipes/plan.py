@@ -78,6 +78,7 @@ def make_plan(recipe: Recipe, header: ModelHeader | None = None, fleet: Sequence
         check_target(recipe.target, header)
     check_order(recipe)
     check_exports(recipe)
+    measuring.check_searches(recipe, header)
     estimate = None
     if header is not None:
         check_model(recipe, header)
@@ -219,7 +220,10 @@ def _estimate(
     need = _need(recipe, costs, queue, threads)
     return Estimate(
         memory_bytes=need.memory_bytes,
-        disk_bytes=header.size + 2 * sum(outputs.values()) + (header.brought.size if header.brought is not None else 0),
+        # A search keeps its best candidate beside the one that it tries.
+        disk_bytes=header.size * (1 + 2 * recipe.searches)
+        + 2 * sum(outputs.values())
+        + (header.brought.size if header.brought is not None else 0),
         seconds=round(need.seconds, 1),
         threads=threads,
         output_bytes=outputs,
@@ -233,7 +237,12 @@ def _estimate(
 def _costs(recipe: Recipe, header: ModelHeader, *, vllm: bool) -> list[Cost]:
     """Return the cost of each pass, and at the end that of measuring. vllm: artifacts are run in vLLM, too."""
     given, _ = _chain(recipe, header)
-    found = [options.cost(seen, recipe.calibration) for options, seen in zip(recipe.passes, given, strict=True)]
+    found = [
+        options.cost(seen, recipe.calibration).then(
+            measuring.searching_cost(recipe, seen, options.stage, options.tries(seen))
+        )
+        for options, seen in zip(recipe.passes, given, strict=True)
+    ]
     measured = measuring.measuring_cost(recipe, header, _outputs(recipe, header), _most(found))
     served = serving_cost(recipe, header) if vllm else None
     return [*found, measured if served is None else measured.then(served)]

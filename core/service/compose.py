@@ -32,9 +32,9 @@ from nightpress.core.service.signing.store import SigningStore
 from nightpress.core.service.studies.ledger import StudyLedger
 from nightpress.core.service.studies.service import StudyService
 from nightpress.core.service.studies.store import StudyStore
-from nightpress.core.service.vault import open_vault
 from nightpress.core.service.trackers.contents import Contents
 from nightpress.core.service.trackers.store import TrackerStore
+from nightpress.core.service.vault import open_vault
 from nightpress.core.service.webhooks.signing import open_keeper
 from nightpress.core.service.webhooks.store import WebhookStore
 from nightpress.core.settings import Settings

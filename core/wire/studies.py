@@ -1,13 +1,12 @@
 """Studies on the wire: searches for the best form of a model that keeps some gates."""
 
 import datetime as dt
-import re
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
 from nightpress.core.recipes.calibration import Calibration, DataRef
-from nightpress.core.recipes.models import parse_gate
+from nightpress.core.recipes.gates import parse_gate
 from nightpress.core.recipes.search.auto import Goal
 from nightpress.core.wire.base import MAX_S, ONE_LINE, Labels, Request, View
 
@@ -16,19 +15,8 @@ TrialState = Literal["open", "kept", "missed", "screened", "failed", "cancelled"
 Reason = Literal["trials", "space", "deadline", "cpu", "gpu", "cancelled", "failures"]
 Role = Literal["search", "judge"]
 
-_GATE = re.compile(r"^\s*([a-z0-9_]+)\s*((?:<=|>=|<|>).+)$")
 _HOUR_S = 3600.0
 MAX_TRIALS = 5000
-
-
-def read_gate(text: str) -> tuple[str, str]:
-    """Split a gate such as `perplexity <= +1%` into figure and bound. Raises ValueError."""
-    match = _GATE.match(text)
-    if match is None:
-        raise ValueError(f"{text!r} is not a gate like 'perplexity <= +1%' or 'accuracy >= -1%'")
-    figure, bound = match.groups()
-    parse_gate(figure, bound)
-    return figure, bound.strip()
 
 
 class StudyRequest(Request):

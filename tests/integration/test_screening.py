@@ -7,7 +7,7 @@ import pytest
 
 from nightpress.core.compress.evaluate.screening import surely_missed
 from nightpress.core.handoff.report import Measurement, read_report
-from nightpress.core.recipes.models import parse_gate
+from nightpress.core.recipes.gates import parse_gate
 from nightpress.core.service.studies.outcomes import outcome_of
 from tests.press import lay_out, press
 

@@ -24,7 +24,7 @@ from nightpress.core.compress.export.openvino_graph import divide_in_norms
 from nightpress.core.compress.graph import tracing
 from nightpress.core.compress.graph.attention_scores import Operand, Scores, score_products
 from nightpress.core.compress.passes import PassContext
-from nightpress.core.compress.passes.static_int8 import _left_in_float, static_int8
+from nightpress.core.compress.passes.static_int8 import _Order, _reaching, static_int8
 from nightpress.core.errors import ErrorCode, NightpressError
 from nightpress.core.handoff.report import PassRecord
 from nightpress.core.recipes.calibration import Calibration
@@ -32,6 +32,7 @@ from nightpress.core.recipes.inspect import FolderFiles, inspect_model
 from nightpress.core.recipes.models import parse_recipe
 from nightpress.core.recipes.passes import StaticInt8
 from nightpress.core.recipes.plan import make_plan
+from tests.headers import encoder
 from tests.models import bert_tiny_dir
 from tests.press import graph_bytes, lay_out, press
 
@@ -276,11 +277,26 @@ def test_the_search_finds_the_fewest_layers_by_a_logarithm_of_graphs(bench: Benc
     # Among layers of one kind, costs are proportional to losses. Between kinds, they can't be compared.
     costs = {name: loss * {"query": 1e3, "up": 1, "down": 1e-2}[name.split(".")[-1]] for name, loss in losses.items()}
     least = 1 - sum(losses.values()) / 2
-    left, cosine = _left_in_float(costs, score, least, 8, bench.context)
+    order = _Order(costs, dict.fromkeys(costs, 1), score, 2, bench.context)
+    left, cosine = _reaching(least, order, score, bench.context)
     worst = sorted(losses, key=lambda name: -losses[name])
     assert left == frozenset(worst[: len(left)])
     assert cosine >= least > 1 - sum(losses[name] for name in worst[len(left) - 1 :])
     assert score.asked <= 2 + len(kinds) + 1 + math.ceil(math.log2(len(losses)))
+
+
+def test_layers_go_back_to_float_by_what_they_cost_for_the_time_that_int8_saves():
+    losses = {"layer.0.up": 4e-4, "layer.0.query": 3e-4}
+    context = PassContext(header=encoder(64, 4, 1), work_dir=Path())
+    for work, first in (
+        ({"layer.0.up": 4, "layer.0.query": 1}, "layer.0.query"),
+        (dict.fromkeys(losses, 1), "layer.0.up"),
+    ):
+        order = _Order(losses, work, Additive(losses), 1, context)
+        assert not order.gained  # nothing is measured before the order is needed
+        assert order.first(0) == frozenset()
+        assert order.first(1) == {first}
+        assert set(order.gained) == {"layer.#.up", "layer.#.query"}
 
 
 @pytest.mark.slow

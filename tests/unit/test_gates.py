@@ -7,7 +7,8 @@ import pytest
 from nightpress.core.compress.evaluate import gates
 from nightpress.core.errors import NightpressError
 from nightpress.core.handoff.report import GateResult, GenerationTiming, Measurement, Speedup, Subject, Timing
-from nightpress.core.recipes.models import parse_gate, parse_recipe
+from nightpress.core.recipes.gates import parse_gate
+from nightpress.core.recipes.models import parse_recipe
 
 
 def _figure(name: str, data: str, value: float = 0.8, change: float | None = None, of: str = "") -> Measurement:

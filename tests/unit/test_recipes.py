@@ -4,7 +4,8 @@ import pytest
 
 from nightpress.core.errors import ErrorCode, NightpressError
 from nightpress.core.recipes.builtins import builtin_recipes, get_recipe
-from nightpress.core.recipes.models import GATE_METRICS, Quality, load_recipe, parse_gate, parse_recipe
+from nightpress.core.recipes.gates import GATE_METRICS, parse_gate
+from nightpress.core.recipes.models import Quality, load_recipe, parse_recipe
 
 GOOD = {"name": "r", "passes": [{"pass": "weight-only", "bits": 4}], "exports": ["compressed-tensors"]}
 

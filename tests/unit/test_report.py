@@ -17,11 +17,45 @@ from nightpress.core.handoff.report import (
     Report,
     Subject,
     Timing,
+    Tried,
     Verification,
+    Within,
 )
 from tests.reports import full_report
 
 EVIL = '<script>alert("x")</script>"><img src=x onerror=alert(1)>'
+
+
+def searched(name: str) -> Within:
+    """A search of three candidates. The data set has this name."""
+    tried = tuple(
+        Tried(
+            what=f"{count} of 42 layers in float",
+            size_bytes=size,
+            value=value,
+            observed=end,
+            passed=end >= -0.01,
+            unsure=value >= -0.01 > end,
+            explanation=f"{end:+.2%} on {name}",
+            seconds=4.25,
+        )
+        for count, size, value, end in (
+            (0, 23_650_000, -0.02, -0.031),
+            (20, 23_600_000, 0.0, -0.009),
+            (10, 23_620_000, -0.004, -0.012),
+        )
+    )
+    return Within(
+        gate="accuracy >= -1%",
+        data=(name,),
+        examples=500,
+        candidates=42,
+        tried=tried,
+        chosen=tried[1].what,
+        kept=True,
+        beyond=tried[2],
+        note=f"note on {name}",
+    )
 
 
 def make_report(name: str = "a-model", *, verdict: str = "accepted", layers: int = 3) -> Report:
@@ -92,7 +126,16 @@ def make_report(name: str = "a-model", *, verdict: str = "accepted", layers: int
                     notes=(f"note {name}",),
                 )
             ],
-            "passes": [PassRecord(index=0, name="dynamic-int8", seconds=1, summary={"format": "onnx"}, layers=effects)],
+            "passes": [
+                PassRecord(
+                    index=0,
+                    name="dynamic-int8",
+                    seconds=1,
+                    summary={"format": "onnx"},
+                    layers=effects,
+                    within=searched(name),
+                )
+            ],
             "gates": [GateResult(gate="size <= 35%", artifact="onnx", observed=0.25, passed=True, explanation=name)],
             "verdict": verdict,
             "phases": {"baseline": 3.0},
@@ -167,6 +210,28 @@ def test_the_page_carries_the_comparison():
     page = reports.render_html(make_report())
     for expected in ("Accepted", "84.0%", "[82.0%, 86.0%]", "2.00× faster", "25%", "sha256:dig", "import onnxruntime"):
         assert expected in page
+
+
+def test_a_search_within_a_gate_shows_what_was_tried_what_was_chosen_and_what_is_beyond():
+    report = make_report()
+    card = reports.render_markdown(report)
+    for expected in (
+        "How dynamic-int8 kept accuracy",
+        "| 0 of 42 layers in float | 23.6 MB | -3.10% on a-model | missed | 4.2 |",
+        "| 10 of 42 layers in float | 23.6 MB | -1.20% on a-model | missed by its interval | 4.2 |",
+        "Chosen: 20 of 42 layers in float. It keeps the gate.",
+        "Measured on 500 examples of a-model",
+        "Of 42 possible results, 3 were tried.",
+        "On the other side of the gate: 10 of 42 layers in float, -1.20% on a-model.",
+        "note on a-model",
+    ):
+        assert expected in card
+    page = reports.render_html(report)
+    assert page.count("of 42 layers in float") == 5
+    assert "missed by its interval" in page
+    (record,) = report.passes
+    plain = report.model_copy(update={"passes": (record.model_copy(update={"within": None}),)})
+    assert "kept accuracy" not in reports.render_html(plain)
 
 
 def test_a_pass_that_names_no_format_is_drawn_too():

@@ -6,8 +6,8 @@ import pytest
 
 from nightpress.core.compress.data.halves import RUN, half
 from nightpress.core.errors import ErrorCode, NightpressError
+from nightpress.core.recipes.gates import read_gate
 from nightpress.core.recipes.search.space import Choice, Range, Space, digest_of
-from nightpress.core.wire.studies import read_gate
 
 SHRINK = {"choice": [None, {"pass": "layers", "count": {"choice": [1, 2]}}, [{"pass": "heads"}, {"pass": "recover"}]]}
 RECIPES: list[dict[str, Any]] = [

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from nightpress.core.recipes.models import parse_gate
+from nightpress.core.recipes.gates import parse_gate
 from nightpress.core.recipes.search.auto import Goal
 from nightpress.core.recipes.search.space import Space
 from nightpress.core.service.studies.front import candidates_of, front_of, runner_up_of, sensitivity_of

@@ -12,7 +12,8 @@ from nightpress.core.handoff.report import (
     same_device,
 )
 from nightpress.core.recipes.exports import TORCH_FORMATS
-from nightpress.core.recipes.models import Gate, Recipe
+from nightpress.core.recipes.gates import Gate
+from nightpress.core.recipes.models import Recipe
 
 _PLAIN = "the uncompressed model in the same runtime"
 
@@ -23,6 +24,11 @@ def decide(recipe: Recipe, source: Subject, artifacts: tuple[Subject, ...]) -> t
     return tuple(
         _worst(gate, _results(gate, subjects, artifact)) for artifact in artifacts for gate in recipe.parsed_gates()
     )
+
+
+def decide_quality(gate: Gate, source: Subject, candidate: Subject) -> GateResult:
+    """Decide a gate on quality for one model, as `decide` does."""
+    return _worst(gate, _quality(gate, (source, candidate), candidate))
 
 
 def _results(gate: Gate, subjects: Sequence[Subject], artifact: Subject) -> list[GateResult]:
@@ -43,7 +49,7 @@ def _results(gate: Gate, subjects: Sequence[Subject], artifact: Subject) -> list
 
 def _worst(gate: Gate, results: Sequence[GateResult]) -> GateResult:
     """The worst result. A figure that was not measured is worse than any other."""
-    worst = max if _is_upper(gate) else min
+    worst = max if gate.is_upper else min
     unknown = (result for result in results if result.observed is None)
     return next(unknown, None) or worst(results, key=lambda result: result.observed or 0.0)
 
@@ -121,7 +127,7 @@ def _speed(gate: Gate, artifact: Subject, value: float, speedup: Speedup | None,
         return _unknown(gate, artifact, f"it was not compared with {base} {what}")
     inverse = gate.metric == "latency"
     point, *ends = (1 / value if inverse else value for value in (speedup.value, speedup.low, speedup.high))
-    upper = _is_upper(gate)
+    upper = gate.is_upper
     end = max(ends) if upper else min(ends)
     said = _end_of(
         upper, "the spread" if not speedup.by_turns else "the 95% interval", _format(gate, _relative(gate, point), base)
@@ -163,7 +169,7 @@ def _place(measurement: Measurement) -> str:
 
 
 def _one_quality(gate: Gate, artifact: Subject, measurement: Measurement) -> GateResult:
-    upper = _is_upper(gate)
+    upper = gate.is_upper
     if gate.relative == "absolute":
         end = measurement.high if upper else measurement.low
         value = measurement.value if end is None else end
@@ -175,10 +181,6 @@ def _one_quality(gate: Gate, artifact: Subject, measurement: Measurement) -> Gat
     change = measurement.change if end is None else end
     point = _format(gate, _relative(gate, 1 + measurement.change))
     return _compare(gate, artifact, measurement.value, 1 + change, _ends(measurement, upper, point, end))
-
-
-def _is_upper(gate: Gate) -> bool:
-    return gate.operator in {"<=", "<"}
 
 
 def _ends(measurement: Measurement, upper: bool, point: str, end: float | None) -> str:

@@ -1,7 +1,8 @@
 """Prepares the examples that a recipe evaluates every model of a job on, and turns the models' outputs into measurements."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,7 @@ from nightpress.core.compress.export.consumer import Observed
 from nightpress.core.compress.export.task import Task, TimedGeneration, TimedShape, TokenSet
 from nightpress.core.errors import ErrorCode, NightpressError
 from nightpress.core.handoff.report import Measurement
+from nightpress.core.recipes.datafile import invalid
 from nightpress.core.recipes.exports import Export
 from nightpress.core.recipes.header import ModelHeader
 from nightpress.core.recipes.models import GenerationSpeed, Latency, Metric, Quality, Recipe
@@ -58,16 +60,17 @@ class Trial:
     ]  #: exports of the source that are timed by turns with the artifacts of their runtime
     by_turns: bool  #: whether source and artifact may be timed by turns; the plan's estimate assumes the same
     screen: tuple[Evaluation, ...] = ()  #: evaluations on few texts, for a screening right after the passes
+    choose: tuple[Evaluation, ...] = ()  #: evaluations on the half of the data that chooses, for passes with `within`
 
     @property
     def source_task(self) -> Task:
-        """What runs on the source: also the texts of the screening, so that the source is loaded once."""
-        return replace(self.task, sets=(*self.task.sets, *(entry.scorer.examples for entry in self.screen)))
+        """What runs on the source: also the texts that screen and choose, so that the source is loaded once."""
+        others = (entry.scorer.examples for entry in (*self.screen, *self.choose))
+        return replace(self.task, sets=(*self.task.sets, *others))
 
-    @property
-    def screen_task(self) -> Task:
-        """What runs on the pressed model in a screening: nothing is timed."""
-        sets = (self.task.sets[0], *(entry.scorer.examples for entry in self.screen))
+    def only(self, evaluations: Sequence[Evaluation]) -> Task:
+        """What runs on a pressed model before it is exported: some evaluations, and nothing is timed."""
+        sets = (self.task.sets[0], *(entry.scorer.examples for entry in evaluations))
         return replace(self.task, sets=sets, shapes=(), writings=())
 
 
@@ -90,22 +93,18 @@ def prepare(
     prose = tokenized.read_rows("builtin:prose", None, purpose="calibration")
     sets: list[TokenSet] = [_check_set(prose, tokenizer, header)]
     evaluations = []
+    evaluation_of = partial(_evaluation, recipe, header, model_dir, data_files, tokenizer)
     for at, quality in enumerate(qualities):
-        source = tokenized.DataSource(quality.data, data_files.get(quality.data), model_dir, quality.part)
-        request = ScorerRequest(f"quality{at}", quality, source, tokenizer, header, recipe.seed)
-        scorer = _SCORERS[_metric(quality, header, source)](request)
-        if len(scorer.examples.sequences.ids) < 2:
-            raise request.invalid(
-                "it has a single usable example: no interval can be given", "Bring at least two rows."
-            )
-        sets.append(scorer.examples)
-        evaluations.append(Evaluation(quality.data, scorer))
-    screen = _screen(recipe, qualities, header, model_dir, data_files, tokenizer)
+        evaluations.append(_checked(evaluation_of(f"quality{at}", quality)))
+        sets.append(evaluations[-1].scorer.examples)
+    few_texts = (evaluation_of(f"screen{at}", few) for at, few in _few_texts(recipe, qualities))
+    screen = tuple(filter(_is_usable, few_texts))
+    choose = tuple(_checked(evaluation_of(f"choose{at}", wanted)) for at, wanted in _choosing(recipe, qualities))
     longest = max([*(shape.length for shape in shapes), *(writing.prompt for writing in writings)], default=16)
     timing = tokenized.text_windows(
         prose, tokenizer, samples=8, length=min(longest, 512), ref="builtin:prose"
     ).ids.ravel()
-    for one_set in sets:
+    for one_set in (*sets, *(entry.scorer.examples for entry in choose)):
         tokenized.check_vocabulary(one_set.sequences, header)
     return Trial(
         task=Task(
@@ -124,28 +123,53 @@ def prepare(
         uncompressed=timed_uncompressed(recipe, header),
         by_turns=timed_by_turns(recipe, header),
         screen=screen,
+        choose=choose,
     )
 
 
-def _screen(
+def _few_texts(recipe: Recipe, qualities: Sequence[Quality]) -> Iterator[tuple[int, Quality]]:
+    """What a screening measures: what is measured on at least twice as many texts. Generated text is left out, because it takes long."""
+    for at, wanted in enumerate(qualities if recipe.screen else []):
+        if wanted.samples >= 2 * SAMPLES and wanted.metric != "generation":
+            yield at, wanted.model_copy(update={"samples": SAMPLES})
+
+
+def _choosing(recipe: Recipe, qualities: Sequence[Quality]) -> Iterator[tuple[int, Quality]]:
+    """What measures the candidates of passes with `within`. Text is generated only for a gate on generated text."""
+    gates = [gate for options in recipe.passes if (gate := options.gate_within) is not None]
+    written = any(gate.metric in {"generation_match", "prefix_match"} for gate in gates)
+    for at, wanted in enumerate(qualities if gates else []):
+        if written or wanted.metric != "generation":
+            yield at, wanted.model_copy(update={"part": "choose"})
+
+
+def _evaluation(
     recipe: Recipe,
-    qualities: list[Quality],
     header: ModelHeader,
     model_dir: Path,
     data_files: dict[str, Path],
     tokenizer: tokenized.Tokenizer,
-) -> tuple[Evaluation, ...]:
-    """The evaluations of a screening: those on at least twice as many texts, but fewer. Generated text is left out, because it takes long."""
-    found: list[Evaluation] = []
-    for at, wanted in enumerate(qualities if recipe.screen else []):
-        if wanted.samples >= 2 * SAMPLES and wanted.metric != "generation":
-            few = wanted.model_copy(update={"samples": SAMPLES})
-            source = tokenized.DataSource(few.data, data_files.get(few.data), model_dir, few.part)
-            request = ScorerRequest(f"screen{at}", few, source, tokenizer, header, recipe.seed)
-            scorer = _SCORERS[_metric(few, header, source)](request)
-            if len(scorer.examples.sequences.ids) >= 2:
-                found.append(Evaluation(few.data, scorer))
-    return tuple(found)
+    name: str,
+    wanted: Quality,
+) -> Evaluation:
+    """Read the data of an entry of the recipe's `evaluate`. name: of its examples."""
+    source = tokenized.DataSource(wanted.data, data_files.get(wanted.data), model_dir, wanted.part)
+    request = ScorerRequest(name, wanted, source, tokenizer, header, recipe.seed)
+    return Evaluation(wanted.data, _SCORERS[_metric(wanted, header, source)](request))
+
+
+def _checked(evaluation: Evaluation) -> Evaluation:
+    """Return the evaluation. Raises NightpressError(invalid_data) if it has too few examples."""
+    if not _is_usable(evaluation):
+        raise invalid(
+            evaluation.ref, "it has a single usable example: no interval can be given", "Bring at least two rows."
+        )
+    return evaluation
+
+
+def _is_usable(evaluation: Evaluation) -> bool:
+    """Whether it has enough examples for an interval."""
+    return len(evaluation.scorer.examples.sequences.ids) >= 2
 
 
 def _shapes(recipe: Recipe) -> tuple[TimedShape, ...]:

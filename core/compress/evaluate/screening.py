@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Sequence
 
 from nightpress.core.handoff.report import GateResult, Measurement
-from nightpress.core.recipes.models import Gate
+from nightpress.core.recipes.gates import Gate
 
 SAMPLES = 16  #: texts of a screening
 #: Intervals of few texts are widened by this factor: the bootstrap's intervals of so few are too narrow.
@@ -16,7 +16,7 @@ def surely_missed(gates: Sequence[Gate], figures: Sequence[Measurement], name: s
 
 
 def _missed(gate: Gate, figures: Sequence[Measurement], name: str) -> Iterable[GateResult]:
-    upper = gate.operator in {"<=", "<"}
+    upper = gate.is_upper
     for figure in figures:
         if figure.name != gate.metric:
             continue

@@ -70,6 +70,16 @@ class QdqGraph:
     def names(self) -> tuple[str, ...]:
         return (*self.inputs, *self.scores)
 
+    def work(self, length: int) -> dict[str, int]:
+        """Product → its multiply-adds for each token, in texts of `length` tokens."""
+        products = {
+            node.name: self.weights[node.input[1]].codes.size
+            for node in self.model.graph.node
+            if node.name in self.inputs
+        }
+        width = min(weight.codes.shape[0] for weight in self.weights.values())  # that of the hidden states
+        return products | dict.fromkeys(self.scores, length * width)
+
     @property
     def operands(self) -> tuple[tuple[str, str], ...]:
         """Pairs of a product and a tensor that it reads and that needs a range."""

@@ -2,7 +2,6 @@
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +9,6 @@ import torch
 from torch import Tensor
 
 from nightpress.core.compress.context import PassContext
-from nightpress.core.compress.data.calibration import calibration_samples
 from nightpress.core.compress.executors.blocks import (
     FinalTensor,
     Inputs,
@@ -33,7 +31,7 @@ from nightpress.core.compress.passes.blockwise import (
 from nightpress.core.compress.passes.folding import BlockFold, Folding, FoldTarget
 from nightpress.core.compress.passes.quantize import OnGrid
 from nightpress.core.compress.passes.registry import folder_pass
-from nightpress.core.compress.passes.sensitivity import part_of, schemes_within_budget
+from nightpress.core.compress.passes.sensitivity import press_with_bits
 from nightpress.core.compress.passes.stacks import Stack, stacks
 from nightpress.core.compress.passes.zeros import with_storage
 from nightpress.core.compress.solvers.awq import AwqLayer, search_scales
@@ -47,25 +45,31 @@ from nightpress.core.recipes.block_peak import stack_size
 from nightpress.core.recipes.header import ModelHeader
 from nightpress.core.recipes.linears import module_of
 from nightpress.core.recipes.passes import Awq, Gptq, SparseGpt, Wanda
-from nightpress.core.recipes.passes.quantize import Budgeted, Rounding
+from nightpress.core.recipes.passes.quantize import Rounding
 from nightpress.core.recipes.schemes import Scheme
 
 
 @folder_pass(Gptq)
 def gptq(source: Path, target: Path, options: Gptq, context: PassContext) -> PassRecord:
     """Quantize with GPTQ, and prune at the same time if `sparsity` is set. `target` becomes a compressed-tensors `pack-quantized` model."""
-    schemes, summary, context = chosen_schemes(source, options, context)
-    method, tables = Quantized(options, schemes), rounded_tables(source, options)
-    return quantize(source, target, method, schemes, options, context, summary, outside=tables)
+
+    def press(folder: Path, schemes: Schemes, summary: dict[str, Any], context: PassContext) -> PassRecord:
+        method, tables = Quantized(options, schemes), rounded_tables(source, options)
+        return quantize(source, folder, method, schemes, options, context, summary, outside=tables)
+
+    return press_with_bits(source, target, options, context, press)
 
 
 @folder_pass(Awq)
 def awq(source: Path, target: Path, options: Awq, context: PassContext) -> PassRecord:
     """Quantize with AWQ. `target` becomes a compressed-tensors `pack-quantized` model whose norms contain the scale factors."""
-    schemes, summary, context = chosen_schemes(source, options, context)
-    method = ActivationAware(options, schemes, context.header)
-    tables = rounded_tables(source, options)
-    return quantize(source, target, method, schemes, options, context, summary, outside=tables)
+
+    def press(folder: Path, schemes: Schemes, summary: dict[str, Any], context: PassContext) -> PassRecord:
+        method = ActivationAware(options, schemes, context.header)
+        tables = rounded_tables(source, options)
+        return quantize(source, folder, method, schemes, options, context, summary, outside=tables)
+
+    return press_with_bits(source, target, options, context, press)
 
 
 @folder_pass(SparseGpt)
@@ -82,21 +86,6 @@ def wanda(source: Path, target: Path, options: Wanda, context: PassContext) -> P
     start = time.monotonic()
     done = record(options, context, press(source, target, WeightAndActivation(options), options, context), start, {})
     return with_storage(done, source, target)
-
-
-def chosen_schemes(
-    source: Path, options: Budgeted, context: PassContext
-) -> tuple[Schemes, dict[str, Any], PassContext]:
-    """Return each module's scheme, the fields for the record's summary, and the context for the pass itself.
-
-    With a budget, the sensitivity sweep runs here and takes the first half of the pass's progress.
-    """
-    summary: dict[str, Any] = {"bits": options.bits, "group_size": options.group_size, "symmetric": options.symmetric}
-    if options.budget is None:
-        return options.scheme, summary, context
-    schemes, found = schemes_within_budget(source, calibration_samples(source, context), options, context)
-    rest = replace(context, progress=part_of(context, 0.5, 1.0))
-    return schemes, summary | {"bits": None, "budget": options.budget} | found, rest
 
 
 def rounded_tables(source: Path, options: Rounding) -> dict[str, OnGrid]:

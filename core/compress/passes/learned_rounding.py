@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,9 +14,10 @@ from nightpress.core.compress.executors.reproducible import backward
 from nightpress.core.compress.grids.stored import Coded, dequantized, from_tensors, round_weight
 from nightpress.core.compress.model.checkpoint import read_shards
 from nightpress.core.compress.passes.blockwise import Schemes, quantize, scheme_of, settle_coded
-from nightpress.core.compress.passes.calibrated import Quantized, chosen_schemes, rounded_tables
+from nightpress.core.compress.passes.calibrated import Quantized, rounded_tables
 from nightpress.core.compress.passes.quantize import largest_weights
 from nightpress.core.compress.passes.registry import folder_pass
+from nightpress.core.compress.passes.sensitivity import press_with_bits
 from nightpress.core.compress.solvers.gram import Gram
 from nightpress.core.compress.solvers.learned_rounding import LearnedWeight
 from nightpress.core.handoff.report import PassRecord
@@ -32,15 +34,18 @@ Codes = Mapping[str, Coded]  #: by weight
 @folder_pass(LearnedRounding)
 def learned_rounding(source: Path, target: Path, options: LearnedRounding, context: PassContext) -> PassRecord:
     """Quantize by learned rounding. `target` becomes a compressed-tensors model."""
-    schemes, summary, context = chosen_schemes(source, options, context)
     largest = None
     if options.format == "nvfp4":  # runtimes fuse layers that share inputs, and read one global scale for them
         names = {tensor.name for shard in read_shards(source) for tensor in shard.tensors if options.takes(tensor.info)}
         largest = max(largest_weights(source, names, context).values())
-    method = Learned(options, schemes, largest, context.seed)
-    summary |= {"format": options.format, "steps": options.steps}
-    tables = rounded_tables(source, options)
-    return quantize(source, target, method, schemes, options, context, summary, outside=tables, step=options.batch)
+
+    def press(folder: Path, schemes: Schemes, summary: dict[str, Any], context: PassContext) -> PassRecord:
+        method = Learned(options, schemes, largest, context.seed)
+        told = summary | {"format": options.format, "steps": options.steps}
+        tables = rounded_tables(source, options)
+        return quantize(source, folder, method, schemes, options, context, told, outside=tables, step=options.batch)
+
+    return press_with_bits(source, target, options, context, press)
 
 
 class Learned:

@@ -1,9 +1,10 @@
-"""Mixed precision: measures each layer's output error at each candidate bit width in one sweep, and chooses bits within a budget."""
+"""Mixed precision: measures each layer's output error at each candidate bit width in one sweep, and chooses bits within a budget or a gate."""
 
 import json
 import shutil
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,40 +12,94 @@ import torch
 from torch import Tensor
 
 from nightpress.core.compress.context import PassContext
+from nightpress.core.compress.data.calibration import calibration_samples
 from nightpress.core.compress.executors.blocks import FinalTensor, Inputs, press_blocks
 from nightpress.core.compress.executors.rewrite import Effect
 from nightpress.core.compress.grids.stored import dequantized, round_weight
 from nightpress.core.compress.model.checkpoint import read_shards, write_file
-from nightpress.core.compress.model.skeleton import Batch
 from nightpress.core.compress.model.source import SourceTensors
+from nightpress.core.compress.passes.blockwise import Schemes
+from nightpress.core.compress.passes.within import Search, smallest_model
 from nightpress.core.compress.solvers.gram import Gram
 from nightpress.core.compress.solvers.knapsack import choose
-from nightpress.core.recipes.linears import is_linear_weight, module_of
+from nightpress.core.compress.solvers.upgrades import upgrades
+from nightpress.core.handoff.report import PassRecord
+from nightpress.core.recipes.linears import is_linear_weight
 from nightpress.core.recipes.passes.quantize import Budgeted
-from nightpress.core.recipes.schemes import Scheme
 
 _ERRORS = "_errors"  #: suffix of the tensor that is written for a weight: its unit, then its relative squared output error per candidate
 
 
-def schemes_within_budget(
-    source: Path, samples: Batch, options: Budgeted, context: PassContext
-) -> tuple[Callable[[str], Scheme], dict[str, Any]]:
-    """Choose each module's scheme so that the sum of the layers' relative output errors is smallest within the budget.
+@dataclass(frozen=True)
+class Sweep:
+    """The errors of all layers. Layers that share their inputs are a unit and get the same bits, because runtimes fuse them."""
 
-    Returns (module → scheme, fields for the record's summary). Layers that share their inputs get the same bits, because runtimes fuse
-    them. The choice is a checkpoint in the job's work folder.
+    units: list[list[str]]  #: names of weights
+    sizes: list[list[int]]  #: bytes of each unit, by candidate
+    errors: dict[str, list[float]]  #: weight → its relative squared output error, by candidate
+    room: int | None  #: bytes that the budget leaves for these weights; None: there is no budget
+
+    @property
+    def lost(self) -> list[list[float]]:
+        """The sum of the errors of each unit's weights, by candidate."""
+        return [[sum(each) for each in zip(*(self.errors[name] for name in unit), strict=True)] for unit in self.units]
+
+
+#: (folder to write, module → its scheme, fields for the record's summary, context) → the record
+Press = Callable[[Path, Schemes, dict[str, Any], PassContext], PassRecord]
+
+
+def press_with_bits(source: Path, target: Path, options: Budgeted, context: PassContext, press: Press) -> PassRecord:
+    """Press a model with the options' bits, or with bits that are chosen for each layer by its error.
+
+    The errors are measured in one sweep, which is a checkpoint in the job's work folder. Within a budget, the sum of the relative output
+    errors is smallest. Within a gate, layers get more bits in the order of what these gain for their bytes, until the gate is kept.
     """
-    kept = context.work_dir / f"sensitivity-{context.index}.json"
-    recipe = options.model_dump_json()
-    found: dict[str, Any] = json.loads(kept.read_bytes()) if kept.exists() else {}
-    if found.get("recipe") != recipe:
-        # The sweep deletes its files at its end, so only its result is a checkpoint.
-        measuring = replace(context, checkpoint=lambda _path, _step: None, progress=part_of(context, 0.0, 0.5))
-        found = {"recipe": recipe, **_measure(source, samples, options, measuring)}
-        write_file(kept, json.dumps(found).encode())
-        context.whole(0, kept)
-    bits: dict[str, int] = found["bits"]
-    return lambda module: options.candidate(bits[module]), {"bits_by_layer": bits, "error_by_layer": found["errors"]}
+    summary: dict[str, Any] = {"bits": options.bits, "group_size": options.group_size, "symmetric": options.symmetric}
+    if not options.chooses_bits:
+        return press(target, options.scheme, summary, context)
+    runs = 1 + max(1, options.tries(context.header))
+    found = _sweep(source, options, replace(context, progress=part_of(context, 0.0, 1 / runs)))
+    rest = replace(context, progress=part_of(context, 1 / runs, 1.0))
+    summary |= {
+        "bits": None,
+        "error_by_layer": {
+            _module(name): dict(zip(map(str, options.candidates), errors, strict=True))
+            for name, errors in found.errors.items()
+        },
+    }
+
+    def with_options(picked: Sequence[int], folder: Path, context: PassContext) -> PassRecord:
+        bits = {
+            _module(name): options.candidates[at] for unit, at in zip(found.units, picked, strict=True) for name in unit
+        }
+        told = {"bits_by_layer": bits} | ({} if options.budget is None else {"budget": options.budget})
+        return press(folder, lambda module: options.candidate(bits[module]), summary | told, context)
+
+    if options.within is None:
+        assert found.room is not None
+        return with_options(choose(found.sizes, found.lost, found.room), target, rest)
+    line = _line(found)
+    steps = [_told(picked, found, options) for picked in line]
+    search = Search(options, steps, rest, context.work_dir / f"within-{context.index}.json")
+    return smallest_model(search, target, lambda at, folder, context: with_options(line[at], folder, context), first=0)
+
+
+def _line(found: Sweep) -> list[list[int]]:
+    """The candidates of all units after each upgrade, from the smallest ones."""
+    now = [sizes.index(min(sizes)) for sizes in found.sizes]
+    line = [list(now)]
+    for unit, option in upgrades(found.sizes, found.lost):
+        now[unit] = option
+        line.append(list(now))
+    return line
+
+
+def _told(picked: Sequence[int], found: Sweep, options: Budgeted) -> str:
+    """E.g. `int4 in 20 layers, int8 in 4`."""
+    counts = Counter(options.candidates[at] for unit, at in zip(found.units, picked, strict=True) for _ in unit)
+    parts = [f"int{bits} in {count}" for bits, count in sorted(counts.items())]
+    return ", ".join(parts) + " layers"
 
 
 def part_of(context: PassContext, start: float, end: float) -> Callable[[float, str], None]:
@@ -52,38 +107,43 @@ def part_of(context: PassContext, start: float, end: float) -> Callable[[float, 
     return lambda fraction, message: context.progress(start + (end - start) * fraction, message)
 
 
-def _measure(source: Path, samples: Batch, options: Budgeted, context: PassContext) -> dict[str, Any]:
+def _module(weight: str) -> str:
+    return weight.removesuffix(".weight")
+
+
+def _sweep(source: Path, options: Budgeted, context: PassContext) -> Sweep:
+    kept = context.work_dir / f"sensitivity-{context.index}.json"
+    recipe = options.model_dump_json()
+    known: dict[str, Any] = json.loads(kept.read_bytes()) if kept.exists() else {}
+    if known.get("recipe") != recipe:
+        # The sweep deletes its files at its end, so only its result is a checkpoint.
+        measured = _measure(source, options, replace(context, checkpoint=lambda _path, _step: None))
+        known = {"recipe": recipe, **asdict(measured)}
+        write_file(kept, json.dumps(known).encode())
+        context.whole(0, kept)
+    return Sweep(**{name: known[name] for name in ("units", "sizes", "errors", "room")})
+
+
+def _measure(source: Path, options: Budgeted, context: PassContext) -> Sweep:
     infos = {tensor.name: tensor.info for shard in read_shards(source) for tensor in shard.tensors}
     chosen = frozenset(info.name for info in infos.values() if is_linear_weight(info, options.ignore))
     scratch = context.work_dir / f"sensitivity-{context.index}"
     method = Sensitivity(options, source)
     recipe = "sensitivity " + options.model_dump_json()
-    press_blocks(source, scratch, method, samples, context, chosen=chosen, recipe=recipe)
+    press_blocks(source, scratch, method, calibration_samples(source, context), context, chosen=chosen, recipe=recipe)
     written = SourceTensors(read_shards(scratch))
-    errors = {name: written.read(name + _ERRORS).tolist() for name in infos if name + _ERRORS in written}
+    found = {name: written.read(name + _ERRORS).tolist() for name in infos if name + _ERRORS in written}
+    shutil.rmtree(scratch)
     units: dict[float, list[str]] = {}
-    for name, (unit, *_) in errors.items():
+    for name, (unit, *_) in found.items():
         units.setdefault(unit, []).append(name)
     together = list(units.values())
     sizes = [
         [sum(options.candidate(bits).stored_bytes(infos[name]) for name in names) for bits in options.candidates]
         for names in together
     ]
-    lost = [
-        [sum(errors[name][1 + at] for name in names) for at in range(len(options.candidates))] for names in together
-    ]
-    picked = choose(sizes, lost, options.room(infos.values(), errors))
-    shutil.rmtree(scratch)
-    bits = {
-        module_of(infos[name]): options.candidates[at]
-        for names, at in zip(together, picked, strict=True)
-        for name in names
-    }
-    by_layer = {
-        module_of(infos[name]): dict(zip(map(str, options.candidates), errors[name][1:], strict=True))
-        for name in errors
-    }
-    return {"bits": bits, "errors": by_layer}
+    room = None if options.budget is None else options.room(infos.values(), found)
+    return Sweep(together, sizes, {name: errors for name, (_, *errors) in found.items()}, room)
 
 
 class Sensitivity:

@@ -3,9 +3,9 @@
 import hashlib
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -20,6 +20,7 @@ from nightpress.core.compress.model.companions import copy_companions
 from nightpress.core.compress.model.skeleton import Batch
 from nightpress.core.compress.model.source import SourceTensors
 from nightpress.core.compress.passes.registry import folder_pass
+from nightpress.core.compress.passes.within import Search, smallest_model
 from nightpress.core.compress.solvers.units import (
     Known,
     Moments,
@@ -34,40 +35,46 @@ from nightpress.core.handoff.report import LayerEffect, PassRecord
 from nightpress.core.recipes.anatomy import Anatomy
 from nightpress.core.recipes.inspect import FolderFiles, inspect_model
 from nightpress.core.recipes.passes import Channels, Heads, Layers
-from nightpress.core.recipes.passes.shrink import Narrowing, renumbered
+from nightpress.core.recipes.passes.layers import renumbered
+from nightpress.core.recipes.passes.shrink import Narrowing, Shrinking
 
 
 @folder_pass(Channels, Heads)
 def narrow(source: Path, target: Path, options: Narrowing, context: PassContext) -> PassRecord:
     """Remove channels or heads from every block, one block at a time. `target` becomes a smaller model."""
-    start = time.monotonic()
     anatomy = options.anatomy(context.header)
     samples = calibration_samples(source, context)
     scores = _scores_ahead(source, samples, options, anatomy, context)
-    method = Narrow(options, anatomy, scores)
-    output = options.inner(anatomy).output
-    pressed = press_blocks(
-        source,
-        target,
-        method,
-        samples,
-        context,
-        chosen=frozenset(anatomy.name(at, output) for at in range(anatomy.layers)),
-        recipe=options.model_dump_json() + _digest(scores),
-    )
-    copy_companions(source, target)
-    after = SourceTensors(read_shards(target))
+    inner = options.inner(anatomy)
     axis = 0 if anatomy.transposed else 1
-    unit = anatomy.unit(options.inner(anatomy))
-    kept = tuple(after.stored(anatomy.name(at, output)).info.shape[axis] // unit for at in range(anatomy.layers))
-    _write_config(target, options.config(context.header, kept))
-    return _record(options, context, target, pressed.effects, start, {"units": options.counts(anatomy), "kept": kept})
+
+    def press(options: Narrowing, folder: Path, context: PassContext) -> PassRecord:
+        start = time.monotonic()
+        pressed = press_blocks(
+            source,
+            folder,
+            Narrow(options, anatomy, scores),
+            samples,
+            context,
+            chosen=frozenset(anatomy.name(at, inner.output) for at in range(anatomy.layers)),
+            recipe=options.model_dump_json() + _digest(scores),
+        )
+        copy_companions(source, folder)
+        after = SourceTensors(read_shards(folder))
+        units = [after.stored(anatomy.name(at, inner.output)).info.shape[axis] for at in range(anatomy.layers)]
+        kept = tuple(count // anatomy.unit(inner) for count in units)
+        _write_config(folder, options.config(context.header, kept))
+        summary = {"units": options.counts(anatomy), "kept": kept}
+        return _record(options, context, folder, pressed.effects, start, summary)
+
+    if options.within is None:
+        return press(options, target, context)
+    return _smallest(source, target, options, context, press)
 
 
 @folder_pass(Layers)
 def layers(source: Path, target: Path, options: Layers, context: PassContext) -> PassRecord:
     """Remove whole blocks. `target` becomes a model with fewer blocks."""
-    start = time.monotonic()
     anatomy = options.anatomy(context.header)
     influence: list[float] = []
     if options.remove is None:
@@ -76,17 +83,48 @@ def layers(source: Path, target: Path, options: Layers, context: PassContext) ->
             influence = block_gradients(source, samples, context, anatomy)
         else:
             influence = [seen.influence for seen in survey(source, samples, context, None)]
-        order = sorted(range(anatomy.layers), key=lambda at: (influence[at], at))
-        gone = set(order[: options.count])
-    else:
-        gone = set(options.remove)
-    kept = [at for at in range(anatomy.layers) if at not in gone]
-    _copy_blocks(source, target, anatomy, kept)
-    copy_companions(source, target)
-    _write_config(target, options.without(context.header, kept).config)
-    context.progress(1.0, "done")
-    summary = {"removed": sorted(gone), "blocks": anatomy.layers, "kept": kept, "importance": influence}
-    return _record(options, context, target, {}, start, summary)
+    order = sorted(range(len(influence)), key=lambda at: (influence[at], at))
+
+    def press(options: Layers, folder: Path, context: PassContext) -> PassRecord:
+        start = time.monotonic()
+        gone = set(order[: options.count] if options.remove is None else options.remove)
+        kept = [at for at in range(anatomy.layers) if at not in gone]
+        _copy_blocks(source, folder, anatomy, kept)
+        copy_companions(source, folder)
+        _write_config(folder, options.without(context.header, kept).config)
+        context.progress(1.0, "done")
+        summary = {"removed": sorted(gone), "blocks": anatomy.layers, "kept": kept, "importance": influence}
+        return _record(options, context, folder, {}, start, summary)
+
+    if options.within is None:
+        return press(options, target, context)
+    return _smallest(source, target, options, context, press)
+
+
+Extent = TypeVar("Extent", bound=Shrinking)
+
+
+def _smallest(
+    source: Path,
+    target: Path,
+    options: Extent,
+    context: PassContext,
+    press: Callable[[Extent, Path, PassContext], PassRecord],
+) -> PassRecord:
+    """Search for the smallest model that keeps the gate. If none does, the model stays as it is. press writes one of the choices."""
+    choices = options.choices(context.header)
+    steps = [*(choice.extent for choice in choices), "the model as it was"]
+    search = Search(options, steps, context, context.work_dir / f"within-{context.index}.json")
+
+    def press_step(step: int, folder: Path, context: PassContext) -> PassRecord:
+        if step < len(choices):
+            return press(choices[step], folder, context)
+        start, anatomy = time.monotonic(), options.anatomy(context.header)
+        _copy_blocks(source, folder, anatomy, range(anatomy.layers))
+        copy_companions(source, folder)
+        return _record(options, context, folder, {}, start, {})
+
+    return smallest_model(search, target, press_step, sure=True)
 
 
 class Narrow:
@@ -264,7 +302,7 @@ def _write_config(target: Path, changed: Mapping[str, Any]) -> None:
 
 
 def _record(
-    options: Narrowing | Layers,
+    options: Shrinking,
     context: PassContext,
     target: Path,
     effects: Mapping[str, Effect],

@@ -7,6 +7,7 @@ loads the graph, and OpenVINO quantizes the product's inputs in groups at run ti
 
 import hashlib
 import re
+import shutil
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import replace
@@ -22,8 +23,9 @@ from nightpress.core.compress.graph.tracing import Traced
 from nightpress.core.compress.model.checkpoint import disk_errors, write_file
 from nightpress.core.compress.model.cosines import row_cosines
 from nightpress.core.compress.passes.registry import graph_pass
+from nightpress.core.compress.passes.within import Candidate, Search, bisect
 from nightpress.core.compress.runners.measure import pool
-from nightpress.core.handoff.report import PassRecord
+from nightpress.core.handoff.report import PassRecord, Within
 from nightpress.core.processor import cpu_features
 from nightpress.core.recipes.costs import TRIAL_TOKENS
 from nightpress.core.recipes.linears import invalid
@@ -32,7 +34,8 @@ from nightpress.core.recipes.passes import StaticInt8
 GRAPH_FILE = "model.onnx"
 _NUMBER = re.compile(r"\d+")  #: layers whose names differ only in numbers are of the same kind
 _TRIAL_LENGTH = 128  #: tokens of each held-out text
-_RANKED_SHARE = 4  #: kinds of layers are ranked on 1 / 4 of the held-out texts
+#: Kinds of layers are ranked on 1 / 4 of the held-out texts; of a classifier on all of them, because each text has few outputs.
+_RANKED_SHARE = 4
 #: Share of the layers that stay in float if no number of them reaches `min_cosine`: the graph is still faster than the float graph.
 _MOST_IN_FLOAT = 1 / 2
 
@@ -54,12 +57,20 @@ def static_int8(
         folder.mkdir(parents=True, exist_ok=True)
         seen, held = _texts(model_dir, context)
         plan, ranges, costs = calibrated(traced.path, seen, options, bits, folder, context)
-        judge = _GraphFidelity(traced.path, held, context)
+        fidelity = _GraphFidelity(traced.path, held, context)
 
         def score(left: Collection[str], texts: int | None = None) -> float:
-            return judge.cosine(plan.written(ranges, left), texts)
+            return fidelity.cosine(plan.written(ranges, left), texts)
 
-        left, cosine = _left_in_float(costs, score, options.min_cosine, len(held.ids), context)
+        share = 1 if context.header.task == "classification" else _RANKED_SHARE
+        order = _Order(costs, plan.work(_TRIAL_LENGTH), score, max(1, len(held.ids) // share), context)
+        found: Within | None = None
+        warnings: tuple[str, ...] = ()
+        if options.within is None:
+            left, cosine = _reaching(options.min_cosine, order, score, context)
+        else:
+            left, found, warnings = _within(order, lambda left: plan.written(ranges, left), options, folder, context)
+            cosine = score(left)
         with disk_errors():
             partial = folder / "partial.onnx"
             partial.write_bytes(plan.written(ranges, left))
@@ -77,8 +88,11 @@ def static_int8(
                 "left_in_float": sorted(left),
                 "cosine_held_apart": round(cosine, 6),
                 "min_cosine_held": options.min_cosine is None or cosine >= options.min_cosine,
+                "cosine_gained_by_kind": order.gained,
             },
             layers=plan.effects(left),
+            within=found,
+            warnings=warnings,
         )
         write_file(report, record.model_dump_json().encode())
         context.whole(2, graph, report)
@@ -145,48 +159,100 @@ class _GraphFidelity:
             yield out
 
 
-def _left_in_float(
-    costs: Mapping[str, float],
-    score: Callable[..., float],
-    least: float | None,
-    texts: int,
-    context: PassContext,
+class _Order:
+    """The layers in the order in which they go back to float: those first that cost most for the time that int8 saves.
+
+    score(layers in float, number of texts) → cosine. costs: layer → its own rounding error. work: layer → its multiply-adds. For each *kind*
+    of layer, a graph with that kind in float measures how much cosine it gains, and the layers of the kind share this gain in proportion to
+    `costs`. So the number of graphs grows with the number of kinds. They are measured when the order is needed first.
+    """
+
+    def __init__(
+        self,
+        costs: Mapping[str, float],
+        work: Mapping[str, int],
+        score: Callable[..., float],
+        texts: int,
+        context: PassContext,
+    ) -> None:
+        """texts: number of held-out texts to rank the kinds on."""
+        self._costs, self._work, self._score, self._texts, self._context = costs, work, score, texts, context
+        self._layers: list[str] | None = None
+        self.gained: dict[str, float] = {}  #: kind of layer → the cosine that it gains in float; empty: not needed
+
+    def __len__(self) -> int:
+        return len(self._costs)
+
+    def first(self, count: int) -> frozenset[str]:
+        """The layers that stay in float if `count` do."""
+        if not count:
+            return frozenset()
+        if self._layers is None:
+            self._layers = self._measure()
+        return frozenset(self._layers[:count])
+
+    def _measure(self) -> list[str]:
+        costs, part = self._costs, self._texts
+        kinds: dict[str, list[str]] = {}
+        for name in costs:
+            kinds.setdefault(_NUMBER.sub("#", name), []).append(name)
+        all_in_int8 = self._score((), part)
+        expected: dict[str, float] = {}
+        for at, (kind, names) in enumerate(kinds.items()):
+            what = f"weighing layers of a kind, {at + 1} of {len(kinds)}: {kind}"
+            self._context.progress(0.65 + 0.15 * at / len(kinds), what)
+            gained = max(self._score(names, part) - all_in_int8, 0.0)
+            self.gained[kind] = round(gained, 8)
+            together = sum(costs[name] for name in names) or 1.0
+            expected |= {name: gained * costs[name] / together / self._work[name] for name in names}
+        return sorted(costs, key=lambda name: (-expected[name], -costs[name], name))
+
+
+def _reaching(
+    least: float | None, order: _Order, score: Callable[..., float], context: PassContext
 ) -> tuple[frozenset[str], float]:
     """Return the layers to leave in float so that the cosine reaches `least`, as few as possible, and that cosine.
 
-    If no number of layers reaches it, half of the layers stay in float. score(layers in float, number of texts) → cosine. costs: layer →
-    its own rounding error. Layers are ranked first: for each *kind* of layer, a graph with that kind in float measures how much cosine it
-    gains, and the layers of the kind share this gain in proportion to `costs`. Bisection then finds how many layers of the ranking stay in
-    float. So the number of graphs grows with the number of kinds and with the logarithm of the number of layers.
+    If no number of layers reaches it, half of the layers stay in float.
     """
-    context.progress(0.6, "judging the graph with all layers in int8")
-    cosine = score(())
-    if least is None or cosine >= least:
-        return frozenset(), cosine
-    part = max(1, texts // _RANKED_SHARE)
-    kinds: dict[str, list[str]] = {}
-    for name in costs:
-        kinds.setdefault(_NUMBER.sub("#", name), []).append(name)
-    all_in_int8 = score((), part)
-    expected: dict[str, float] = {}
-    for at, (kind, names) in enumerate(kinds.items()):
-        context.progress(0.65 + 0.15 * at / len(kinds), f"weighing layers of a kind, {at + 1} of {len(kinds)}: {kind}")
-        gained = max(score(names, part) - all_in_int8, 0.0)
-        together = sum(costs[name] for name in names) or 1.0
-        expected |= {name: gained * costs[name] / together for name in names}
-    order = sorted(costs, key=lambda name: (-expected[name], -costs[name], name))
+    found: dict[int, float] = {}
 
     def tried(count: int) -> float:
-        context.progress(0.8 + 0.015 * len(found), f"judging the graph with {count} of {len(order)} layers in float")
-        found[count] = score(order[:count])
+        if count not in found:
+            what = f"judging the graph with {count} of {len(order)} layers in float"
+            context.progress(0.8 + 0.015 * len(found) if found else 0.6, what)
+            found[count] = score(order.first(count))
         return found[count]
 
-    found: dict[int, float] = {}
-    few, many = 1, len(order) - 1
-    if many < 1 or tried(many) < least:
-        half = max(1, int(len(order) * _MOST_IN_FLOAT))
-        return frozenset(order[:half]), tried(half)
-    while few < many:
-        middle = (few + many) // 2
-        few, many = (few, middle) if tried(middle) >= least else (middle + 1, many)
-    return frozenset(order[:many]), found[many]
+    if least is None:
+        return frozenset(), tried(0)
+    count, reached = bisect(max(0, len(order) - 1), lambda count: tried(count) >= least, first=0)
+    count = count if reached else max(1, int(len(order) * _MOST_IN_FLOAT))
+    return order.first(count), tried(count)
+
+
+def _within(
+    order: _Order,
+    written: Callable[[frozenset[str]], bytes],
+    options: StaticInt8,
+    folder: Path,
+    context: PassContext,
+) -> tuple[frozenset[str], Within, tuple[str, ...]]:
+    """Return the layers to leave in float so that the gate is kept, as few as possible, the report of the search, and its warnings.
+
+    If no number of layers keeps it, they are those of the graph that came nearest.
+    """
+    steps = [f"{count} of {len(order)} layers in float" for count in range(max(1, len(order)))]
+    search = Search(options, steps, context, folder / "within.json")
+    tried = folder / "tried"
+
+    def make(count: int) -> Candidate:
+        context.progress(0.6 if not count else 0.8 + 0.2 * search.span()[0], f"measuring {steps[count]}")
+        tried.mkdir(exist_ok=True)
+        with disk_errors():
+            size = (tried / GRAPH_FILE).write_bytes(written(order.first(count)))
+        return Candidate(size, search.judge.graph(tried))
+
+    count, kept = search.run(make, first=0)
+    shutil.rmtree(tried, ignore_errors=True)
+    return order.first(count), search.outcome(count, kept=kept), search.warnings(kept=kept)

@@ -14,6 +14,7 @@ from markupsafe import Markup
 from nightpress.core.compress.report import charts, costs
 from nightpress.core.compress.report.figures import megabytes, shown
 from nightpress.core.compress.report.model_card import front_matter
+from nightpress.core.compress.report.searches import searches
 from nightpress.core.compress.report.serving import serving_tables
 from nightpress.core.compress.report.table import headline, rows_of
 from nightpress.core.handoff.compare import compare
@@ -89,6 +90,7 @@ def _context(report: Report) -> dict[str, Any]:
             for title, plot in costs.generation_plots(subjects)
         ],
         "caches": [found for record in report.passes if (found := costs.cache_tables(record))],
+        "searches": searches(report),
         "zeros": costs.storage_tables(report),
         "gates_summary": _gates_summary(report),
         "layer_charts": _layer_charts(report.passes),
@@ -181,7 +183,7 @@ def _plain_text(text: object) -> str:
 
 
 def _table_cell(text: object) -> str:
-    return " ".join(str(text).split()).replace("|", "\\|").replace("<", "&lt;")
+    return " ".join(str(text).split()).replace("|", "\\|").replace("`", "\\`").replace("<", "&lt;")
 
 
 def _code_block(text: str) -> str:

@@ -7,6 +7,7 @@ from nightpress.core.compress.model.checkpoint import write_file
 from nightpress.core.compress.passes.registry import model_pass
 from nightpress.core.compress.stages.clock import parts
 from nightpress.core.compress.stages.job import PressJob, naming_the_package
+from nightpress.core.compress.stages.judge import judge_of
 from nightpress.core.compress.stages.state import State
 from nightpress.core.handoff.checkpoints import FinishedPass, pass_folder, pass_record, prefix_digests
 from nightpress.core.recipes.inspect import FolderFiles, inspect_model
@@ -28,7 +29,7 @@ def run(job: PressJob, state: State) -> None:
         report(0.0, f"pass {index + 1}: {options.name}")
         target = job.work / pass_folder(index, options.name)
         with environment.gpu_peak(job.spec.device) as peak, naming_the_package(options):
-            context = job.context(state.header, report, index=index)
+            context = job.context(state.header, report, index=index, judge=judge_of(job, state, options))
             record = model_pass(options)(state.folder, target, options, context)
             record = record.model_copy(update={"peak_gpu_bytes": peak()})
         state.records.append(job.publish_pass(record, index))

@@ -17,6 +17,7 @@ from nightpress.core.compress.memory import return_freed_memory
 from nightpress.core.compress.passes.registry import graph_pass_of
 from nightpress.core.compress.stages.clock import Report, parts
 from nightpress.core.compress.stages.job import PressJob, naming_the_package
+from nightpress.core.compress.stages.judge import judge_of
 from nightpress.core.compress.stages.state import Exported, State
 from nightpress.core.errors import ErrorCode, NightpressError
 from nightpress.core.recipes.exports import GRAPH_FORMATS, Export
@@ -97,7 +98,7 @@ def _trace(job: PressJob, state: State, report: Report) -> Traced:
     for index, options in enumerate(passes):
         if options.stage == "graph":
             with naming_the_package(options):
-                context = job.context(state.header, report, index=index)
+                context = job.context(state.header, report, index=index, judge=judge_of(job, state, options))
                 traced, record = graph_pass_of(options)(state.folder, traced, options, context)
             _free_graphs()
             state.records.append(job.publish_pass(record, index))

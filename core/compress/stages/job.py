@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from nightpress.core.compress.context import PassContext
+from nightpress.core.compress.context import Judge, PassContext
 from nightpress.core.compress.export.consumer import Device
 from nightpress.core.compress.stages.clock import Clock, Emit, Report
 from nightpress.core.errors import ErrorCode, NightpressError
@@ -36,7 +36,7 @@ class PressJob:
         self.data_files = {ref: self.data / name for ref, name in self.spec.data.items()}
         self.clock = Clock(emit)
 
-    def context(self, header: ModelHeader, progress: Report, *, index: int) -> PassContext:
+    def context(self, header: ModelHeader, progress: Report, *, index: int, judge: Judge | None = None) -> PassContext:
         """The context for the pass at this index of the recipe. header: of the model that the pass reads."""
         self.work.mkdir(parents=True, exist_ok=True)
         return PassContext(
@@ -49,6 +49,7 @@ class PressJob:
             index=index,
             calibration=self.recipe.calibration,
             data_files=self.data_files,
+            judge=judge,
             progress=progress,
             metric=lambda name, value, step: self.emit(Metric(name=name, value=value, step=step)),
             checkpoint=partial(self.checkpoint, index),

@@ -19,7 +19,7 @@ def run(job: PressJob, state: State) -> None:
     observed = run_consumer(
         safetensors.CONSUMER,
         state.folder,
-        state.trial.screen_task,
+        state.trial.only(state.trial.screen),
         name="screening",
         scratch=job.scratch,
         device=job.device_of(None),

@@ -6,6 +6,7 @@ from nightpress.core.recipes.passes.base import ExportFormat, PassOptions
 from nightpress.core.recipes.passes.caching import GenerationCache
 from nightpress.core.recipes.passes.distill import Distill, Recover
 from nightpress.core.recipes.passes.experts import ExpertPruning
+from nightpress.core.recipes.passes.layers import Layers
 from nightpress.core.recipes.passes.learned_rounding import LearnedRounding
 from nightpress.core.recipes.passes.measure import Profiling
 from nightpress.core.recipes.passes.named import Pass
@@ -15,7 +16,7 @@ from nightpress.core.recipes.passes.quantize import Awq, Gptq, WeightOnly
 from nightpress.core.recipes.passes.quantizing import Quantizing
 from nightpress.core.recipes.passes.requantize import Requantize
 from nightpress.core.recipes.passes.rotate import Rotate
-from nightpress.core.recipes.passes.shrink import Channels, Heads, Layers
+from nightpress.core.recipes.passes.shrink import Channels, Heads
 
 __all__ = [
     "Awq",

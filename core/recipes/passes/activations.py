@@ -20,6 +20,7 @@ from nightpress.core.recipes.passes.base import (
     Stage,
 )
 from nightpress.core.recipes.passes.quantizing import Quantizing
+from nightpress.core.recipes.passes.within import Searching
 from nightpress.core.recipes.schemes import BLOCK, Activations, Scheme
 
 
@@ -201,13 +202,13 @@ class DynamicInt8(PassOptions):
         return stream_cost(header)
 
 
-class StaticInt8(PassOptions):
+class StaticInt8(Searching):
     """Int8 weights, and activations rounded to uint8 with one scale per layer from calibration, so that no ranges are computed at run time.
 
     The result is an ONNX graph with QuantizeLinear and DequantizeLinear (QDQ), which OpenVINO reads, too. Inputs are smoothed first, with
     the factors that cost their layers least, and weights compensate for each other's rounding. If the outputs with all layers in int8
-    differ too much, the layers that cost most keep float arithmetic; their weights are still int8. If no number of layers reaches
-    `min_cosine`, half of them keep float arithmetic, and the report states it: gates decide. Attention scores are products of int8, too.
+    differ too much, the layers that cost most keep float arithmetic; their weights are still int8. `min_cosine` or `within` says what is
+    too much. If no number of layers reaches `min_cosine`, half of them keep float arithmetic, and the report states it: gates decide. Attention scores are products of int8, too.
     The products with the values, and heads that read a single vector, stay in float.
     """
 
@@ -229,7 +230,7 @@ class StaticInt8(PassOptions):
         0.995,
         gt=0,
         lt=1,
-        description="Layers stay in float until the answers to held-out texts have this cosine with the float graph's; null: no layer stays in float. If it can't be reached, the report says what was reached.",
+        description="Layers stay in float until the answers to held-out texts have this cosine with the float graph's; null: no layer stays in float. If it can't be reached, the report says what was reached. With `within`: null.",
     )
     weight_bits: Literal["auto", 7, 8] = Field(
         "auto",
@@ -237,9 +238,23 @@ class StaticInt8(PassOptions):
     )
     ignore: Patterns = Field((), description="Graph nodes that stay in float: names, or `re:` patterns.")
 
+    @model_validator(mode="before")
+    @classmethod
+    def _one_bound(cls, raw: object) -> object:
+        if not isinstance(raw, dict) or raw.get("within") is None:
+            return raw
+        if raw.get("min_cosine") is not None:
+            raise ValueError("`min_cosine` and `within` both say which layers stay in float: name one of them")
+        return {**raw, "min_cosine": None}
+
     def describe(self) -> str:
-        budget = "" if self.min_cosine is None else f", cosine at least {self.min_cosine:g}"
-        return f"int8 weights and activations, ranges by {self.ranges}{budget}"
+        bound = "" if self.min_cosine is None else f", cosine at least {self.min_cosine:g}"
+        if self.within is not None:
+            bound = f", as many as keep {self.within}"
+        return f"int8 weights and activations, ranges by {self.ranges}{bound}"
+
+    def most_results(self, header: ModelHeader) -> int:
+        return sum(len(tensor.shape) == 2 for tensor in header.tensors)
 
     def check(self, header: ModelHeader) -> None:
         if header.is_decoder:

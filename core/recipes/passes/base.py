@@ -7,6 +7,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from nightpress.core.recipes.calibration import Calibration
 from nightpress.core.recipes.costs import Cost, blocks_cost, stream_cost
+from nightpress.core.recipes.gates import Gate
 from nightpress.core.recipes.header import CONV1D, ModelHeader, TensorInfo
 from nightpress.core.recipes.linears import Divisor, check_layout, invalid, is_linear_weight
 
@@ -63,6 +64,15 @@ class PassOptions(BaseModel):
     def cache_cuts_back(self) -> bool:
         """Whether the last tokens can be removed from the key/value cache that the resulting model uses."""
         return True
+
+    @property
+    def gate_within(self) -> Gate | None:
+        """The gate for which the pass finds the smallest result itself; None: its options say everything."""
+        return None
+
+    def tries(self, header: ModelHeader) -> int:
+        """Return how many results the pass measures at most, to find the smallest that keeps its gate."""
+        return 0
 
     def describe(self) -> str:
         """Return a short description for the plan."""

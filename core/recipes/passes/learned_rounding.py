@@ -36,11 +36,9 @@ class LearnedRounding(Budgeted):
 
     @model_validator(mode="after")
     def _floats_have_no_zero(self) -> Self:
-        if self.format != "int" and (
-            not self.symmetric or self.overrides or self.embeddings or self.budget is not None
-        ):
+        if self.format != "int" and (not self.symmetric or self.overrides or self.embeddings or self.chooses_bits):
             raise ValueError(
-                f"`format: {self.format}` takes neither zero points, `overrides`, `embeddings` nor a `budget`"
+                f"`format: {self.format}` takes neither zero points, `overrides`, `embeddings`, a `budget` nor `within`"
             )
         if self.format != "int" and self.start != "nearest":
             raise ValueError("GPTQ's codes are integers; leave `start` at `nearest`")
@@ -59,12 +57,12 @@ class LearnedRounding(Budgeted):
         return f"{super().describe()}, {self.steps} steps a block"
 
     def cost(self, header: ModelHeader, calibration: Calibration) -> Cost:
-        # The sweep that chooses bits under a budget learns nothing.
-        once = self._once(header, calibration)
-        if self.budget is None:
-            return once
+        found = self._once(header, calibration).times(max(1, self.tries(header)))
+        if not self.chooses_bits:
+            return found
+        # The sweep that measures each layer's error learns nothing.
         sweep = super()._once(header, calibration)
-        return once._replace(seconds=once.seconds + sweep.seconds, work=once.work + sweep.work)
+        return found._replace(seconds=found.seconds + sweep.seconds, work=found.work + sweep.work)
 
     def _once(self, header: ModelHeader, calibration: Calibration) -> Cost:
         return learning_cost(header, calibration, bits=self.coarsest_bits, steps=self.steps, batch=self.batch)

@@ -19,6 +19,7 @@ from nightpress.core.recipes.passes.base import (
 )
 from nightpress.core.recipes.passes.quantizing import Quantizing
 from nightpress.core.recipes.passes.sparsity import Pattern, pattern_divisor, with_sparsity
+from nightpress.core.recipes.passes.within import Searching
 from nightpress.core.recipes.schemes import Scheme, Strategy
 
 Bits = Literal[2, 3, 4, 5, 6, 7, 8]
@@ -221,8 +222,8 @@ def _bytes_of(size: str, whole: int) -> float:
     return float(number) / 100 * whole if unit == "%" else float(number) * _UNITS[unit]
 
 
-class Budgeted(Rounding, Calibrated):
-    """A pass that can choose each layer's bits by the layer's measured error."""
+class Budgeted(Searching, Rounding, Calibrated):
+    """A pass that can choose each layer's bits by the layer's measured error, within a budget or a gate."""
 
     budget: Annotated[float | str | None, AfterValidator(_checked)] = Field(
         None,
@@ -232,13 +233,23 @@ class Budgeted(Rounding, Calibrated):
 
     @model_validator(mode="after")
     def _budget_alone(self) -> Self:
-        if self.budget is not None and (self.overrides or not self.symmetric or self.embeddings):
-            raise ValueError(_ONE_GRID.format("`budget`") + ", `embeddings` at false, and name no `overrides`")
+        if self.budget is not None and self.within is not None:
+            raise ValueError("`budget` and `within` both choose the bits: name one of them")
+        if self.chooses_bits and (self.overrides or not self.symmetric or self.embeddings):
+            chooser = "`budget`" if self.within is None else "`within`"
+            raise ValueError(_ONE_GRID.format(chooser) + ", `embeddings` at false, and name no `overrides`")
         return self
 
+    @property
+    def chooses_bits(self) -> bool:
+        """Whether each layer gets its bits by its measured error."""
+        return self.budget is not None or self.within is not None
+
     def describe(self) -> str:
-        if self.budget is None:
+        if not self.chooses_bits:
             return super().describe()
+        if self.within is not None:
+            return f"int{', int'.join(map(str, self.candidates))}, the fewest bytes with {self.within}"
         limit = self.budget if isinstance(self.budget, str) else f"{self.budget:g} bits a weight"
         return f"{limit} from int{', int'.join(map(str, self.candidates))} by measured error"
 
@@ -246,7 +257,7 @@ class Budgeted(Rounding, Calibrated):
         return replace(self._plain, bits=bits)
 
     def schemes(self, module: str) -> Collection[Scheme]:
-        if self.budget is None:
+        if not self.chooses_bits:
             return super().schemes(module)
         return {self.candidate(bits) for bits in self.candidates}
 
@@ -294,18 +305,24 @@ class Budgeted(Rounding, Calibrated):
         return frozenset(tensor.name for tensor in header.tensors if self.takes(tensor))
 
     def stored_bytes(self, tensor: TensorInfo) -> int:
-        if not isinstance(self.budget, float) or not self.takes(tensor):
+        if not self.takes(tensor) or (self.within is None and not isinstance(self.budget, float)):
             return super().stored_bytes(tensor)
         most = self.candidate(max(self.candidates)).stored_bytes(tensor)
-        return min(most, int(self.budget * tensor.shape[0] * tensor.shape[1] / 8))
+        if isinstance(self.budget, float):
+            return min(most, int(self.budget * tensor.shape[0] * tensor.shape[1] / 8))
+        return most
 
     @property
     def coarsest_bits(self) -> int:
-        return super().coarsest_bits if self.budget is None else min(self.candidates)
+        return min(self.candidates) if self.chooses_bits else super().coarsest_bits
+
+    def most_results(self, header: ModelHeader) -> int:
+        return 1 + len(self._taken(header)) * (len(self.candidates) - 1)
 
     def cost(self, header: ModelHeader, calibration: Calibration) -> Cost:
         once = self._once(header, calibration)
-        return once if self.budget is None else once._replace(seconds=2 * once.seconds, work=2 * once.work)
+        runs = max(1, self.tries(header)) + self.chooses_bits  # of them, one measures each layer's error
+        return once.times(runs)
 
     def _once(self, header: ModelHeader, calibration: Calibration) -> Cost:
         return blocks_cost(header, calibration, bits=self.coarsest_bits)

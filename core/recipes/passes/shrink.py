@@ -1,24 +1,26 @@
-"""Structured pruning: options of the passes that remove feed-forward channels, attention heads or blocks."""
+"""Structured pruning: what its passes have in common, and the options of those that remove feed-forward channels or attention heads."""
 
-from collections.abc import Iterable
-from typing import Annotated, Any, ClassVar, Literal
+from collections.abc import Iterable, Sequence
+from typing import Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
-from nightpress.core.recipes.anatomy import BY_LAYER, OWN_SHAPES, Anatomy, Inner, anatomy_of, blocks_of
+from nightpress.core.recipes.anatomy import OWN_SHAPES, Anatomy, Inner, anatomy_of
 from nightpress.core.recipes.calibration import Calibration
 from nightpress.core.recipes.costs import Cost, blocks_cost
 from nightpress.core.recipes.header import SHARED_BLOCKS, ModelHeader, TensorInfo
 from nightpress.core.recipes.linears import invalid
 from nightpress.core.recipes.passes.base import ExportFormat, Need, PassOptions, Scope
+from nightpress.core.recipes.passes.within import Searching
 
 _ANY: frozenset[ExportFormat] = frozenset({"safetensors", "compressed-tensors", "onnx", "openvino"})
 _GRAPHS: frozenset[ExportFormat] = frozenset({"onnx", "openvino"})
 
 Importance = Literal["l1", "l2", "activation", "taylor"]
+_MOST_SHARE = 0.99  #: with `within` and no `share`
 
 
-class Shrinking(PassOptions):
+class Shrinking(Searching):
     """A pass that makes a model's matrices fewer or smaller."""
 
     needs: ClassVar[Need] = "calibration"
@@ -38,7 +40,35 @@ class Shrinking(PassOptions):
         """Whether the pass runs a backward pass of the whole model, and so holds all of it in memory."""
         raise NotImplementedError
 
+    def choices(self, header: ModelHeader) -> tuple[Self, ...]:
+        """With `within`: the same pass with each extent that the search may choose, the smallest result first."""
+        raise NotImplementedError
+
+    @property
+    def extent(self) -> str:
+        """How much is removed, e.g. `37.5% of the channels removed`."""
+        raise NotImplementedError
+
+    def most_results(self, header: ModelHeader) -> int:
+        return 1 + len(self.choices(header))
+
+    def check_beside(self, passes: Sequence[PassOptions], header: ModelHeader | None) -> None:
+        """With `within`, the passes that follow must take every result that the search may choose."""
+        if self.within is None or header is None:
+            return
+        at, seen = passes.index(self), header
+        for earlier in passes[:at]:
+            seen = earlier.leaves(seen)
+        for choice in self.choices(seen):
+            left = choice.leaves(seen)
+            for later in passes[at + 1 :]:
+                later.check(left)
+                left = later.leaves(left)
+
     def cost(self, header: ModelHeader, calibration: Calibration) -> Cost:
+        return self._once(header, calibration).times(max(1, self.tries(header)))
+
+    def _once(self, header: ModelHeader, calibration: Calibration) -> Cost:
         found = blocks_cost(header, calibration)
         if not self.by_gradient:
             return found
@@ -57,7 +87,12 @@ class Shrinking(PassOptions):
 class Narrowing(Shrinking):
     """A pass that reduces a width inside each block."""
 
-    share: float = Field(0.25, gt=0, lt=1, description="Share of the units to remove; each layer's number is rounded.")
+    share: float = Field(
+        0.25,
+        gt=0,
+        lt=1,
+        description="Share of the units to remove; each layer's number is rounded. With `within`: the largest share to try, 0.99 by default.",
+    )
     importance: Importance = Field(
         "activation",
         description="Which units are removed: those with the smallest weights (`l1`, `l2`), those without which the layer's output changes least on the "
@@ -75,11 +110,18 @@ class Narrowing(Shrinking):
         0.01, gt=0, le=1, description="Added to the diagonal of the Gram matrix in that fit, as a share of its mean."
     )
 
+    @model_validator(mode="before")
+    @classmethod
+    def _any_share(cls, raw: object) -> object:
+        return with_most(raw, "share", _MOST_SHARE)
+
     @property
     def by_gradient(self) -> bool:
         return self.importance == "taylor"
 
     def describe(self) -> str:
+        if self.within is not None:
+            return f"up to {self.share:.0%} fewer that keep {self.within}, by {self.importance}, {'the same' if self.across == 'layer' else 'unlike'} in every layer"
         return f"{self.share:.0%} fewer, by {self.importance}, {'the same' if self.across == 'layer' else 'unlike'} in every layer"
 
     def inner(self, anatomy: Anatomy) -> Inner:
@@ -99,7 +141,28 @@ class Narrowing(Shrinking):
         """Return how many of a layer's `count` units stay if every layer loses the same share."""
         return round(count * (1 - self.share) / self.step) * self.step
 
+    @property
+    def extent(self) -> str:
+        return f"{self.share:.1%} of the {self.name} removed"
+
+    def choices(self, header: ModelHeader) -> tuple[Self, ...]:
+        counts = self.counts(self.anatomy(header))
+        units = max(counts) // self.step
+        found = []
+        for gone in range(int(self.share * units), 0, -1):
+            choice = self.model_copy(update={"share": gone / units, "within": None})
+            if all(self.step <= choice.kept(count) < count for count in counts):
+                found.append(choice)
+        return tuple(found)
+
     def check(self, header: ModelHeader) -> None:
+        if self.within is not None:
+            if not self.choices(header):
+                raise invalid(
+                    f"`{self.name}` has nothing to try: no share up to {self.share:.0%} leaves fewer units, in multiples of {self.step}.",
+                    "Take a larger `share`" + (" or a smaller `multiple`." if self.step > 1 else "."),
+                )
+            return
         for count in set(self.counts(self.anatomy(header))):
             kept = self.kept(count)
             if kept < self.step:
@@ -114,7 +177,7 @@ class Narrowing(Shrinking):
                 )
 
     def warnings(self, header: ModelHeader | None) -> Iterable[str]:
-        if header is None:
+        if header is None or self.within is not None:
             return
         counts = self.counts(self.anatomy(header))
         gone = 1 - sum(map(self.kept, counts)) / sum(counts)
@@ -122,6 +185,8 @@ class Narrowing(Shrinking):
             yield f"`{self.name}`: a share of {self.share:.0%} becomes {gone:.0%}, since counts are whole."
 
     def leaves(self, header: ModelHeader) -> ModelHeader:
+        if self.within is not None:  # nobody knows yet: at most what is there
+            return header
         anatomy = self.anatomy(header)
         inner, counts = self.inner(anatomy), self.counts(anatomy)
         tensors = []
@@ -213,6 +278,8 @@ class Heads(Narrowing):
             return _GRAPHS
         if header is None:
             return _ANY
+        if self.within is not None:
+            return _ANY if self.anatomy(header).family.says_heads == "any" else _GRAPHS
         return _ANY if self._sayable(header, tuple(map(self.kept, self.anatomy(header).groups))) else _GRAPHS
 
     def why_not(self, header: ModelHeader | None) -> str:
@@ -243,87 +310,10 @@ class Heads(Narrowing):
         return says == "any" or (says == "divisors" and anatomy.hidden % (anatomy.group * kept[0]) == 0)
 
 
-class Layers(Shrinking):
-    """Remove whole blocks, those that change the hidden states least (ShortGPT, arXiv 2403.03853). The result is a normal checkpoint."""
-
-    pass_: Literal["layers"] = Field("layers", alias="pass")
-    count: int = Field(1, ge=1, le=1000, description="Number of blocks to remove.")
-    importance: Literal["block-influence", "taylor"] = Field(
-        "block-influence",
-        description="How a block's importance is measured: one minus the cosine between its inputs and its outputs, or the change of the model's loss without it.",
-    )
-    remove: tuple[Annotated[int, Field(ge=0)], ...] | None = Field(
-        None, max_length=1000, description="Remove these blocks, counted from 0, in place of `count` and `importance`."
-    )
-
-    @model_validator(mode="before")
-    @classmethod
-    def _remove_gives_count(cls, raw: object) -> object:
-        if not isinstance(raw, dict) or not isinstance(raw.get("remove"), list | tuple):
-            return raw
-        named = raw["remove"]
-        if not all(isinstance(block, int) for block in named):
-            return raw  # pydantic says what is wrong with each
-        if not named or len(set(named)) != len(named):
-            raise ValueError("`remove` names no block, or one twice")
-        if raw.get("count") not in (None, len(named)):
-            raise ValueError(f"`remove` names {len(named)} blocks; leave `count` out")
-        return {**raw, "count": len(named)}
-
-    def anatomy(self, header: ModelHeader) -> Anatomy:
-        return blocks_of(header, self.name) if header.model_type not in SHARED_BLOCKS else super().anatomy(header)
-
-    @property
-    def by_gradient(self) -> bool:
-        return self.importance == "taylor"
-
-    def describe(self) -> str:
-        if self.remove is not None:
-            return f"blocks {', '.join(map(str, self.remove))} go"
-        return f"{self.count} block{'s' * (self.count > 1)} fewer, by {self.importance}"
-
-    def check(self, header: ModelHeader) -> None:
-        layers = self.anatomy(header).layers
-        if self.count >= layers:
-            raise invalid(
-                f"`layers` would leave nothing: the model has {layers} blocks, and {self.count} would go.",
-                "Take fewer.",
-            )
-        if self.remove is not None and max(self.remove) >= layers:
-            raise invalid(
-                f"`layers`: there is no block {max(self.remove)}; the model has {layers}.",
-                f"Blocks are counted from 0 to {layers - 1}.",
-            )
-
-    def leaves(self, header: ModelHeader) -> ModelHeader:
-        layers = self.anatomy(header).layers
-        gone = set(self.remove or range(layers - self.count, layers))
-        return self.without(header, [at for at in range(layers) if at not in gone])
-
-    def without(self, header: ModelHeader, kept: list[int]) -> ModelHeader:
-        """Return the header of the model with only the blocks `kept`, renumbered from 0."""
-        anatomy = self.anatomy(header)
-        number = {before: after for after, before in enumerate(kept)}
-        tensors = []
-        for tensor in header.tensors:
-            place = anatomy.place(tensor.name)
-            if place is None:
-                tensors.append(tensor)
-            elif place[0] in number:
-                tensors.append(tensor.model_copy(update={"name": renumbered(tensor.name, anatomy, number)}))
-        config = {**header.config, anatomy.family.layers: len(kept)}
-        for key in BY_LAYER:
-            if isinstance(config.get(key), list) and len(config[key]) == anatomy.layers:
-                config[key] = [config[key][at] for at in kept]
-        if "max_window_layers" in config and isinstance(config["max_window_layers"], int):
-            config["max_window_layers"] = sum(at < config["max_window_layers"] for at in kept)
-        return header.model_copy(update={"tensors": tuple(tensors), "config": config})
-
-
-def renumbered(name: str, anatomy: Anatomy, number: dict[int, int]) -> str:
-    """Return the name of a block's tensor with the block's new number. number: old number → new number."""
-    old, _, rest = name.removeprefix(anatomy.prefix).partition(".")
-    return f"{anatomy.prefix}{number[int(old)]}.{rest}"
+def with_most(raw: object, field: str, most: float) -> object:
+    """Return a pass's raw options: with `within` and without `field`, the field's largest value bounds the search."""
+    searches = isinstance(raw, dict) and raw.get("within") is not None
+    return {field: most, **raw} if searches and isinstance(raw, dict) else raw
 
 
 def own_shapes(config: dict[str, Any], what: str, counts: tuple[int, ...]) -> dict[str, Any]:

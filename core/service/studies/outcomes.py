@@ -6,7 +6,7 @@ from typing import Any
 
 from nightpress.core.errors import NightpressError
 from nightpress.core.handoff.report import GateResult, Report, Speedup, Subject, read_report, same_device
-from nightpress.core.recipes.models import Gate, parse_gate
+from nightpress.core.recipes.gates import Gate, parse_gate
 from nightpress.core.recipes.search.auto import Goal
 from nightpress.core.service.studies.records import Outcome
 

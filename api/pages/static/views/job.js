@@ -107,7 +107,7 @@ async function results(path, now, place, signal) {
   const [{ report }, artifacts, trackers] = await Promise.all(["report", "artifacts", "trackers"].map((part) => get(`${path}/${part}`, {}, signal)));
   const subjects = [report.source, ...report.artifacts];
   fill(place,
-    h("section", { "aria-labelledby": "result" }, h("h2", { id: "result" }, "Before and after"), gates(report), comparison(report, subjects),
+    h("section", { "aria-labelledby": "result" }, h("h2", { id: "result" }, "Before and after"), gates(report), searches(report), comparison(report, subjects),
       h("div", { class: "pair" },
         bars("Size", subjects.map((subject) => ({ label: subject.name, value: subject.size_bytes, text: bytes(subject.size_bytes), tone: subject === report.source ? "pale" : "solid" }))),
         subjects.every((subject) => latency(subject)) ? bars(`Latency, batch ${latency(report.source).batch} × ${latency(report.source).length} tokens`, subjects.map((subject) => ({ label: subject.name, value: latency(subject).p50_ms, text: `${figure(latency(subject).p50_ms)} ms`, tone: subject === report.source ? "pale" : "solid" }))) : null),
@@ -132,6 +132,15 @@ function gates(report) {
   if (report.gates.length === 0) return h("p", { class: "quiet" }, "The recipe has no gates: every verified result is accepted.");
   return h("ul", { class: "gates" }, report.gates.map((gate) => h("li", { class: gate.passed ? "good" : "bad" },
     h("strong", {}, gate.passed ? "met" : "missed"), " ", h("code", {}, gate.gate), " ", h("span", { class: "quiet" }, `${gate.artifact}: ${gate.explanation}`))));
+}
+
+// What passes with `within` tried, and what they chose.
+function searches(report) {
+  const columns = ["Tried", "Weights", "Gate", "Figure"];
+  return report.passes.filter((step) => step.within).map(({ name, within }) => h("details", {},
+    h("summary", {}, `${name} within ${within.gate}: ${within.chosen}`),
+    table(`What ${name} tried`, columns, within.tried.map((tried) => row(columns, [tried.what, bytes(tried.size_bytes), tried.passed ? "kept" : tried.unsure ? "missed by its interval" : "missed", tried.explanation]))),
+    within.beyond ? h("p", { class: "quiet" }, `On the other side of the gate: ${within.beyond.what}, ${within.beyond.explanation}.`) : null));
 }
 
 function comparison(report, subjects) {
