@@ -8,6 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from nightpress.core.recipes.brought import Brought
 from nightpress.core.recipes.classes import Kind, Task, kind_of, reads_both_ways, reads_onwards
+from nightpress.core.recipes.sentence import EmbedderUse
 
 __all__ = ["Task"]
 
@@ -81,6 +82,9 @@ class ModelHeader(BaseModel):
     tensors: tuple[TensorInfo, ...] = Field(repr=False)
     has_tokenizer: bool
     pooling: str = "mean"  #: pooling mode of an embedder; see core/recipes/pooling.py
+    use: EmbedderUse = (
+        EmbedderUse()
+    )  #: how sentence-transformers uses an embedder's vectors; see core/recipes/sentence.py
     #: the stored form of a source of codes, for which `tensors` are the floats that they stand for; None: it is stored as floats
     brought: Brought | None = None
 

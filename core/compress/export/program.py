@@ -48,7 +48,7 @@ from transformers import AutoConfig, AutoTokenizer
 
 folder = "{folder}"
 tokenizer = AutoTokenizer.from_pretrained(folder)
-model = openvino.Core().compile_model(f"{{folder}}/model.xml", "CPU")
+model = openvino.Core().compile_model(f"{{folder}}/openvino_model.xml", "CPU")
 """
 
 _RUN_TRANSFORMERS = """

@@ -73,7 +73,7 @@ def main(load: Callable[[Request], Any]) -> None:
         "snippet": snippet,
         "load_seconds": loaded_s,
         "decodes": waits is not None,
-        "loaded_as": getattr(forward, "loaded_as", {"device": "cpu"}),
+        "loaded_as": {**getattr(forward, "loaded_as", {"device": "cpu"}), **_truncation(request["folder"])},
         "wrote": getattr(forward, "wrote", ""),
     }
     Path(request["answer"]).write_text(json.dumps(answer))
@@ -84,6 +84,13 @@ def main(load: Callable[[Request], Any]) -> None:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(0)  # some runtimes take long to unload, and everything is written
+
+
+def _truncation(folder: str) -> dict[str, int]:
+    """The number of an embedding's dimensions that sentence-transformers keeps, if the folder says it."""
+    file = Path(folder, "config_sentence_transformers.json")
+    kept = json.loads(file.read_bytes()).get("truncate_dim") if file.is_file() else None
+    return {} if kept is None else {"truncate_dim": kept}
 
 
 def _timed(forward: Forward, waits: Waits, wanted: dict[str, Any], inputs: Any, memory: "_Memory") -> dict[str, Any]:

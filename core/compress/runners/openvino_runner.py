@@ -1,4 +1,4 @@
-"""Loads model.xml with OpenVINO on the CPU."""
+"""Loads openvino_model.xml with OpenVINO on the CPU."""
 
 import sys
 from pathlib import Path
@@ -85,12 +85,12 @@ class Forward:
 def load(request: dict[str, Any]) -> tuple[Forward, dict[str, str], str]:
     # OpenVINO chooses bfloat16 if the processor has it, even if ONEDNN_MAX_CPU_ISA forbids it. Then it has no kernel for a softmax.
     more = ', "INFERENCE_PRECISION_HINT": "f32"' if request["float32"] else ""
-    snippet = SNIPPET.format(threads=request["threads"], more=more, file=f"{request['folder']}/model.xml")
+    snippet = SNIPPET.format(threads=request["threads"], more=more, file=f"{request['folder']}/openvino_model.xml")
     loaded = measure.execute(snippet)
     import openvino
 
     return (
-        Forward(loaded["model"], Path(request["folder"], "model.xml"), loaded["settings"]),
+        Forward(loaded["model"], Path(request["folder"], "openvino_model.xml"), loaded["settings"]),
         {"openvino": openvino.__version__.split("-")[0]},
         snippet,
     )

@@ -11,6 +11,7 @@ from typing import Any
 
 from nightpress.core.compress.export import compressed_tensors, gguf, onnx, openvino, safetensors, transformersjs
 from nightpress.core.compress.export.early_exit import trace_exits
+from nightpress.core.compress.export.sentence import complete_layout
 from nightpress.core.compress.graph import tracing
 from nightpress.core.compress.graph.tracing import Traced
 from nightpress.core.compress.memory import return_freed_memory
@@ -38,6 +39,7 @@ def run(job: PressJob, state: State) -> None:
         job.clock.at(start, f"exporting {export.name}")
         folder = job.out / export.name
         runner = _save(job, state, export, folder, job.clock.span(start, end))
+        complete_layout(folder, state.header)
         state.exported.append(Exported(export, folder, runner))
     for plain in state.trial.uncompressed:
         job.clock.at(0.7, f"exporting the uncompressed model as {plain.name}, to time it beside the artifact")
