@@ -147,6 +147,25 @@ class ModelHeader(BaseModel):
         return "labels" if problem == "multi_label_classification" else "classes"
 
     @property
+    def scores_pairs(self) -> bool:
+        """Whether the model is a cross-encoder: it reads a query with a document and answers one number.
+
+        Models that were trained for a number of a single text say `problem_type: regression`; decoders with one output are reward models.
+        """
+        return (
+            self.task == "classification"
+            and not self.sees_images
+            and self.classes == 1
+            and self.config.get("problem_type") != "regression"
+            and not reads_onwards(self.model_type)
+        )
+
+    @property
+    def reads_types(self) -> bool:
+        """Whether the model tells a pair's texts apart by the type of each token."""
+        return int(self.config.get("type_vocab_size") or 0) > 1
+
+    @property
     def one_text_a_batch(self) -> bool:
         """Whether the model can't read padded texts: a decoder's classifier without a padding token can't find a text's end."""
         return self.task == "classification" and reads_onwards(self.model_type) and padding_token(self.config) is None

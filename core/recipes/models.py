@@ -34,6 +34,7 @@ Metric = Literal[
     "entities",
     "similarity",
     "retrieval",
+    "ranking",
     "multiple-choice",
     "generation",
     "fidelity",
@@ -44,7 +45,7 @@ class Quality(_Model):
     """Quality on labels, on text or against the source, with a 95% interval. docs/evaluation.md describes the data of each metric.
 
     `auto` is perplexity for causal language models, masked-lm for masked language models, accuracy or entities if the data has labels for
-    them, and otherwise fidelity. `fidelity` needs no labels. It gives the cosine of pooled outputs for embedders, top-1 agreement and KL
+    them, ranking for cross-encoders, and otherwise fidelity. `fidelity` needs no labels. It gives the cosine of pooled outputs for embedders, top-1 agreement and KL
     divergence for logits, and correlations and errors for outputs that are plain numbers; for all of these also the centred cosine. Every
     other metric reports fidelity as well, if its outputs allow it.
     """
@@ -248,6 +249,8 @@ GATE_METRICS = (
     "pearson",
     "ndcg",
     "recall",
+    "mrr",
+    "kendall_tau",
     "generation_match",
     "prefix_match",
     "cosine",

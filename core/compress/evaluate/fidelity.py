@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nightpress.core.compress.data import tokenized
+from nightpress.core.compress.data.pairs import has_pairs, pair_rows
 from nightpress.core.compress.evaluate.scores import pearson, spearman
 from nightpress.core.compress.evaluate.statistics import Array, Statistic, of_sums, paired_shares, quantile, ratio
 from nightpress.core.compress.evaluate.view import Better, OutputPair, ScorerRequest, spread, sums
@@ -59,10 +60,11 @@ def output_names(header: ModelHeader) -> dict[int, str]:
 def prepare(request: ScorerRequest) -> Fidelity:
     """Make the examples: rows cut at `length` if any row has a label and the model is no decoder, else windows of running text."""
     header, wanted = request.header, request.wanted
-    rows = request.source.rows()
-    if any(row.label is not None for row in rows) and not header.is_decoder:
+    paired = header.task == "classification" and has_pairs(request.source)
+    rows = pair_rows(request.source) if paired else request.source.rows()
+    if paired or (any(row.label is not None for row in rows) and not header.is_decoder):
         sequences = tokenized.text_rows(
-            rows, request.tokenizer, samples=wanted.samples, length=wanted.length, seed=request.seed
+            rows, request.tokenizer, header, samples=wanted.samples, length=wanted.length, seed=request.seed
         )
     else:
         sequences = tokenized.text_windows(

@@ -2,7 +2,7 @@
 
 A runner is a script `<consumer>_runner.py` beside this file. Its function `load(request)` returns up to five values:
 
-1. `forward(ids, mask)`: takes two int64 arrays [B, S]; for images, float32 pixels [B, C, H, W] and a mask [B, 1]. Returns the model's first
+1. `forward(ids, mask, types)`: takes two int64 arrays [B, S], and for pairs of texts a third one with the type of each token; for images, float32 pixels [B, C, H, W] and a mask [B, 1]. Returns the model's first
    output as a float32 array. If the model has a cache, `forward.continued` computes the same in two steps through the cache. If another
    process runs the model, `forward.peak_memory` is that process's peak in bytes. `forward.loaded_as`, if there is one, says how the model
    was loaded: device, name of the processor or GPU, dtype, dispatched. `forward.wrote` is a text that the model wrote. On a GPU, `forward` is a `transformers_runner.OnGpu`, which also
@@ -200,7 +200,8 @@ def _run_set(
         if kind == "written":
             parts.append(forward.written(given, mask[rows, :width], wanted["new_tokens"]))  # type: ignore[attr-defined]
             continue
-        out = run(given, mask[rows, :width])
+        typed = (inputs[f"{name}.types"][rows, :width],) if f"{name}.types" in inputs else ()
+        out = run(given, mask[rows, :width], *typed)
         if kind == "last":
             part = {"values": out[np.arange(len(out)), mask[rows, :width].sum(axis=1) - 1]}
         elif kind == "pooled":

@@ -26,10 +26,10 @@ class Forward:
         if "beam_idx" in self.inputs:
             self.continued = self._continued
 
-    def __call__(self, ids: Any, mask: Any) -> Any:
+    def __call__(self, ids: Any, mask: Any, types: Any = None) -> Any:
         if "beam_idx" in self.inputs:
             self.call.reset_state()
-        return self._run(ids, mask)
+        return self._run(ids, mask, types)
 
     def probed(self, name: str, factor: float) -> Any:
         """The answers of one product with packed weights, as `transformers_runner.OnCpu.probed`: the product, alone in a graph.
@@ -70,10 +70,10 @@ class Forward:
         first = self._run(ids[:, :half], mask[:, :half])
         return np.concatenate([first, self._run(ids[:, half:], mask)], axis=1)
 
-    def _run(self, ids: Any, mask: Any) -> Any:
+    def _run(self, ids: Any, mask: Any, types: Any = None) -> Any:
         feeds = {"input_ids": ids, "attention_mask": mask}
         if "token_type_ids" in self.inputs:
-            feeds["token_type_ids"] = np.zeros_like(ids)
+            feeds["token_type_ids"] = np.zeros_like(ids) if types is None else types
         if "position_ids" in self.inputs:
             positions = np.maximum(mask.cumsum(axis=1) - 1, 0)
             feeds["position_ids"] = positions[:, -ids.shape[1] :]
