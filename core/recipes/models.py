@@ -35,10 +35,14 @@ Metric = Literal[
     "similarity",
     "retrieval",
     "ranking",
+    "neighbours",
     "multiple-choice",
     "generation",
     "fidelity",
 ]
+
+
+VectorType = Literal["float32", "int8", "binary"]
 
 
 class Quality(_Model):
@@ -60,6 +64,19 @@ class Quality(_Model):
         description="For perplexity: tokens that are scored in each window, after `length − stride` tokens of context; null: all.",
     )
     new_tokens: int = Field(32, ge=1, le=4096, description="For generation: tokens that the source writes.")
+    dimensions: tuple[Annotated[int, Field(ge=1, le=65_536)], ...] = Field(
+        (),
+        max_length=8,
+        exclude_if=lambda value: value == (),
+        description="For neighbours: vectors truncated to these numbers of dimensions are measured beside the whole ones.",
+    )
+    types: tuple[VectorType, ...] = Field(
+        ("float32",),
+        min_length=1,
+        max_length=3,
+        exclude_if=lambda value: value == ("float32",),
+        description="For neighbours: number types that the vectors are stored in.",
+    )
     part: Literal["all", "choose", "judge"] = Field(
         "all",
         exclude_if=lambda value: value == "all",  # workers of earlier versions refuse a field that they don't know
@@ -250,6 +267,7 @@ GATE_METRICS = (
     "ndcg",
     "recall",
     "mrr",
+    "neighbour_recall",
     "kendall_tau",
     "generation_match",
     "prefix_match",

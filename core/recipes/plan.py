@@ -276,6 +276,7 @@ _METRICS: dict[str, tuple[frozenset[str], bool]] = {
     "entities": (frozenset({"token-classification"}), False),
     "similarity": (frozenset({"embedding"}), False),
     "retrieval": (frozenset({"embedding"}), True),
+    "neighbours": (frozenset({"embedding"}), True),
     "ranking": (frozenset({"classification"}), True),
 }
 

@@ -223,7 +223,12 @@ def of_numbers(view: OutputPair, names: Mapping[int, str]) -> list[Measurement]:
 
 
 def of_vectors(view: OutputPair) -> list[Measurement]:
+    """Metrics for an embedder. Vectors of different widths have no cosine: then the similarities of neighbouring texts are compared."""
     ours, theirs = view.ours("values"), view.theirs("values")
+    if ours.shape[1] != theirs.shape[1]:
+        pairs = [row_cosines(vectors, np.roll(vectors, 1, axis=0)) for vectors in (ours, theirs)]
+        n = len(ours)
+        return [view.resampled("rank_correlation", spearman(*pairs), n, n=n, better="higher")]
     cosines = row_cosines(ours, theirs)
     return [
         view.resampled("cosine", ratio(cosines), len(cosines), n=len(cosines), better="higher"),

@@ -11,7 +11,7 @@ from nightpress.core.compress.data import tokenized
 from nightpress.core.compress.data.images import read_images
 from nightpress.core.compress.data.pairs import has_pairs, pair_rows
 from nightpress.core.compress.data.rows import Row
-from nightpress.core.compress.evaluate import embeddings, fidelity, labels, language, ranking
+from nightpress.core.compress.evaluate import embeddings, fidelity, labels, language, neighbours, ranking
 from nightpress.core.compress.evaluate.screening import SAMPLES
 from nightpress.core.compress.evaluate.view import OutputPair, Scorer, ScorerRequest
 from nightpress.core.compress.export.consumer import Observed
@@ -37,6 +37,7 @@ _SCORERS: dict[Metric, Callable[[ScorerRequest], Scorer]] = {
     "similarity": embeddings.similarity,
     "retrieval": embeddings.retrieval,
     "ranking": ranking.ranking,
+    "neighbours": neighbours.neighbours,
     "fidelity": fidelity.prepare,
 }
 

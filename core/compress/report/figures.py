@@ -16,6 +16,7 @@ _NAMES = {
     "ndcg": "nDCG",
     "recall": "Recall",
     "mrr": "Mean reciprocal rank",
+    "neighbour_recall": "Neighbours of the source found",
     "kendall_tau": "Kendall’s τ with the source",
     "generation_match": "Texts written alike",
     "prefix_match": "Tokens written alike",
@@ -46,6 +47,7 @@ _SHARES = frozenset(
         "prefix_match",
         "rms_dp",
         "recall",
+        "neighbour_recall",
     }
 )
 #: metrics that are shown with five digits

@@ -1,6 +1,7 @@
 """The stage of the passes that rewrite a model's folder, one after the other. Each writes a folder of its own below work/."""
 
 from collections.abc import Sequence
+from pathlib import Path
 
 from nightpress.core.compress import environment
 from nightpress.core.compress.model.checkpoint import write_file
@@ -11,6 +12,8 @@ from nightpress.core.compress.stages.state import State
 from nightpress.core.handoff.checkpoints import FinishedPass, pass_folder, pass_record, prefix_digests
 from nightpress.core.recipes.inspect import FolderFiles, inspect_model
 from nightpress.core.recipes.passes import PassOptions
+
+RUNNERS = Path(__file__).parents[1] / "runners"
 
 
 def run(job: PressJob, state: State) -> None:
@@ -34,7 +37,9 @@ def run(job: PressJob, state: State) -> None:
         state.records.append(job.publish_pass(record, index))
         state.folder = target
         # No pass reads the model of a last pass, e.g. a quantized one. So its header is not needed.
-        if not options.last:
+        if options.runner:
+            state.header, state.runner = options.leaves(state.header), RUNNERS / options.runner
+        elif not options.last:
             state.header = inspect_model(FolderFiles(target))
         _finish(job, state, index, options, digests[index])
 
@@ -58,6 +63,7 @@ def _take_over(job: PressJob, state: State, steps: Sequence[tuple[int, PassOptio
         if earlier is not None:
             state.folder, state.header = job.work / pass_folder(index, options.name), earlier.header
             state.records = list(earlier.records)
+            state.runner = RUNNERS / options.runner if options.runner else None
             job.log(f"pass {index + 1} ({options.name}) was done before: going on behind it")
             return done
     return 0

@@ -85,7 +85,7 @@ def _save(job: PressJob, state: State, export: Export, folder: Path, report: Rep
         gguf.save(state.folder, folder, state.header, weights=export.weights, pooling=state.trial.task.pooling)
     else:
         exporter.save(state.folder, folder)
-    return Path(exporter.CONSUMER)
+    return state.runner or Path(exporter.CONSUMER)
 
 
 def _trace(job: PressJob, state: State, report: Report) -> Traced:

@@ -17,7 +17,7 @@ def run(job: PressJob, state: State) -> None:
         return
     job.clock.enter("evaluating")
     observed = run_consumer(
-        safetensors.CONSUMER,
+        state.runner or safetensors.CONSUMER,
         state.folder,
         state.trial.screen_task,
         name="screening",

@@ -40,4 +40,7 @@ class State:
     profiles: list[Profile] = dataclasses.field(default_factory=list)
     notes: list[str] = dataclasses.field(default_factory=list)  #: for the report
     screening: Screening | None = None  #: set if the job ends right after its passes
+    runner: Path | None = (
+        None  #: loads the pressed folder in place of its format's runner, because a pass has left no transformer
+    )
     versions: dict[str, str] = dataclasses.field(default_factory=dict)  #: of the libraries in the consumers' processes

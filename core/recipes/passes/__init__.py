@@ -5,6 +5,7 @@ from nightpress.core.recipes.passes.adapt import EarlyExit
 from nightpress.core.recipes.passes.base import ExportFormat, PassOptions
 from nightpress.core.recipes.passes.caching import GenerationCache
 from nightpress.core.recipes.passes.distill import Distill, Recover
+from nightpress.core.recipes.passes.embedders import StaticEmbeddings, TruncateEmbeddings
 from nightpress.core.recipes.passes.experts import ExpertPruning
 from nightpress.core.recipes.passes.learned_rounding import LearnedRounding
 from nightpress.core.recipes.passes.measure import Profiling
@@ -43,7 +44,9 @@ __all__ = [
     "Rotate",
     "SmoothQuant",
     "SparseGpt",
+    "StaticEmbeddings",
     "StaticInt8",
+    "TruncateEmbeddings",
     "Wanda",
     "WeightOnly",
 ]

@@ -30,6 +30,7 @@ _OWN = ("evaluate", "gates", "screen")
 _METRICS: Mapping[str, str] = {
     **dict.fromkeys(("spearman", "pearson"), "similarity"),
     **dict.fromkeys(("ndcg", "recall"), "retrieval"),
+    "neighbour_recall": "neighbours",
     **dict.fromkeys(("mrr", "kendall_tau"), "ranking"),
     **dict.fromkeys(("generation_match", "prefix_match"), "generation"),
     **dict.fromkeys(("accuracy", "f1"), "accuracy"),
