@@ -41,6 +41,7 @@ PASSES: dict[str, dict[str, Any]] = {
     "recover": {"train": _TRAIN},
     "early-exit": {"exits": [1]},
     "generation-cache": {"mode": "dynamic"},
+    "vocabulary": {"data": "builtin:prose"},
     "qat": {"bits": 8, "group_size": 16, "train": _TRAIN},
 }
 _OF_MIXTURES = {"experts"}

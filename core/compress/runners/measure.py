@@ -14,7 +14,7 @@ A runner is a script `<consumer>_runner.py` beside this file. Its function `load
    [B, tokens]. Only transformers is called with `cached` false.
 
 The working directory contains the folder. The request is a JSON file: folder, task, pooling, threads, device (cpu or cuda), longest (tokens of a text), float32
-(whether the runtime must not choose bfloat16), probes (layers to be asked one by one, see `_run_probes`), inputs (.npz), outputs (.npz), answer (.json), reference (.npz or null) and sets. Each set
+(whether the runtime must not choose bfloat16), probes (layers to be asked one by one, see `_run_probes`), renumber (see renumbered.py, or null), inputs (.npz), outputs (.npz), answer (.json), reference (.npz or null) and sets. Each set
 has a name, a kind (`pooled`, `logits`, `last`, `tokens`, `generated` or, for vLLM, `written`) and `rows`, the size of a batch. Its arrays in `inputs` are named
 `<name>.ids` and so on.
 
@@ -46,6 +46,7 @@ Generate = Callable[[Array, int], list[int]]
 PROBE = "probe."  #: how the names of single layers' answers begin
 LOADING = "loading"  #: how the messages begin that are sent while the model is loaded
 _TELL_EVERY_S = 5.0
+_CUT = -1e29  #: log-probabilities below it are of tokens that were cut; see renumbered.py
 _TOLD_S = 300.0
 Waits = Callable[[Array, int, bool], tuple[list[float], Array]]
 
@@ -59,6 +60,11 @@ def main(load: Callable[[Request], Any]) -> None:
     gc.freeze()
     gc.enable()
     generate, waits = (*decoding, None, None)[:2]
+    if request["renumber"]:
+        from renumbered import Renumbered, renumbered_waits  # type: ignore[import-not-found]
+
+        forward = Renumbered(forward, request["renumber"], request, pool)
+        waits = waits and renumbered_waits(waits, forward)
     loaded_s = time.perf_counter() - started
     inputs = np.load(request["inputs"])
     reference = np.load(request["reference"]) if request["reference"] else None
@@ -216,6 +222,10 @@ def _run_set(
             merged["reference"] = logp
         else:
             theirs = reference[f"{name}.reference"]
+            known = logp[0] > _CUT  # tokens that this model has: the source's distribution over the others is left out
+            if not known.all():
+                logp, theirs = logp[:, known], theirs[:, known]
+                theirs = theirs - _log_sum_exp(theirs)[:, None]
             merged["kl"] = (np.exp(theirs) * (theirs - logp)).sum(axis=1, dtype=np.float64)
             merged["products"] = centred_products(logp, theirs)
     return {f"{name}.{key}": value for key, value in merged.items()}

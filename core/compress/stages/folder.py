@@ -8,6 +8,7 @@ from nightpress.core.compress.model.checkpoint import write_file
 from nightpress.core.compress.passes.registry import model_pass
 from nightpress.core.compress.stages.clock import parts
 from nightpress.core.compress.stages.job import PressJob, naming_the_package
+from nightpress.core.compress.stages.renumbering import renumbering
 from nightpress.core.compress.stages.state import State
 from nightpress.core.handoff.checkpoints import FinishedPass, pass_folder, pass_record, prefix_digests
 from nightpress.core.recipes.inspect import FolderFiles, inspect_model
@@ -42,6 +43,8 @@ def run(job: PressJob, state: State) -> None:
         elif not options.last:
             state.header = inspect_model(FolderFiles(target))
         _finish(job, state, index, options, digests[index])
+    if any(options.renumbers for _, options in steps):
+        state.renumbering = renumbering(job.source, state.folder)
 
 
 def _digests(job: PressJob) -> list[str]:

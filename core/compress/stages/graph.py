@@ -92,8 +92,7 @@ def _trace(job: PressJob, state: State, report: Report) -> Traced:
     """Trace the pressed model's graph and apply the passes of the stage `graph`."""
     passes = job.recipe.passes
     trace = trace_exits if passes and passes[-1].early_exits else tracing.trace
-    check = state.trial.task.sets[0].sequences
-    traced = trace(state.folder, state.header, check, job.context(state.header, report, index=len(passes)))
+    traced = trace(state.folder, state.header, state.check, job.context(state.header, report, index=len(passes)))
     _free_graphs()
     for index, options in enumerate(passes):
         if options.stage == "graph":

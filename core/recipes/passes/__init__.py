@@ -17,6 +17,7 @@ from nightpress.core.recipes.passes.quantizing import Quantizing
 from nightpress.core.recipes.passes.requantize import Requantize
 from nightpress.core.recipes.passes.rotate import Rotate
 from nightpress.core.recipes.passes.shrink import Channels, Heads, Layers
+from nightpress.core.recipes.passes.vocabulary import Vocabulary
 
 __all__ = [
     "Awq",
@@ -47,6 +48,7 @@ __all__ = [
     "StaticEmbeddings",
     "StaticInt8",
     "TruncateEmbeddings",
+    "Vocabulary",
     "Wanda",
     "WeightOnly",
 ]
