@@ -23,7 +23,7 @@ from nightpress.api.sse import resume_point
 from nightpress.api.versions import version_of
 from nightpress.api.waiting import preferred_wait
 from nightpress.core.compress.data.rows import read_records, read_rows
-from nightpress.core.compress.data.tokenized import FastTokenizer
+from nightpress.core.compress.data.tokenizer import FastTokenizer
 from nightpress.core.compress.lineage import read_lineage
 from nightpress.core.errors import NightpressError
 from nightpress.core.paging import _read_cursor

@@ -135,6 +135,8 @@ _METRICS: dict[str, tuple[frozenset[str], bool]] = {
     "entities": (frozenset({"token-classification"}), False),
     "similarity": (frozenset({"embedding"}), False),
     "retrieval": (frozenset({"embedding"}), True),
+    "neighbours": (frozenset({"embedding"}), True),
+    "ranking": (frozenset({"classification"}), True),
 }
 
 
@@ -152,6 +154,11 @@ def _check_metric(quality: Quality, header: ModelHeader) -> None:
         raise invalid(
             f"evaluate: accuracy is for models that choose one class, and this one's outputs are {header.head} (`problem_type` and `num_labels` in its config.json).",
             "Use `fidelity`, which compares them with the source's.",
+        )
+    if quality.metric == "ranking" and header.classes != 1:
+        raise invalid(
+            f"evaluate: ranking orders documents by one score, and this model answers {header.classes} numbers.",
+            "Use `accuracy` or `fidelity`.",
         )
     if not prose and quality.data.startswith("builtin:"):
         raise invalid(

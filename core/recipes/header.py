@@ -8,6 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from nightpress.core.recipes.brought import Brought
 from nightpress.core.recipes.classes import Kind, Task, kind_of, reads_both_ways, reads_onwards
+from nightpress.core.recipes.sentence import EmbedderUse
 
 __all__ = ["Task"]
 
@@ -81,6 +82,9 @@ class ModelHeader(BaseModel):
     tensors: tuple[TensorInfo, ...] = Field(repr=False)
     has_tokenizer: bool
     pooling: str = "mean"  #: pooling mode of an embedder; see core/recipes/pooling.py
+    use: EmbedderUse = (
+        EmbedderUse()
+    )  #: how sentence-transformers uses an embedder's vectors; see core/recipes/sentence.py
     #: the stored form of a source of codes, for which `tensors` are the floats that they stand for; None: it is stored as floats
     brought: Brought | None = None
 
@@ -141,6 +145,25 @@ class ModelHeader(BaseModel):
         if problem == "regression" or self.classes == 1:
             return "numbers"
         return "labels" if problem == "multi_label_classification" else "classes"
+
+    @property
+    def scores_pairs(self) -> bool:
+        """Whether the model is a cross-encoder: it reads a query with a document and answers one number.
+
+        Models that were trained for a number of a single text say `problem_type: regression`; decoders with one output are reward models.
+        """
+        return (
+            self.task == "classification"
+            and not self.sees_images
+            and self.classes == 1
+            and self.config.get("problem_type") != "regression"
+            and not reads_onwards(self.model_type)
+        )
+
+    @property
+    def reads_types(self) -> bool:
+        """Whether the model tells a pair's texts apart by the type of each token."""
+        return int(self.config.get("type_vocab_size") or 0) > 1
 
     @property
     def one_text_a_batch(self) -> bool:

@@ -25,6 +25,7 @@ from nightpress.core.recipes.pooling import read_pooling
 from nightpress.core.recipes.remote_code import code_flaw
 from nightpress.core.recipes.safetensors import MAX_TENSORS, read_safetensors_header
 from nightpress.core.recipes.selection import Selection, select_files
+from nightpress.core.recipes.sentence import read_use
 from nightpress.core.recipes.stored_forms import float_view
 
 MAX_FILES = 2000
@@ -205,7 +206,7 @@ def inspect_model(files: ModelFiles) -> ModelHeader:
     def read(path: str) -> Any:
         return _read_json(files, path, sizes[path], _CONFIG_BYTES, budget) if path in sizes else None
 
-    return header.model_copy(update={"pooling": read_pooling(read)})
+    return header.model_copy(update={"pooling": read_pooling(read), "use": read_use(read)})
 
 
 def check_adapter(files: FolderFiles, base: ModelHeader) -> Adapter:

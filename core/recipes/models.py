@@ -33,17 +33,22 @@ Metric = Literal[
     "entities",
     "similarity",
     "retrieval",
+    "ranking",
+    "neighbours",
     "multiple-choice",
     "generation",
     "fidelity",
 ]
 
 
+VectorType = Literal["float32", "int8", "binary"]
+
+
 class Quality(_Model):
     """Quality on labels, on text or against the source, with a 95% interval. docs/evaluation.md describes the data of each metric.
 
     `auto` is perplexity for causal language models, masked-lm for masked language models, accuracy or entities if the data has labels for
-    them, and otherwise fidelity. `fidelity` needs no labels. It gives the cosine of pooled outputs for embedders, top-1 agreement and KL
+    them, ranking for cross-encoders, and otherwise fidelity. `fidelity` needs no labels. It gives the cosine of pooled outputs for embedders, top-1 agreement and KL
     divergence for logits, and correlations and errors for outputs that are plain numbers; for all of these also the centred cosine. Every
     other metric reports fidelity as well, if its outputs allow it.
     """
@@ -58,6 +63,19 @@ class Quality(_Model):
         description="For perplexity: tokens that are scored in each window, after `length − stride` tokens of context; null: all.",
     )
     new_tokens: int = Field(32, ge=1, le=4096, description="For generation: tokens that the source writes.")
+    dimensions: tuple[Annotated[int, Field(ge=1, le=65_536)], ...] = Field(
+        (),
+        max_length=8,
+        exclude_if=lambda value: value == (),
+        description="For neighbours: vectors truncated to these numbers of dimensions are measured beside the whole ones.",
+    )
+    types: tuple[VectorType, ...] = Field(
+        ("float32",),
+        min_length=1,
+        max_length=3,
+        exclude_if=lambda value: value == ("float32",),
+        description="For neighbours: number types that the vectors are stored in.",
+    )
     part: Literal["all", "choose", "judge"] = Field(
         "all",
         exclude_if=lambda value: value == "all",  # workers of earlier versions refuse a field that they don't know

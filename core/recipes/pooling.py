@@ -13,7 +13,7 @@ from nightpress.core.recipes.jsonfile import malformed, parse_json
 MODULES_FILE = "modules.json"
 _UNLISTED = "1_Pooling/config.json"  #: place of the pooling module in folders without `modules.json`
 #: Key that sentence-transformers wrote before 2026 → its name of the pooling mode, in the order in which it joins several modes.
-_FLAGS = {
+POOLING_FLAGS = {
     "pooling_mode_cls_token": "cls",
     "pooling_mode_max_tokens": "max",
     "pooling_mode_mean_tokens": "mean",
@@ -64,6 +64,8 @@ def read_pooling(read: Read) -> str:
             if config is None:
                 raise malformed(MODULES_FILE, f"it names a pooling module in {path[:200]}, which has no config.json")
             found.append(_modes(file, config))
+            if config.get("include_prompt") is False:
+                raise _unsupported("Pooling (include_prompt: false)", path)
         elif kind not in _HARMLESS:
             raise _unsupported(kind, path)
     if len(found) != 1:
@@ -76,11 +78,13 @@ def _modes(file: str, config: Any) -> str:
         raise malformed(file, "it is not a JSON object")
     said = config.get("pooling_mode")
     if said is None:
-        said = [mode for flag, mode in _FLAGS.items() if config.get(flag)] or ["mean"]
+        said = [mode for flag, mode in POOLING_FLAGS.items() if config.get(flag)] or ["mean"]
     modes = said if isinstance(said, list) else [said]
     for mode in modes:
-        if mode not in _FLAGS.values():
-            raise malformed(file, f"it has the pooling mode {str(mode)[:40]!r}; known are {', '.join(_FLAGS.values())}")
+        if mode not in POOLING_FLAGS.values():
+            raise malformed(
+                file, f"it has the pooling mode {str(mode)[:40]!r}; known are {', '.join(POOLING_FLAGS.values())}"
+            )
     if not modes:
         raise malformed(file, "its list of pooling modes is empty")
     return "+".join(modes)

@@ -142,7 +142,10 @@ def test_a_file_that_is_missing_or_cut_short_is_refused(
         consumer, file = compressed_tensors.CONSUMER, next(folder.glob("*.safetensors"))
     else:
         EXPORTERS[runtime].save(meant.folder, folder, meant.traced, [])
-        consumer, file = EXPORTERS[runtime].CONSUMER, folder / ("model.onnx" if runtime == "onnx" else "model.bin")
+        consumer, file = (
+            EXPORTERS[runtime].CONSUMER,
+            folder / ("model.onnx" if runtime == "onnx" else "openvino_model.bin"),
+        )
     if fault == "missing":
         file.unlink()
     else:

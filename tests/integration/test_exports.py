@@ -101,8 +101,8 @@ def test_an_artifact_that_does_not_load_fails_with_what_its_consumer_said(bench:
 def test_an_openvino_graph_of_an_unknown_opset_is_said_so(bench: Bench, tmp_path: Path):
     out = tmp_path / "openvino"
     openvino.save(bench.model, out, bench.traced, [])
-    text = (out / "model.xml").read_text()
-    (out / "model.xml").write_text(text.replace('version="opset1"', 'version="opset99"'))
+    text = (out / "openvino_model.xml").read_text()
+    (out / "openvino_model.xml").write_text(text.replace('version="opset1"', 'version="opset99"'))
     with pytest.raises(NightpressError, match=r"written in opset 99; the library .* does not know it") as caught:
         run_consumer(openvino.CONSUMER, out, bench.trial.task, name="openvino", scratch=tmp_path / "scratch")
     assert caught.value.code == ErrorCode.VERIFICATION_FAILED
@@ -130,7 +130,7 @@ def test_a_graph_newer_than_its_consumer_is_said_with_both_versions(bench: Bench
 def test_the_same_graph_is_the_same_bytes_again(bench: Bench, tmp_path: Path):
     for name in ("one", "two"):
         openvino.save(bench.model, tmp_path / name, bench.traced, [(0, DynamicInt8())])
-    for file in ("model.xml", "model.bin"):
+    for file in ("openvino_model.xml", "openvino_model.bin"):
         assert (tmp_path / "one" / file).read_bytes() == (tmp_path / "two" / file).read_bytes(), file
 
 

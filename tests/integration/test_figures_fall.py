@@ -144,6 +144,28 @@ def _pairs(folder: Path) -> dict[str, list[dict[str, Any]]]:
     return {"pairs": [{"text_a": a, "text_b": b, "score": score} for (a, b), score in zip(pairs, scores, strict=True)]}
 
 
+def _ranked(folder: Path) -> dict[str, list[dict[str, Any]]]:
+    """Queries with documents. The label of a document is its place among them by the source's own score, the best has the largest."""
+    import transformers
+    from tokenizers import Tokenizer
+
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    tokenizer.no_padding()
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(folder).eval()
+
+    def score(query: str, document: str) -> float:
+        pair = tokenizer.encode(query, document)
+        with torch.inference_mode():
+            return float(model(torch.tensor([pair.ids]), token_type_ids=torch.tensor([pair.type_ids])).logits)
+
+    found = []
+    for at, query in enumerate(TEXTS):
+        documents = [TEXTS[(at + step) % len(TEXTS)] for step in range(1, 7)]
+        places = np.argsort(np.argsort([score(query, document) for document in documents]))
+        found.append({"query": query, "documents": documents, "labels": (places**2).tolist()})
+    return {"ranked": found}
+
+
 _TOKENS = {"top1_agreement", "kl_divergence", "centred_cosine"}
 _NEXT_TOKENS = {*_TOKENS, *KL_QUANTILES, "rms_dp"}
 _NUMBERS = {"rank_correlation", "correlation", "mean_error", "largest_error", "centred_cosine"}
@@ -160,7 +182,12 @@ CASES = {
         ({"metric": "accuracy", "data": "rows", "samples": 48},),
         _labelled,
     ),
-    "one logit": Case(_bert("BertForSequenceClassification", num_labels=1), _NUMBERS),
+    "reranker": Case(
+        _bert("BertForSequenceClassification", num_labels=1),
+        {"ndcg", "mrr", "kendall_tau", "top1_agreement", *_NUMBERS},
+        ({"metric": "ranking", "data": "ranked", "samples": 48},),
+        _ranked,
+    ),
     "numbers": Case(_bert("BertForSequenceClassification", num_labels=3, problem_type="regression"), _NUMBERS),
     "labels": Case(
         _bert("BertForSequenceClassification", num_labels=4, problem_type="multi_label_classification"),

@@ -8,10 +8,10 @@ from nightpress.core.compress.model.exits import exit_scores
 from nightpress.core.compress.solvers.distillation import (
     cosine_distance,
     hidden_error,
+    number_error,
     pool,
     relation_divergence,
     soft_cross_entropy,
-    soft_cross_entropy_top,
 )
 from nightpress.core.compress.solvers.exits import choose, exit_outcome, outcomes
 
@@ -45,12 +45,14 @@ def test_all_kept_logits_are_the_whole_loss_and_fewer_compare_only_those():
     student, teacher = _normal(4, 6), _normal(4, 6)
     top = teacher.topk(6)
     whole = soft_cross_entropy(student, teacher, 2.0)
-    assert float(soft_cross_entropy_top(student, top.values, top.indices, 2.0)) == pytest.approx(float(whole), rel=1e-5)
+    assert float(soft_cross_entropy(student.gather(-1, top.indices), top.values, 2.0)) == pytest.approx(
+        float(whole), rel=1e-5
+    )
     few = teacher.topk(2)
     moved = student.clone().scatter_add_(1, teacher.topk(6).indices[:, 4:], torch.ones(4, 2))
     assert torch.equal(
-        soft_cross_entropy_top(student, few.values, few.indices, 2.0),
-        soft_cross_entropy_top(moved, few.values, few.indices, 2.0),
+        soft_cross_entropy(student.gather(-1, few.indices), few.values, 2.0),
+        soft_cross_entropy(moved.gather(-1, few.indices), few.values, 2.0),
     )
 
 
@@ -124,3 +126,12 @@ def test_the_chosen_threshold_is_the_cheapest_within_the_budget():
     assert picked.depth == min(item.depth for item in found if item.accuracy >= found[-1].accuracy - 0.05)
     assert choose(found, 1.0).depth == 1
     assert choose(found, 0.0).accuracy >= found[-1].accuracy
+
+
+def test_numbers_are_compared_in_the_teachers_own_spread() -> None:
+    """A distribution over one number is always the same: its divergence would teach a reranker nothing."""
+    teacher = torch.tensor([[1.0], [3.0], [5.0]])
+    assert float(number_error(teacher, teacher)) == 0
+    assert float(number_error(teacher + 2, teacher)) == pytest.approx(4 / (8 / 3))
+    assert float(number_error(10 * teacher + 20, 10 * teacher)) == pytest.approx(4 / (8 / 3))
+    assert float(soft_cross_entropy(teacher + 2, teacher, 1.0)) == 0

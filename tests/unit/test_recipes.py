@@ -106,6 +106,8 @@ def test_every_builtin_recipe_gates_on_a_quality_that_it_measures(name: str):
     gates = set(recipe.gates) & (set(GATE_METRICS) - _NOT_OF_QUALITY)
     measured = {evaluation.metric for evaluation in recipe.evaluate if isinstance(evaluation, Quality)}
     assert gates
-    # Centred cosine exists for every kind of model. Perplexity exists only for language models, so only their recipes may gate on it.
-    assert gates <= {"centred_cosine"} | ({"perplexity"} if measured <= {"perplexity", "auto"} else set())
+    # Centred cosine exists for every kind of model. Other figures exist for some, so only recipes that name their metric may gate on them.
+    named = {"ranking": {"ndcg", "kendall_tau"}, "retrieval": {"ndcg"}}
+    own = set().union(*(named.get(metric, set()) for metric in measured))
+    assert gates <= {"centred_cosine"} | own | ({"perplexity"} if measured <= {"perplexity", "auto"} else set())
     assert measured

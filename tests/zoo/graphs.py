@@ -53,7 +53,7 @@ def _in_onnxruntime(folder: Path, ids: NDArray[np.int64]) -> NDArray[np.float32]
 def _in_openvino(folder: Path, ids: NDArray[np.int64]) -> NDArray[np.float32]:
     import openvino as runtime
 
-    model = runtime.Core().compile_model(str(folder / "model.xml"), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    model = runtime.Core().compile_model(str(folder / "openvino_model.xml"), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
     names = {name for port in model.inputs for name in port.names}
     request = model.create_infer_request()
     out: NDArray[np.float32] = request.infer({name: value for name, value in _feeds(ids).items() if name in names})[0]

@@ -8,29 +8,35 @@ from torch import Tensor
 
 from nightpress.core.compress.context import PassContext
 from nightpress.core.compress.data.images import read_images
-from nightpress.core.compress.data.rows import read_rows
-from nightpress.core.compress.data.tokenized import open_tokenizer, text_rows, text_windows
+from nightpress.core.compress.data.pairs import has_pairs, pair_rows
+from nightpress.core.compress.data.tokenized import DataSource, open_tokenizer, text_rows, text_windows
 from nightpress.core.recipes.header import ModelHeader
 
 
 def calibration_samples(source: Path, context: PassContext) -> dict[str, Tensor]:
-    """The model's inputs by argument name, each [samples, …], from the recipe's calibration data. Raises NightpressError(invalid_data)."""
+    """The model's inputs by argument name, each [samples, …], from the recipe's calibration data. Raises NightpressError(invalid_data).
+
+    A classifier gets pairs of texts where the data has such, and a cross-encoder also from prose. A pair is a sample of its own.
+    """
     wanted, header = context.calibration, context.header
     file = context.data_files.get(wanted.data)
     if header.sees_images:
         images = read_images(wanted.data, file, source, header, samples=wanted.samples, seed=wanted.seed)
         return {"pixel_values": torch.from_numpy(images.pixels)}
-    rows = read_rows(wanted.data, file, purpose="calibration", model_dir=source)
+    data = DataSource(wanted.data, file, source, purpose="calibration")
+    paired = header.task == "classification" and (has_pairs(data) or (header.scores_pairs and file is None))
+    rows = pair_rows(data) if paired else data.rows()
     if wanted.seed:  # start at another row, but keep the order: neighbouring texts stay neighbours
         start = int(np.random.default_rng(wanted.seed).integers(len(rows)))
         rows = rows[start:] + rows[:start]
     tokenizer = open_tokenizer(source)
     length = min(wanted.length, header.positions or wanted.length)
-    if wanted.packing:
+    if wanted.packing and not paired:
         ids = text_windows(rows, tokenizer, samples=wanted.samples, length=length, ref=wanted.data).ids
         return model_inputs(torch.from_numpy(ids), header)
-    padded = text_rows(rows, tokenizer, samples=wanted.samples, length=length, seed=wanted.seed)
-    return model_inputs(torch.from_numpy(padded.ids), header, torch.from_numpy(padded.mask))
+    padded = text_rows(rows, tokenizer, header, samples=wanted.samples, length=length, seed=wanted.seed)
+    inputs = model_inputs(torch.from_numpy(padded.ids), header, torch.from_numpy(padded.mask))
+    return inputs if padded.types is None else inputs | {"token_type_ids": torch.from_numpy(padded.types)}
 
 
 def model_inputs(ids: Tensor, header: ModelHeader, mask: Tensor | None = None) -> dict[str, Tensor]:

@@ -9,8 +9,16 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from nightpress.core.compress.data.pairs import has_pairs, pair_rows
 from nightpress.core.compress.data.rows import read_rows
-from nightpress.core.compress.data.tokenized import check_vocabulary, class_index, open_tokenizer, text_windows
+from nightpress.core.compress.data.tokenized import (
+    DataSource,
+    check_vocabulary,
+    class_index,
+    encode_row,
+    open_tokenizer,
+    text_windows,
+)
 from nightpress.core.errors import ErrorCode, NightpressError
 from nightpress.core.recipes.header import ModelHeader
 
@@ -27,13 +35,17 @@ class Examples:
     labels: NDArray[np.int64] | None  #: [N]
     pad_id: int
     numbers: NDArray[np.int64]  #: [N], index of each example in the whole data set
+    types: tuple[NDArray[np.int64], ...] | None = (
+        None  #: of each token, if the examples are pairs whose model reads types
+    )
 
     def __len__(self) -> int:
         return len(self.ids)
 
     def take(self, chosen: NDArray[np.int64]) -> "Examples":
         labels = None if self.labels is None else self.labels[chosen]
-        return Examples(tuple(self.ids[at] for at in chosen), labels, self.pad_id, self.numbers[chosen])
+        types = None if self.types is None else tuple(self.types[at] for at in chosen)
+        return Examples(tuple(self.ids[at] for at in chosen), labels, self.pad_id, self.numbers[chosen], types)
 
     def split(self, share: float, *, seed: int) -> "tuple[Examples, Examples | None]":
         """Split into (training examples, validation examples) at random by the seed. The second is None if `share` gives no example.
@@ -52,7 +64,7 @@ class Examples:
 
     def digest(self) -> bytes:
         found = hashlib.sha256()
-        for row in self.ids:
+        for row in (*self.ids, *(self.types or ())):
             found.update(len(row).to_bytes(4, "little") + row.tobytes())
         if self.labels is not None:
             found.update(self.labels.tobytes())
@@ -67,6 +79,13 @@ class Batch:
     mask: Tensor  #: int64 [B, S]
     labels: Tensor | None  #: int64 [B]
     numbers: Tensor  #: int64 [B] on the CPU, index of each example in the whole data set
+    types: Tensor | None = None  #: int64 [B, S], of pairs whose model reads types
+
+    @property
+    def inputs(self) -> dict[str, Tensor]:
+        """The model's arguments."""
+        found = {"input_ids": self.ids, "attention_mask": self.mask}
+        return found if self.types is None else found | {"token_type_ids": self.types}
 
 
 def read_examples(
@@ -77,7 +96,9 @@ def read_examples(
     For classifiers and embedders, each row of a data set is an example. Running text, and all text for other models, is cut into windows.
     Raises NightpressError(invalid_data) if `labelled` and a row has no label, or if a label is not one of the model's classes.
     """
-    rows = read_rows(ref, file, purpose="calibration")
+    data = DataSource(ref, file, folder, purpose="calibration")
+    paired = header.task == "classification" and (has_pairs(data) or (header.scores_pairs and file is None))
+    rows = pair_rows(data) if paired else read_rows(ref, file, purpose="calibration")
     tokenizer = open_tokenizer(folder)
     if labelled and header.task == "classification" and header.head != "classes":
         raise _unusable(
@@ -85,15 +106,19 @@ def read_examples(
             f"the model's outputs are {header.head}, and only labels of models that choose one class are learned from",
             "Learn from the model's answers alone (`alpha: 1`).",
         )
-    by_row = any(row.label is not None for row in rows) or (header.task == "classification" and file is not None)
+    by_row = (
+        paired or any(row.label is not None for row in rows) or (header.task == "classification" and file is not None)
+    )
     if labelled and not all(row.label is not None for row in rows):
         raise _unusable(
             ref,
             "not all of its rows have a `label`",
             "Give every row one, or learn from the model's answers alone (`alpha: 1`).",
         )
+    types: list[list[int]] = []
     if by_row and header.task in {"classification", "embedding"}:
-        ids = [_cut(tokenizer.encode(row.text, special=True), length) for row in rows]
+        encoded = [encode_row(row, tokenizer, length) for row in rows]
+        ids, types = [row for row, _ in encoded], [kinds for _, kinds in encoded]
     else:
         windows = text_windows(rows, tokenizer, samples=_ALL, length=length, ref=ref)
         check_vocabulary(windows, header)
@@ -108,6 +133,7 @@ def read_examples(
         labels=None if labels is None else np.asarray(labels, np.int64),
         pad_id=tokenizer.pad_id,
         numbers=np.arange(len(ids)),
+        types=tuple(np.asarray(row, np.int64) for row in types) if paired and header.reads_types else None,
     )
 
 
@@ -130,24 +156,22 @@ def batch_order(examples: Examples, batch: int, *, seed: int, epoch: int) -> lis
 def collate(examples: Examples, chosen: NDArray[np.int64], device: torch.device) -> Batch:
     """Make a batch of these examples on the device, padded to the longest of them."""
     width = max(len(examples.ids[at]) for at in chosen)
-    both = np.zeros((2, len(chosen), width), np.int64)  # ids and mask, for one transfer
-    both[0] = examples.pad_id
+    all_inputs = np.zeros((3, len(chosen), width), np.int64)  # ids, mask and types, for one transfer
+    all_inputs[0] = examples.pad_id
     for row, at in enumerate(chosen):
-        both[0, row, : len(examples.ids[at])] = examples.ids[at]
-        both[1, row, : len(examples.ids[at])] = 1
+        all_inputs[0, row, : len(examples.ids[at])] = examples.ids[at]
+        all_inputs[1, row, : len(examples.ids[at])] = 1
+        if examples.types is not None:
+            all_inputs[2, row, : len(examples.ids[at])] = examples.types[at]
 
     def put(array: NDArray[np.int64]) -> Tensor:
         tensor = torch.from_numpy(array)
         return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
 
     labels = None if examples.labels is None else put(examples.labels[chosen])
-    ids, mask = put(both)
-    return Batch(ids, mask, labels, torch.from_numpy(examples.numbers[chosen]))
-
-
-def _cut(ids: list[int], length: int) -> list[int]:
-    """Cut to `length` tokens, but keep the last token: it may be a separator."""
-    return ids if len(ids) <= length else [*ids[: length - 1], ids[-1]]
+    ids, mask, types = put(all_inputs)
+    numbers = torch.from_numpy(examples.numbers[chosen])
+    return Batch(ids, mask, labels, numbers, None if examples.types is None else types)
 
 
 def _unusable(ref: str, what: str, hint: str) -> NightpressError:

@@ -19,6 +19,7 @@ _PIECE = 256 * 1024
 class Row:
     text: str
     label: Label | None = None
+    second: str | None = None  #: the second text of a pair
 
 
 def read_rows(ref: str, file: Path | None, *, purpose: str = "evaluation", model_dir: Path | None = None) -> list[Row]:

@@ -1,40 +1,27 @@
 """Turns rows of text into token ids: windows of running text, or each row by itself, with or without labels."""
 
-import contextlib
 import hashlib
-import json
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from nightpress.core.compress.data.halves import RUN, Part, half
 from nightpress.core.compress.data.rows import Row, builtin_bytes, has_columns, read_records, read_rows
+from nightpress.core.compress.data.tokenizer import Tokenizer, open_tokenizer
 from nightpress.core.errors import ErrorCode, NightpressError
 from nightpress.core.recipes.datafile import invalid
-from nightpress.core.recipes.header import ModelHeader, padding_token
+from nightpress.core.recipes.header import ModelHeader
 from nightpress.core.recipes.labels import Label
 
-__all__ = ["Row", "read_records", "read_rows"]
+__all__ = ["Row", "Tokenizer", "open_tokenizer", "read_records", "read_rows"]
 
 Ids = NDArray[np.int64]
 
 BUILTIN_LICENSE = "public domain"  #: see core/compress/data/LICENSE.md
-
-
-class Tokenizer(Protocol):
-    def encode(self, text: str, *, special: bool) -> list[int]: ...
-    def encode_counted(self, text: str) -> tuple[list[int], list[int] | None]:
-        """The tokens without special tokens, and the number of UTF-8 bytes that each token stands for. None if the bytes are unknown."""
-
-    @property
-    def mask_id(self) -> int | None: ...
-    @property
-    def pad_id(self) -> int: ...
 
 
 @dataclass(frozen=True)
@@ -44,6 +31,7 @@ class Sequences:
     ids: NDArray[Any]
     mask: Ids
     labels: Ids | None = None  #: [N], classification
+    types: Ids | None = None  #: [N, S], 1 at the second text of a pair; None: the model reads no types, or single texts
     targets: Ids | None = None  #: [N, S], the token that each position should predict; -1: the position is not scored
 
     @property
@@ -64,9 +52,10 @@ class DataSource:
     file: Path | None
     model_dir: Path | None = None  #: the model whose chat template renders conversations
     part: Part = "all"
+    purpose: Literal["evaluation", "calibration"] = "evaluation"  #: which part of the built-in prose
 
     def rows(self) -> list[Row]:
-        rows = read_rows(self.ref, self.file, model_dir=self.model_dir)
+        rows = read_rows(self.ref, self.file, purpose=self.purpose, model_dir=self.model_dir)
         return half(rows, self.part, ref=self.ref, run=1 if any(row.label is not None for row in rows) else RUN)
 
     def records(self) -> list[dict[str, Any]]:
@@ -170,17 +159,26 @@ def labelled_rows(
     order = np.random.default_rng(seed).permutation(len(rows))[:samples]
     # Sorted by length, so that rows of a batch are of similar length and little is computed on padding.
     encoded = sorted(
-        ((cut(tokenizer.encode(rows[at].text, special=True), length), labels[at]) for at in order),
-        key=lambda pair: len(pair[0]),
+        ((encode_row(rows[at], tokenizer, length), labels[at]) for at in order), key=lambda pair: len(pair[0][0])
     )
-    sequences = pad([ids for ids, _ in encoded], tokenizer.pad_id)
-    return Sequences(sequences.ids, sequences.mask, labels=np.asarray([label for _, label in encoded], np.int64))
+    sequences = pad_typed([row for row, _ in encoded], tokenizer.pad_id, header)
+    return replace(sequences, labels=np.asarray([label for _, label in encoded], np.int64))
 
 
-def text_rows(rows: list[Row], tokenizer: Tokenizer, *, samples: int, length: int, seed: int) -> Sequences:
+def text_rows(
+    rows: list[Row], tokenizer: Tokenizer, header: ModelHeader, *, samples: int, length: int, seed: int
+) -> Sequences:
     """Rows drawn without replacement, cut at `length` tokens and padded."""
     order = np.sort(np.random.default_rng(seed).permutation(len(rows))[:samples])
-    return pad([cut(tokenizer.encode(rows[at].text, special=True), length) for at in order], tokenizer.pad_id)
+    return pad_typed([encode_row(rows[at], tokenizer, length) for at in order], tokenizer.pad_id, header)
+
+
+def encode_row(row: Row, tokenizer: Tokenizer, length: int) -> tuple[list[int], list[int]]:
+    """A row's tokens, at most `length`, with special tokens, and the type of each."""
+    if row.second is not None:
+        return tokenizer.encode_pair(row.text, row.second, length)
+    ids = cut(tokenizer.encode(row.text, special=True), length)
+    return ids, [0] * len(ids)
 
 
 def class_index(label: Label | None, header: ModelHeader, ref: str) -> int:
@@ -209,6 +207,15 @@ def pad(sequences: list[list[int]], pad_id: int) -> Sequences:
         ids[at, : len(sequence)] = sequence
         mask[at, : len(sequence)] = 1
     return Sequences(ids, mask)
+
+
+def pad_typed(rows: list[tuple[list[int], list[int]]], pad_id: int, header: ModelHeader) -> Sequences:
+    """As `pad`, for the results of `encode_row`. The types are left out if the model reads none, or if all are 0."""
+    padded = pad([ids for ids, _ in rows], pad_id)
+    types = np.zeros_like(padded.ids)
+    for at, (_, of_row) in enumerate(rows):
+        types[at, : len(of_row)] = of_row
+    return replace(padded, types=types) if header.reads_types and types.any() else padded
 
 
 def cut(ids: list[int], length: int) -> list[int]:
@@ -261,105 +268,3 @@ def check_vocabulary(sequences: Sequences, header: ModelHeader) -> None:
             hint="The tokenizer belongs to another model: put the right tokenizer.json into the folder.",
             file="tokenizer.json",
         )
-
-
-class FastTokenizer:
-    """Reads tokenizer.json with the tokenizers library, which imports no code of the model."""
-
-    def __init__(self, file: Path, pad_id: int | None = None) -> None:
-        """pad_id: padding token from the model's config; None: the config names none, and the tokenizer's is used."""
-        self._pad_id = pad_id
-        from tokenizers import Tokenizer as Library
-
-        with _tokenizer_faults():
-            self._library: Any = Library.from_file(str(file))
-        self._library.no_truncation()
-        self._library.no_padding()
-
-    def encode(self, text: str, *, special: bool) -> list[int]:
-        return list(self._encoded(text, special).ids)
-
-    def encode_counted(self, text: str) -> tuple[list[int], list[int] | None]:
-        encoded = self._encoded(text, False)
-        counts, at = [], 0
-        for _, end in encoded.offsets:
-            # Several tokens may stand for one character, and all of them end where it ends. The first gets its bytes, so the sum is right.
-            counts.append(len(text[at:end].encode()) if end > at else 0)
-            at = max(at, end)
-        if counts:
-            counts[-1] += len(text[at:].encode())
-        return list(encoded.ids), counts
-
-    def _encoded(self, text: str, special: bool) -> Any:
-        with _tokenizer_faults():  # some faults appear only with a text, e.g. a missing token for unknown words
-            return self._library.encode(text, add_special_tokens=special)
-
-    @property
-    def mask_id(self) -> int | None:
-        return self._first("[MASK]", "<mask>")
-
-    @property
-    def pad_id(self) -> int:
-        return self._first("[PAD]", "<pad>", "<|endoftext|>", "</s>") or 0 if self._pad_id is None else self._pad_id
-
-    def _first(self, *names: str) -> int | None:
-        return next((found for name in names if (found := self._library.token_to_id(name)) is not None), None)
-
-
-@contextlib.contextmanager
-def _tokenizer_faults() -> Iterator[None]:
-    """Turn the library's errors into NightpressError(malformed_model): a bare Exception for a faulty file, else Rust's PanicException."""
-    try:
-        yield
-    except BaseException as error:
-        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
-            raise
-        raise NightpressError(
-            ErrorCode.MALFORMED_MODEL,
-            f"tokenizer.json can't be read: {str(error)[:300]}",
-            hint="Save it again with the tokenizer's save_pretrained.",
-            file="tokenizer.json",
-        ) from error
-
-
-class SlowTokenizer:
-    """Reads any tokenizer that transformers supports, for models without a tokenizer.json."""
-
-    def __init__(self, folder: Path, pad_id: int | None = None) -> None:
-        """pad_id: padding token from the model's config; None: the config names none, and the tokenizer's is used."""
-        self._pad_id = pad_id
-        from transformers import AutoTokenizer
-
-        try:
-            self._library: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-        except (OSError, ValueError, KeyError, ImportError, TypeError) as error:
-            raise NightpressError(
-                ErrorCode.MALFORMED_MODEL,
-                f"The model's tokenizer can't be read: {str(error)[:300]}",
-                hint="Add a tokenizer.json, saved with the tokenizer's save_pretrained.",
-            ) from error
-
-    def encode(self, text: str, *, special: bool) -> list[int]:
-        return list(self._library.encode(text, add_special_tokens=special, verbose=False))
-
-    def encode_counted(self, text: str) -> tuple[list[int], list[int] | None]:
-        return self.encode(text, special=False), None
-
-    @property
-    def mask_id(self) -> int | None:
-        return self._library.mask_token_id  # type: ignore[no-any-return]
-
-    @property
-    def pad_id(self) -> int:
-        return self._library.pad_token_id or 0 if self._pad_id is None else self._pad_id
-
-
-def open_tokenizer(folder: Path) -> Tokenizer:
-    """Open the model's tokenizer. Raises NightpressError(malformed_model).
-
-    The padding token is that of the model's config, if it names one: some models find the end of a text by it.
-    """
-    config = folder / "config.json"
-    pad_id = padding_token(json.loads(config.read_bytes())) if config.is_file() else None
-    file = folder / "tokenizer.json"
-    return FastTokenizer(file, pad_id) if file.is_file() else SlowTokenizer(folder, pad_id)

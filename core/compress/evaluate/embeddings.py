@@ -1,7 +1,7 @@
 """Metrics of embedding models: do similar texts get similar vectors (similarity), and does a query find its passages (retrieval)?"""
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -11,10 +11,11 @@ from nightpress.core.compress.data import tokenized
 from nightpress.core.compress.evaluate import fidelity
 from nightpress.core.compress.evaluate.scores import CUT, pearson, ranking_scores, spearman
 from nightpress.core.compress.evaluate.statistics import Array, Statistic, ratio
+from nightpress.core.compress.evaluate.vectors import pair_similarities, similarities
 from nightpress.core.compress.evaluate.view import OutputPair, ScorerRequest
 from nightpress.core.compress.export.task import TokenSet
-from nightpress.core.compress.model.cosines import row_cosines
 from nightpress.core.handoff.report import Measurement
+from nightpress.core.recipes.sentence import EmbedderUse
 
 _SENTENCE = re.compile(r"(?<=[.!?;])\s+")
 
@@ -26,13 +27,14 @@ class Similarity:
     examples: TokenSet
     pairs: NDArray[np.int64]
     scores: Array
+    use: EmbedderUse = field(default_factory=EmbedderUse)
 
     def figures(self, view: OutputPair) -> list[Measurement]:
         n = len(self.scores)
 
         def cosines(side: Any) -> Array:
-            vectors = side("values")
-            return row_cosines(vectors[self.pairs[:, 0]], vectors[self.pairs[:, 1]])
+            vectors = view.vectors(side, self.use)
+            return pair_similarities(vectors[self.pairs[:, 0]], vectors[self.pairs[:, 1]], self.use.similarity)
 
         def by_ranks(side: Any) -> Statistic:
             return spearman(cosines(side), self.scores)
@@ -49,20 +51,20 @@ class Similarity:
 
 def similarity(request: ScorerRequest) -> Similarity:
     """Read rows with two texts and a `score`. Raises NightpressError(invalid_data) if all scores are equal."""
-    records = request.source.records()
+    records, use = request.source.records(), request.header.use
     texts = _Texts()
     pairs, scores = [], []
     for at in request.drawn(len(records)):
         row, source = records[at], request.source
         first = source.field(row, at, "text", "text_a", "sentence1", "text1")
         second = source.field(row, at, "text", "text_b", "sentence2", "text2")
-        pairs.append((texts.place(first), texts.place(second)))
+        pairs.append((texts.place(use.text_prompt + first), texts.place(use.text_prompt + second)))
         scores.append(float(source.field(row, at, "number", "score", "similarity_score", "label")))
     if min(scores) == max(scores):
         raise request.invalid(
             "all its pairs have the same score: nothing correlates with that", "Bring pairs whose scores differ."
         )
-    return Similarity(texts.examples(request), np.asarray(pairs, np.int64), np.asarray(scores, np.float64))
+    return Similarity(texts.examples(request), np.asarray(pairs, np.int64), np.asarray(scores, np.float64), use)
 
 
 @dataclass(frozen=True)
@@ -76,16 +78,16 @@ class Retrieval:
     queries: NDArray[np.int64]
     passages: NDArray[np.int64]
     relevant: NDArray[np.bool_]
+    use: EmbedderUse = field(default_factory=EmbedderUse)
 
     def figures(self, view: OutputPair) -> list[Measurement]:
         n = len(self.queries)
 
         def scored(side: Any) -> tuple[Array, Array]:
-            vectors = side("values").astype(np.float64)
-            vectors /= np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-30)
+            vectors = view.vectors(side, self.use)
+            near = similarities(vectors[self.queries], vectors[self.passages], self.use.similarity)
             # Rounded: runtimes add up in different orders, and such small differences must not decide a rank.
-            near = np.round(vectors[self.queries] @ vectors[self.passages].T, 9)
-            return ranking_scores(near, self.relevant)
+            return ranking_scores(np.round(near, 9), self.relevant)
 
         def gain(side: Any) -> Statistic:
             return ratio(scored(side)[0])
@@ -106,21 +108,24 @@ def retrieval(request: ScorerRequest) -> Retrieval:
     Raises NightpressError(invalid_data) if there are fewer than two passages.
     """
     triples = _inverse_cloze(request) if request.ref.startswith("builtin:") else _triples(request)
+    use = request.header.use
     texts = _Texts()
     places: dict[int, int] = {}
     queries, wanted = [], []
     for query, positives, negatives in triples:
-        queries.append(texts.place(query))
-        own = [places.setdefault(texts.place(positive), len(places)) for positive in positives]
+        queries.append(texts.place(use.query_prompt + query))
+        found = [places.setdefault(texts.place(use.document_prompt + text), len(places)) for text in positives]
         for negative in negatives:
-            places.setdefault(texts.place(negative), len(places))
-        wanted.append(own)
+            places.setdefault(texts.place(use.document_prompt + negative), len(places))
+        wanted.append(found)
     relevant = np.zeros((len(queries), len(places)), bool)
     for at, own in enumerate(wanted):
         relevant[at, own] = True
     if len(places) < 2:
         raise request.invalid("all its queries share one passage", "Bring more passages, or `negative` ones.")
-    return Retrieval(texts.examples(request), np.asarray(queries, np.int64), np.fromiter(places, np.int64), relevant)
+    return Retrieval(
+        texts.examples(request), np.asarray(queries, np.int64), np.fromiter(places, np.int64), relevant, use
+    )
 
 
 def _triples(request: ScorerRequest) -> list[tuple[str, list[str], list[str]]]:

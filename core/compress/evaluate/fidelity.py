@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nightpress.core.compress.data import tokenized
+from nightpress.core.compress.data.pairs import has_pairs, pair_rows
 from nightpress.core.compress.evaluate.scores import pearson, spearman
 from nightpress.core.compress.evaluate.statistics import Array, Statistic, of_sums, paired_shares, quantile, ratio
 from nightpress.core.compress.evaluate.view import Better, OutputPair, ScorerRequest, spread, sums
@@ -59,10 +60,11 @@ def output_names(header: ModelHeader) -> dict[int, str]:
 def prepare(request: ScorerRequest) -> Fidelity:
     """Make the examples: rows cut at `length` if any row has a label and the model is no decoder, else windows of running text."""
     header, wanted = request.header, request.wanted
-    rows = request.source.rows()
-    if any(row.label is not None for row in rows) and not header.is_decoder:
+    paired = header.task == "classification" and has_pairs(request.source)
+    rows = pair_rows(request.source) if paired else request.source.rows()
+    if paired or (any(row.label is not None for row in rows) and not header.is_decoder):
         sequences = tokenized.text_rows(
-            rows, request.tokenizer, samples=wanted.samples, length=wanted.length, seed=request.seed
+            rows, request.tokenizer, header, samples=wanted.samples, length=wanted.length, seed=request.seed
         )
     else:
         sequences = tokenized.text_windows(
@@ -221,7 +223,12 @@ def of_numbers(view: OutputPair, names: Mapping[int, str]) -> list[Measurement]:
 
 
 def of_vectors(view: OutputPair) -> list[Measurement]:
+    """Metrics for an embedder. Vectors of different widths have no cosine: then the similarities of neighbouring texts are compared."""
     ours, theirs = view.ours("values"), view.theirs("values")
+    if ours.shape[1] != theirs.shape[1]:
+        pairs = [row_cosines(vectors, np.roll(vectors, 1, axis=0)) for vectors in (ours, theirs)]
+        n = len(ours)
+        return [view.resampled("rank_correlation", spearman(*pairs), n, n=n, better="higher")]
     cosines = row_cosines(ours, theirs)
     return [
         view.resampled("cosine", ratio(cosines), len(cosines), n=len(cosines), better="higher"),

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 
 from nightpress.core.compress.data import tokenized
+from nightpress.core.compress.data.pairs import has_pairs, pair_rows
 from nightpress.core.compress.data.tokenized import Sequences, pad
 from nightpress.core.compress.evaluate import fidelity
 from nightpress.core.compress.evaluate.scores import class_f1, counts_by_class, macro_f1, spans
@@ -50,10 +51,10 @@ class Classification:
 
 
 def classification(request: ScorerRequest) -> Classification:
-    """Read rows with `text` and `label`."""
+    """Read rows with `text`, or a pair of texts, and `label`."""
     wanted = request.wanted
     sequences = tokenized.labelled_rows(
-        request.source.rows(),
+        pair_rows(request.source) if has_pairs(request.source) else request.source.rows(),
         request.tokenizer,
         request.header,
         samples=wanted.samples,

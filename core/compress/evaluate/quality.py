@@ -10,7 +10,9 @@ from numpy.typing import NDArray
 
 from nightpress.core.compress.data import tokenized
 from nightpress.core.compress.data.images import read_images
-from nightpress.core.compress.evaluate import embeddings, fidelity, labels, language
+from nightpress.core.compress.data.pairs import has_pairs, pair_rows
+from nightpress.core.compress.data.rows import Row
+from nightpress.core.compress.evaluate import embeddings, fidelity, labels, language, neighbours, ranking
 from nightpress.core.compress.evaluate.screening import SAMPLES
 from nightpress.core.compress.evaluate.view import OutputPair, Scorer, ScorerRequest
 from nightpress.core.compress.export.consumer import Observed
@@ -36,6 +38,8 @@ _SCORERS: dict[Metric, Callable[[ScorerRequest], Scorer]] = {
     "entities": labels.entities,
     "similarity": embeddings.similarity,
     "retrieval": embeddings.retrieval,
+    "ranking": ranking.ranking,
+    "neighbours": neighbours.neighbours,
     "fidelity": fidelity.prepare,
 }
 
@@ -272,6 +276,10 @@ def _metric(quality: Quality, header: ModelHeader, source: tokenized.DataSource)
             return "perplexity"
         case "masked-lm":
             return "masked-lm"
+        case "classification" if header.scores_pairs and (source.ref.startswith("builtin:") or has_pairs(source)):
+            return "ranking" if _is_judged(source) else "fidelity"
+        case "classification" if header.head == "classes" and has_pairs(source):
+            return "accuracy" if all(row.label is not None for row in pair_rows(source)) else "fidelity"
         case "classification" if header.head == "classes" and all(row.label is not None for row in source.rows()):
             return "accuracy"
         case "token-classification" if source.has("tags", "ner_tags"):
@@ -279,9 +287,20 @@ def _metric(quality: Quality, header: ModelHeader, source: tokenized.DataSource)
     return "fidelity"
 
 
+def _is_judged(source: tokenized.DataSource) -> bool:
+    """Whether each document has a relevance: prose is split into such, and columns say it."""
+    return source.ref.startswith("builtin:") or source.has(
+        "positive", "label", "labels", "score", "scores", "relevance"
+    )
+
+
 def _check_set(prose: list[tokenized.Row], tokenizer: tokenized.Tokenizer, header: ModelHeader) -> TokenSet:
     """A few texts of different lengths in one padded batch. They reveal an artifact that ignores its attention mask."""
     texts = [row for row in prose if len(row.text) > 200][:_CHECK_ROWS]
+    if header.scores_pairs:
+        halves = [Row(row.text[:60], second=row.text[60:]) for row in texts]
+        pairs = [tokenized.encode_row(row, tokenizer, 16 + 5 * at) for at, row in enumerate(halves)]
+        return TokenSet("check", "logits", tokenized.pad_typed(pairs, tokenizer.pad_id, header))
     encoded = [tokenizer.encode(row.text, special=True)[: 12 + 5 * at] for at, row in enumerate(texts)]
     kind = {"embedding": "pooled", "classification": "logits"}.get(header.task, "last")
     return TokenSet("check", kind, tokenized.pad(encoded, tokenizer.pad_id), alone=header.one_text_a_batch)

@@ -3,6 +3,7 @@
 The functions work on arrays of numbers, without any model or file.
 """
 
+import math
 from collections.abc import Callable, Hashable, Sequence
 
 import numpy as np
@@ -127,3 +128,30 @@ def ranking_scores(similarity: Array, relevant: NDArray[np.bool_], cut: int = CU
     total = relevant.sum(axis=1)
     ideal = np.cumsum(discounts)[np.minimum(total, gains.shape[1]) - 1]
     return (gains @ discounts) / ideal, gains.sum(axis=1) / total
+
+
+def graded_gain(scores: Array, gains: Array, cut: int = CUT) -> float:
+    """nDCG among the first `cut` documents of one query. scores, gains [D]; some gain is positive.
+
+    Gains count as they are. Documents of equal score keep their order. Järvelin and Kekäläinen 2002.
+    """
+    discounts = 1 / np.log2(np.arange(2, min(cut, len(gains)) + 2))
+    ranked = gains[np.argsort(-scores, kind="stable")][: len(discounts)]
+    ideal = np.sort(gains)[::-1][: len(discounts)]
+    return float((ranked @ discounts) / (ideal @ discounts))
+
+
+def reciprocal_rank(scores: Array, gains: Array, cut: int = CUT) -> float:
+    """1 / the rank of the first relevant document of one query; 0 if it is not among the first `cut`. scores, gains [D]."""
+    relevant = np.flatnonzero(gains[np.argsort(-scores, kind="stable")][:cut] > 0)
+    return 1 / (1 + int(relevant[0])) if len(relevant) else 0.0
+
+
+def kendall_tau(a: Array, b: Array) -> float:
+    """Kendall's τ-b of two orders [D]: 1 the same, −1 reversed; ties count as half. 1 if both have no order at all, 0 if one has none."""
+    upper: tuple[NDArray[np.int64], ...] = np.triu_indices(len(a), 1)
+    x, y = (np.sign(values[:, None] - values[None])[upper] for values in (a, b))
+    spread = math.sqrt(float((x * x).sum() * (y * y).sum()))
+    if spread > 0:
+        return float((x * y).sum()) / spread
+    return float(not (x.any() or y.any()))

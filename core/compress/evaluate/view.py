@@ -9,12 +9,14 @@ from numpy.typing import NDArray
 
 from nightpress.core.compress.data import tokenized
 from nightpress.core.compress.evaluate.statistics import Array, Interval, Paired, Statistic, interval, paired
+from nightpress.core.compress.evaluate.vectors import used_vectors
 from nightpress.core.compress.export.consumer import Observed
 from nightpress.core.compress.export.task import TokenSet
 from nightpress.core.errors import ErrorCode, NightpressError
 from nightpress.core.handoff.report import Measurement
 from nightpress.core.recipes.header import ModelHeader
 from nightpress.core.recipes.models import Quality
+from nightpress.core.recipes.sentence import EmbedderUse
 
 Better = Literal["higher", "lower"]
 
@@ -68,6 +70,11 @@ class OutputPair:
 
     def ours(self, key: str) -> NDArray[Any]:
         return (self.artifact or self.source).outputs[f"{self.set_name}.{key}"]
+
+    def vectors(self, side: Callable[[str], NDArray[Any]], use: EmbedderUse) -> Array:
+        """An embedder's vectors [N, D] as a user of one side's folder gets them. side: `self.ours` or `self.theirs`."""
+        observed = self.artifact if side == self.ours and self.artifact is not None else self.source
+        return used_vectors(side("values"), use, observed.loaded_as.get("truncate_dim"))
 
     def figure(
         self,

@@ -6,6 +6,7 @@ writes the result to its place in the shard. The header fixes that place, so the
 progress.
 """
 
+import math
 import os
 import threading
 from collections.abc import Callable, Iterator
@@ -65,7 +66,7 @@ def plan_shard(shard: Shard, choose: Callable[[TensorInfo], Rewrite | None], *, 
     for stored in shard.tensors:
         rewrite = choose(stored.info)
         if rewrite is not None:
-            rows, columns = stored.info.shape
+            rows, columns = stored.info.shape[0], math.prod(stored.info.shape[1:])
             step = max(1, _CHUNK_WEIGHTS // max(1, columns) // rewrite.row_step) * rewrite.row_step
             unit = stored.info.size // rows
         elif copies:

@@ -88,6 +88,7 @@ class Consumer:
         device: Device = "cpu",
         reference: Path | None = None,
         probes: Mapping[str, float] | None = None,
+        renumber: Path | None = None,
         stem: str | None = None,
         progress: Callable[[float, str], None] = lambda _fraction, _text: None,
         python: Path | None = None,
@@ -98,7 +99,7 @@ class Consumer:
         python: the interpreter of another environment; None: this one. variables: further environment variables.
 
         device: cuda only for the runner of transformers. reference: the outputs of the source, for the artifact to be compared with.
-        probes: layers to be asked one by one, and the factor of each; see probes.py.
+        probes: layers to be asked one by one, and the factor of each; see probes.py. renumber: of a model whose vocabulary was cut.
         """
         self.name, self._progress, self._started = name, progress, time.monotonic()
         self.peak_memory: int | None = None  #: bytes, of the process until now; None if the system does not report it
@@ -112,7 +113,13 @@ class Consumer:
             inputs = scratch / "inputs.npz"
             if not inputs.exists():
                 np.savez(inputs, **task.arrays())  # type: ignore[arg-type]  # numpy's stub reads ** as its keyword
-            files = {"inputs": inputs, "outputs": self._outputs, "answer": self._answer, "reference": reference}
+            files = {
+                "inputs": inputs,
+                "outputs": self._outputs,
+                "answer": self._answer,
+                "reference": reference,
+                "renumber": renumber,
+            }
             request.write_text(
                 json.dumps(
                     {
@@ -224,6 +231,7 @@ def run_consumer(
     device: Device = "cpu",
     reference: Path | None = None,
     probes: Mapping[str, float] | None = None,
+    renumber: Path | None = None,
     stem: str | None = None,
     beside: Beside = lambda _peak: None,
     uncompressed: Beside = lambda _peak: None,
@@ -245,6 +253,7 @@ def run_consumer(
         device=device,
         reference=reference,
         probes=probes,
+        renumber=renumber,
         stem=stem,
         progress=lambda fraction, text: progress(share * fraction, text),
     ) as consumer:

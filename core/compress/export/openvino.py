@@ -1,4 +1,4 @@
-"""An OpenVINO graph (model.xml, model.bin) with its tokenizer and config."""
+"""An OpenVINO graph (openvino_model.xml, openvino_model.bin) with its tokenizer and config."""
 
 from pathlib import Path
 
@@ -10,7 +10,7 @@ from nightpress.core.compress.model.companions import copy_companions
 from nightpress.core.compress.passes.registry import Records, RuntimePasses, runtime_pass_of
 
 CONSUMER = Path(__file__).parents[1] / "runners" / "openvino_runner.py"
-GRAPH_FILE = "model.xml"
+GRAPH_FILE = "openvino_model.xml"  #: the name that optimum and sentence-transformers look for
 
 
 def save(model_dir: Path, out_dir: Path, traced: Traced, passes: RuntimePasses, weights: str = "fp32") -> Records:

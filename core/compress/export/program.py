@@ -48,7 +48,7 @@ from transformers import AutoConfig, AutoTokenizer
 
 folder = "{folder}"
 tokenizer = AutoTokenizer.from_pretrained(folder)
-model = openvino.Core().compile_model(f"{{folder}}/model.xml", "CPU")
+model = openvino.Core().compile_model(f"{{folder}}/openvino_model.xml", "CPU")
 """
 
 _RUN_TRANSFORMERS = """
@@ -113,6 +113,13 @@ _POOLED = {
     "weightedmean": "np.average(output, axis=0, weights=np.arange(1, len(output) + 1))",
 }
 
+_STATIC = """\
+from model2vec import StaticModel
+
+model = StaticModel.from_pretrained("{folder}")
+vector = model.encode({text})
+print(len(vector), "numbers:", vector[:5])
+"""
 _PROMPT = """
 inputs = tokenizer({text}, return_tensors="{tensors}")
 """
@@ -235,6 +242,8 @@ def _program(format_: str, artifact: Path, header: ModelHeader) -> str:
     text = f'"{_QUESTION if chat else _TEXT}"'
     if format_ == "transformers.js":
         return _javascript(folder, task, header)
+    if header.model_type == "model2vec":
+        return _STATIC.format(folder=folder, text=text)
     if format_ == "gguf":
         return _gguf(folder, task, text, chat=chat)
     if format_ == "mlx":

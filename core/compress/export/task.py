@@ -110,6 +110,8 @@ class Task:
         for data_set in self.sets:
             arrays[f"{data_set.name}.ids"] = data_set.sequences.ids
             arrays[f"{data_set.name}.mask"] = data_set.sequences.mask
+            if data_set.sequences.types is not None:
+                arrays[f"{data_set.name}.types"] = data_set.sequences.types
             if data_set.kind == "tokens":
                 assert data_set.sequences.targets is not None
                 assert data_set.compared is not None

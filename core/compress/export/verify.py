@@ -118,7 +118,7 @@ def _graph_bound(recipe: Recipe, export: Export) -> float:
 
 def _rounding_bound(recipe: Recipe, export: Export) -> float | None:
     """The least cosine with the source for an artifact that was only rounded. None: the passes may change the answers without limit."""
-    passes = [options for options in recipe.passes if options.stage not in {"measure", "source"}]
+    passes = [options for options in recipe.passes if options.stage not in {"measure", "source"} and options.relation]
     bounds = [None if options.rounding_bits is None else ROUNDED.get(options.rounding_bits) for options in passes]
     if not passes:
         bounds.append(EXACT)

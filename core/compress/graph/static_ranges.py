@@ -38,20 +38,21 @@ Feeds = dict[str, Any]
 class Texts:
     ids: Ids  #: [N, S]
     mask: Ids  #: [N, S]
+    types: Ids  #: [N, S], 1 at the second text of a pair
 
     def feeds(self, inputs: Collection[str], tokens: int) -> Iterator[Feeds]:
         """Yield the inputs of each run of a graph: about `tokens` tokens at a time, at least one text. inputs: the graph's input names."""
         rows = max(1, tokens // self.ids.shape[1])
         for at in range(0, len(self.ids), rows):
-            ids, mask = self.ids[at : at + rows], self.mask[at : at + rows]
-            found = {"input_ids": ids, "attention_mask": mask, "token_type_ids": np.zeros_like(ids)}
+            part = self[at : at + rows]
+            found = {"input_ids": part.ids, "attention_mask": part.mask, "token_type_ids": part.types}
             yield {name: value for name, value in found.items() if name in inputs}
 
     def __getitem__(self, rows: slice) -> "Texts":
-        return Texts(self.ids[rows], self.mask[rows])
+        return Texts(self.ids[rows], self.mask[rows], self.types[rows])
 
     def cut(self, length: int) -> "Texts":
-        return Texts(self.ids[:, :length], self.mask[:, :length])
+        return Texts(self.ids[:, :length], self.mask[:, :length], self.types[:, :length])
 
 
 def calibrated(

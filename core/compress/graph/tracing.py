@@ -59,6 +59,8 @@ def trace(model_dir: Path, header: ModelHeader, check: Sequences, context: PassC
     context.progress(0.0, "looking for an earlier trace of this model")
     key = hashlib.sha256(f"{content_digest(model_dir)}\n{header.model_dump_json()}\n{OPSET}\n".encode())
     key.update(check.ids.tobytes())
+    if check.types is not None:
+        key.update(check.types.tobytes())
     folder = context.work_dir / "graph" / key.hexdigest()[:16]
     graph, outputs = folder / "model.onnx", folder / "check.npy"
     errors, peaks = folder / "rounding.json", folder / "peaks.npz"
@@ -67,7 +69,8 @@ def trace(model_dir: Path, header: ModelHeader, check: Sequences, context: PassC
         context.progress(0.05, "loading the model to trace it")
         model = _load(model_dir, header, context.threads)
         with torch.inference_mode(), _watch_inputs(model) as (rounding, largest):
-            expected = model.answer(torch.from_numpy(check.ids), torch.from_numpy(check.mask)).float().numpy()
+            types = None if check.types is None else torch.from_numpy(check.types)
+            expected = model.answer(torch.from_numpy(check.ids), torch.from_numpy(check.mask), types).float().numpy()
         with telling(context, 0.2, "tracing the model into a graph"), disk_errors():
             # Protobuf's limit is 2 GiB. Weights up to this limit are stored inside the file, larger ones in a second file.
             partial = folder / "partial"
@@ -152,9 +155,9 @@ class _FirstOutput(torch.nn.Module):
         super().__init__()
         self.model, self.output, self.types = model, output, types
 
-    def answer(self, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        """The model's own output for whole texts. ids, mask [B, S]."""
-        out: torch.Tensor = self(ids, mask)
+    def answer(self, ids: torch.Tensor, mask: torch.Tensor, types: torch.Tensor | None = None) -> torch.Tensor:
+        """The model's own output for whole texts. ids, mask, types [B, S]; types None: single texts."""
+        out: torch.Tensor = self(ids, mask, types)
         return out
 
     def signature(self, ids: torch.Tensor) -> Signature:
@@ -210,7 +213,7 @@ class _WithCache(torch.nn.Module):
     def _takes_positions(self) -> bool:
         return "position_ids" in inspect.signature(self.model.forward).parameters
 
-    def answer(self, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    def answer(self, ids: torch.Tensor, mask: torch.Tensor, _types: torch.Tensor | None = None) -> torch.Tensor:
         """The model's own logits for whole texts, computed without a cache. ids, mask [B, S]."""
         out: torch.Tensor = self.model(input_ids=ids, attention_mask=mask, use_cache=False).logits
         return out

@@ -27,10 +27,10 @@ from nightpress.core.compress.passes.teacher_cache import CachedLogits, cache_lo
 from nightpress.core.compress.solvers.distillation import (
     cosine_distance,
     hidden_error,
+    number_error,
     pool,
     relation_divergence,
     soft_cross_entropy,
-    soft_cross_entropy_top,
 )
 from nightpress.core.errors import ErrorCode, NightpressError
 from nightpress.core.handoff.report import PassRecord
@@ -142,7 +142,7 @@ class _Inputs:
 
         The mask is bool [B, S] for logits [B, S, V], and None for a classifier's logits [B, C] and for an embedder.
         """
-        read = {"input_ids": batch.ids, "attention_mask": batch.mask}
+        read = batch.inputs
         if self.task == "classification":
             return read, None, batch.labels
         if self.task == "causal-lm":
@@ -222,10 +222,10 @@ class _StudentTraining(nn.Module):
             logits = ours.logits if where is None else ours.logits[where]
             if self._cached is None:
                 answer = theirs.logits if where is None else theirs.logits[where]
-                found["logits"] = soft_cross_entropy(logits, answer, options.logits.temperature)
+                found["logits"] = self._distance(logits, answer)
             else:
                 values, indices = self._cached.of(batch, where)
-                found["logits"] = soft_cross_entropy_top(logits, values, indices, options.logits.temperature)
+                found["logits"] = self._distance(logits.gather(-1, indices), values)
             parts.append(options.logits.weight * options.logits.alpha * found["logits"])
             if options.logits.alpha < 1:
                 assert labels is not None
@@ -251,10 +251,17 @@ class _StudentTraining(nn.Module):
             parts.append(options.cosine.weight * found["cosine"])
         return {"loss": torch.stack(parts).sum(), **found}
 
+    def _distance(self, logits: Tensor, answer: Tensor) -> Tensor:
+        """How far the student's logits are from the teacher's, both [N, C] or the k largest of each. The numbers of a regression or reranker have no distribution."""
+        assert self._options.logits is not None
+        if self._header.task == "classification" and self._header.head == "numbers":
+            return number_error(logits, answer)
+        return soft_cross_entropy(logits, answer, self._options.logits.temperature)
+
     def validate(self, batch: Batch) -> dict[str, Tensor]:
         found = self.losses(batch)
         if batch.labels is not None and self._header.task == "classification":
-            logits = self.student(input_ids=batch.ids, attention_mask=batch.mask).logits
+            logits = self.student(**batch.inputs).logits
             found["accuracy"] = (logits.argmax(-1) == batch.labels).float().mean()
         return found
 

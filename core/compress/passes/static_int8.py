@@ -110,7 +110,12 @@ def _texts(model_dir: Path, context: PassContext) -> tuple[Texts, Texts]:
     """Return (texts for calibration, held-out texts for comparing the graphs)."""
     samples = calibration_samples(model_dir, context)
     ids = samples["input_ids"].numpy()
-    texts = Texts(ids, samples["attention_mask"].numpy() if "attention_mask" in samples else np.ones_like(ids))
+    mask, types = (samples.get(name) for name in ("attention_mask", "token_type_ids"))
+    texts = Texts(
+        ids,
+        np.ones_like(ids) if mask is None else mask.numpy(),
+        np.zeros_like(ids) if types is None else types.numpy(),
+    )
     if len(ids) < 2:
         raise invalid(
             "`static-int8` needs two calibration texts: one to find ranges on, one to judge them on.",

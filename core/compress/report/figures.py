@@ -15,6 +15,9 @@ _NAMES = {
     "pearson": "Pearson",
     "ndcg": "nDCG",
     "recall": "Recall",
+    "mrr": "Mean reciprocal rank",
+    "neighbour_recall": "Neighbours of the source found",
+    "kendall_tau": "Kendall’s τ with the source",
     "generation_match": "Texts written alike",
     "prefix_match": "Tokens written alike",
     "cosine": "Cosine with the source",
@@ -44,12 +47,13 @@ _SHARES = frozenset(
         "prefix_match",
         "rms_dp",
         "recall",
+        "neighbour_recall",
     }
 )
 #: metrics that are shown with five digits
 _FINE = frozenset(
     {"cosine", "centred_cosine", "kl_divergence", "kl_median", "kl_p90", "kl_p99", "kl_p999", "kl_max"}
-    | {"rank_correlation", "correlation", "mean_error"}
+    | {"kendall_tau", "rank_correlation", "correlation", "mean_error"}
 )
 
 

@@ -2,7 +2,7 @@
 
 A runner is a script `<consumer>_runner.py` beside this file. Its function `load(request)` returns up to five values:
 
-1. `forward(ids, mask)`: takes two int64 arrays [B, S]; for images, float32 pixels [B, C, H, W] and a mask [B, 1]. Returns the model's first
+1. `forward(ids, mask, types)`: takes two int64 arrays [B, S], and for pairs of texts a third one with the type of each token; for images, float32 pixels [B, C, H, W] and a mask [B, 1]. Returns the model's first
    output as a float32 array. If the model has a cache, `forward.continued` computes the same in two steps through the cache. If another
    process runs the model, `forward.peak_memory` is that process's peak in bytes. `forward.loaded_as`, if there is one, says how the model
    was loaded: device, name of the processor or GPU, dtype, dispatched. `forward.wrote` is a text that the model wrote. On a GPU, `forward` is a `transformers_runner.OnGpu`, which also
@@ -14,7 +14,7 @@ A runner is a script `<consumer>_runner.py` beside this file. Its function `load
    [B, tokens]. Only transformers is called with `cached` false.
 
 The working directory contains the folder. The request is a JSON file: folder, task, pooling, threads, device (cpu or cuda), longest (tokens of a text), float32
-(whether the runtime must not choose bfloat16), probes (layers to be asked one by one, see `_run_probes`), inputs (.npz), outputs (.npz), answer (.json), reference (.npz or null) and sets. Each set
+(whether the runtime must not choose bfloat16), probes (layers to be asked one by one, see `_run_probes`), renumber (see renumbered.py, or null), inputs (.npz), outputs (.npz), answer (.json), reference (.npz or null) and sets. Each set
 has a name, a kind (`pooled`, `logits`, `last`, `tokens`, `generated` or, for vLLM, `written`) and `rows`, the size of a batch. Its arrays in `inputs` are named
 `<name>.ids` and so on.
 
@@ -46,6 +46,7 @@ Generate = Callable[[Array, int], list[int]]
 PROBE = "probe."  #: how the names of single layers' answers begin
 LOADING = "loading"  #: how the messages begin that are sent while the model is loaded
 _TELL_EVERY_S = 5.0
+_CUT = -1e29  #: log-probabilities below it are of tokens that were cut; see renumbered.py
 _TOLD_S = 300.0
 Waits = Callable[[Array, int, bool], tuple[list[float], Array]]
 
@@ -59,6 +60,11 @@ def main(load: Callable[[Request], Any]) -> None:
     gc.freeze()
     gc.enable()
     generate, waits = (*decoding, None, None)[:2]
+    if request["renumber"]:
+        from renumbered import Renumbered, renumbered_waits  # type: ignore[import-not-found]
+
+        forward = Renumbered(forward, request["renumber"], request, pool)
+        waits = waits and renumbered_waits(waits, forward)
     loaded_s = time.perf_counter() - started
     inputs = np.load(request["inputs"])
     reference = np.load(request["reference"]) if request["reference"] else None
@@ -73,7 +79,7 @@ def main(load: Callable[[Request], Any]) -> None:
         "snippet": snippet,
         "load_seconds": loaded_s,
         "decodes": waits is not None,
-        "loaded_as": getattr(forward, "loaded_as", {"device": "cpu"}),
+        "loaded_as": {**getattr(forward, "loaded_as", {"device": "cpu"}), **_truncation(request["folder"])},
         "wrote": getattr(forward, "wrote", ""),
     }
     Path(request["answer"]).write_text(json.dumps(answer))
@@ -84,6 +90,13 @@ def main(load: Callable[[Request], Any]) -> None:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(0)  # some runtimes take long to unload, and everything is written
+
+
+def _truncation(folder: str) -> dict[str, int]:
+    """The number of an embedding's dimensions that sentence-transformers keeps, if the folder says it."""
+    file = Path(folder, "config_sentence_transformers.json")
+    kept = json.loads(file.read_bytes()).get("truncate_dim") if file.is_file() else None
+    return {} if kept is None else {"truncate_dim": kept}
 
 
 def _timed(forward: Forward, waits: Waits, wanted: dict[str, Any], inputs: Any, memory: "_Memory") -> dict[str, Any]:
@@ -193,7 +206,8 @@ def _run_set(
         if kind == "written":
             parts.append(forward.written(given, mask[rows, :width], wanted["new_tokens"]))  # type: ignore[attr-defined]
             continue
-        out = run(given, mask[rows, :width])
+        typed = (inputs[f"{name}.types"][rows, :width],) if f"{name}.types" in inputs else ()
+        out = run(given, mask[rows, :width], *typed)
         if kind == "last":
             part = {"values": out[np.arange(len(out)), mask[rows, :width].sum(axis=1) - 1]}
         elif kind == "pooled":
@@ -208,6 +222,10 @@ def _run_set(
             merged["reference"] = logp
         else:
             theirs = reference[f"{name}.reference"]
+            known = logp[0] > _CUT  # tokens that this model has: the source's distribution over the others is left out
+            if not known.all():
+                logp, theirs = logp[:, known], theirs[:, known]
+                theirs = theirs - _log_sum_exp(theirs)[:, None]
             merged["kl"] = (np.exp(theirs) * (theirs - logp)).sum(axis=1, dtype=np.float64)
             merged["products"] = centred_products(logp, theirs)
     return {f"{name}.{key}": value for key, value in merged.items()}

@@ -30,8 +30,8 @@ class Forward:
         if self.past:
             self.continued = self._continued
 
-    def __call__(self, ids: Any, mask: Any) -> Any:
-        return self._run(ids, mask, None)[0]
+    def __call__(self, ids: Any, mask: Any, types: Any = None) -> Any:
+        return self._run(ids, mask, None, types)[0]
 
     def probed(self, name: str, factor: float) -> Any:
         """The answers of one product with packed weights, as `transformers_runner.OnCpu.probed`: its node, alone in a graph.
@@ -73,10 +73,10 @@ class Forward:
         second = self._run(ids[:, half:], mask, cache)[0]
         return np.concatenate([first, second], axis=1)
 
-    def _run(self, ids: Any, mask: Any, cache: Any) -> Any:
+    def _run(self, ids: Any, mask: Any, cache: Any, types: Any = None) -> Any:
         feeds = {"input_ids": ids, "attention_mask": mask}
         if "token_type_ids" in self.inputs:
-            feeds["token_type_ids"] = np.zeros_like(ids)
+            feeds["token_type_ids"] = np.zeros_like(ids) if types is None else types
         if "position_ids" in self.inputs:
             positions = np.maximum(mask.cumsum(axis=1) - 1, 0)
             feeds["position_ids"] = positions[:, -ids.shape[1] :]

@@ -1,4 +1,4 @@
-"""Loads model.xml with OpenVINO on the CPU."""
+"""Loads openvino_model.xml with OpenVINO on the CPU."""
 
 import sys
 from pathlib import Path
@@ -26,10 +26,10 @@ class Forward:
         if "beam_idx" in self.inputs:
             self.continued = self._continued
 
-    def __call__(self, ids: Any, mask: Any) -> Any:
+    def __call__(self, ids: Any, mask: Any, types: Any = None) -> Any:
         if "beam_idx" in self.inputs:
             self.call.reset_state()
-        return self._run(ids, mask)
+        return self._run(ids, mask, types)
 
     def probed(self, name: str, factor: float) -> Any:
         """The answers of one product with packed weights, as `transformers_runner.OnCpu.probed`: the product, alone in a graph.
@@ -70,10 +70,10 @@ class Forward:
         first = self._run(ids[:, :half], mask[:, :half])
         return np.concatenate([first, self._run(ids[:, half:], mask)], axis=1)
 
-    def _run(self, ids: Any, mask: Any) -> Any:
+    def _run(self, ids: Any, mask: Any, types: Any = None) -> Any:
         feeds = {"input_ids": ids, "attention_mask": mask}
         if "token_type_ids" in self.inputs:
-            feeds["token_type_ids"] = np.zeros_like(ids)
+            feeds["token_type_ids"] = np.zeros_like(ids) if types is None else types
         if "position_ids" in self.inputs:
             positions = np.maximum(mask.cumsum(axis=1) - 1, 0)
             feeds["position_ids"] = positions[:, -ids.shape[1] :]
@@ -85,12 +85,12 @@ class Forward:
 def load(request: dict[str, Any]) -> tuple[Forward, dict[str, str], str]:
     # OpenVINO chooses bfloat16 if the processor has it, even if ONEDNN_MAX_CPU_ISA forbids it. Then it has no kernel for a softmax.
     more = ', "INFERENCE_PRECISION_HINT": "f32"' if request["float32"] else ""
-    snippet = SNIPPET.format(threads=request["threads"], more=more, file=f"{request['folder']}/model.xml")
+    snippet = SNIPPET.format(threads=request["threads"], more=more, file=f"{request['folder']}/openvino_model.xml")
     loaded = measure.execute(snippet)
     import openvino
 
     return (
-        Forward(loaded["model"], Path(request["folder"], "model.xml"), loaded["settings"]),
+        Forward(loaded["model"], Path(request["folder"], "openvino_model.xml"), loaded["settings"]),
         {"openvino": openvino.__version__.split("-")[0]},
         snippet,
     )

@@ -69,8 +69,8 @@ class OnCpu:
         self._extra = {"use_cache": False} if task in {"causal-lm", "seq2seq"} else {}
         self.loaded_as: dict[str, Any] = {"device": "cpu", "dtype": str(model.dtype).removeprefix("torch.")}
 
-    def __call__(self, ids: Any, mask: Any) -> Any:
-        return self._run(ids, mask).float().cpu().numpy()
+    def __call__(self, ids: Any, mask: Any, types: Any = None) -> Any:
+        return self._run(ids, mask, types).float().cpu().numpy()
 
     def probed(self, name: str, factor: float = 1.0) -> Any:
         """A linear layer's answers to `measure.probe_vectors` at `measure.probe_rows`, without its bias. None if there is no such layer.
@@ -104,8 +104,8 @@ class OnCpu:
                 return layer
         return None
 
-    def _run(self, ids: Any, mask: Any) -> Any:
-        """The output as a tensor on the model's device. ids, mask: as `measure` has them."""
+    def _run(self, ids: Any, mask: Any, types: Any = None) -> Any:
+        """The output as a tensor on the model's device. ids, mask, types: as `measure` has them."""
         import torch
 
         place = self.model.device
@@ -113,6 +113,8 @@ class OnCpu:
             inputs = {"pixel_values": torch.from_numpy(ids).to(place, self.model.dtype)}
         else:
             inputs = {"input_ids": torch.from_numpy(ids).to(place), "attention_mask": torch.from_numpy(mask).to(place)}
+        if types is not None:
+            inputs["token_type_ids"] = torch.from_numpy(types).to(place)
         if self._task == "seq2seq":  # the decoder gets the encoder's text
             inputs["labels"] = inputs["input_ids"]
         with torch.inference_mode():

@@ -58,6 +58,7 @@ let cache = null;
 for (;;) {
   const head = JSON.parse(read(read(4).readUInt32LE()));
   const inputs = { input_ids: int64(head.ids, head.rows), attention_mask: int64(head.mask, head.rows) };
+  if (head.types) inputs.token_type_ids = int64(head.types, head.rows);
   if (head.goes_on) inputs.past_key_values = cache;
   const out = await model(inputs);
   const present = Object.entries(out).filter(([name]) => name.startsWith("present."));
@@ -96,8 +97,8 @@ class Node:
         if decodes:
             self.continued = self._continued
 
-    def __call__(self, ids: Any, mask: Any) -> Any:
-        return self._run(ids, mask, goes_on=False)
+    def __call__(self, ids: Any, mask: Any, types: Any = None) -> Any:
+        return self._run(ids, mask, goes_on=False, types=types)
 
     def _continued(self, ids: Any, mask: Any) -> Any:
         """The same output in two steps. The second step gets the first half of the text only through the first step's cache."""
@@ -105,11 +106,12 @@ class Node:
         first = self._run(ids[:, :half], mask[:, :half], goes_on=False)
         return np.concatenate([first, self._run(ids[:, half:], mask, goes_on=True)], axis=1)
 
-    def _run(self, ids: Any, mask: Any, *, goes_on: bool) -> Any:
+    def _run(self, ids: Any, mask: Any, *, goes_on: bool, types: Any = None) -> Any:
         assert self.process.stdin is not None
-        head = {"rows": len(ids), "ids": ids.shape[1], "mask": mask.shape[1], "goes_on": goes_on}
+        arrays = {"ids": ids, "mask": mask} | ({} if types is None else {"types": types})
+        head = {"rows": len(ids), "goes_on": goes_on, **{name: array.shape[1] for name, array in arrays.items()}}
         text = json.dumps(head).encode()
-        numbers = np.ascontiguousarray(ids, np.int64).tobytes() + np.ascontiguousarray(mask, np.int64).tobytes()
+        numbers = b"".join(np.ascontiguousarray(array, np.int64).tobytes() for array in arrays.values())
         self.process.stdin.write(struct.pack("<I", len(text)) + text + numbers)
         self.process.stdin.flush()
         answer, out = self._answer()

@@ -1,6 +1,7 @@
 """The stage of the passes that rewrite a model's folder, one after the other. Each writes a folder of its own below work/."""
 
 from collections.abc import Sequence
+from pathlib import Path
 
 from nightpress.core.compress import environment
 from nightpress.core.compress.model.checkpoint import write_file
@@ -8,10 +9,13 @@ from nightpress.core.compress.passes.registry import model_pass
 from nightpress.core.compress.stages.clock import parts
 from nightpress.core.compress.stages.job import PressJob, naming_the_package
 from nightpress.core.compress.stages.judge import judge_of
+from nightpress.core.compress.stages.renumbering import renumbering
 from nightpress.core.compress.stages.state import State
 from nightpress.core.handoff.checkpoints import FinishedPass, pass_folder, pass_record, prefix_digests
 from nightpress.core.recipes.inspect import FolderFiles, inspect_model
 from nightpress.core.recipes.passes import PassOptions
+
+RUNNERS = Path(__file__).parents[1] / "runners"
 
 
 def run(job: PressJob, state: State) -> None:
@@ -35,9 +39,13 @@ def run(job: PressJob, state: State) -> None:
         state.records.append(job.publish_pass(record, index))
         state.folder = target
         # No pass reads the model of a last pass, e.g. a quantized one. So its header is not needed.
-        if not options.last:
+        if options.runner:
+            state.header, state.runner = options.leaves(state.header), RUNNERS / options.runner
+        elif not options.last:
             state.header = inspect_model(FolderFiles(target))
         _finish(job, state, index, options, digests[index])
+    if any(options.renumbers for _, options in steps):
+        state.renumbering = renumbering(job.source, state.folder)
 
 
 def _digests(job: PressJob) -> list[str]:
@@ -59,6 +67,7 @@ def _take_over(job: PressJob, state: State, steps: Sequence[tuple[int, PassOptio
         if earlier is not None:
             state.folder, state.header = job.work / pass_folder(index, options.name), earlier.header
             state.records = list(earlier.records)
+            state.runner = RUNNERS / options.runner if options.runner else None
             job.log(f"pass {index + 1} ({options.name}) was done before: going on behind it")
             return done
     return 0

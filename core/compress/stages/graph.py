@@ -11,6 +11,7 @@ from typing import Any
 
 from nightpress.core.compress.export import compressed_tensors, gguf, mlx, onnx, openvino, safetensors, transformersjs
 from nightpress.core.compress.export.early_exit import trace_exits
+from nightpress.core.compress.export.sentence import complete_layout
 from nightpress.core.compress.graph import tracing
 from nightpress.core.compress.graph.tracing import Traced
 from nightpress.core.compress.memory import return_freed_memory
@@ -40,6 +41,7 @@ def run(job: PressJob, state: State) -> None:
         job.clock.at(start, f"exporting {export.name}")
         folder = job.out / export.name
         runner = _save(job, state, export, folder, job.clock.span(start, end))
+        complete_layout(folder, state.header)
         state.exported.append(Exported(export, folder, runner))
     for plain in state.trial.uncompressed:
         job.clock.at(0.7, f"exporting the uncompressed model as {plain.name}, to time it beside the artifact")
@@ -85,15 +87,14 @@ def _save(job: PressJob, state: State, export: Export, folder: Path, report: Rep
         gguf.save(state.folder, folder, state.header, weights=export.weights, pooling=state.trial.task.pooling)
     else:
         exporter.save(state.folder, folder)
-    return Path(exporter.CONSUMER)
+    return state.runner or Path(exporter.CONSUMER)
 
 
 def _trace(job: PressJob, state: State, report: Report) -> Traced:
     """Trace the pressed model's graph and apply the passes of the stage `graph`."""
     passes = job.recipe.passes
     trace = trace_exits if passes and passes[-1].early_exits else tracing.trace
-    check = state.trial.task.sets[0].sequences
-    traced = trace(state.folder, state.header, check, job.context(state.header, report, index=len(passes)))
+    traced = trace(state.folder, state.header, state.check, job.context(state.header, report, index=len(passes)))
     _free_graphs()
     for index, options in enumerate(passes):
         if options.stage == "graph":

@@ -2,13 +2,14 @@
 
 import contextlib
 from collections.abc import Iterator
+from dataclasses import replace
 
 from nightpress.core.compress import environment
 from nightpress.core.compress.evaluate import quality, speed
 from nightpress.core.compress.evaluate.beside import ConsumerBeside
 from nightpress.core.compress.evaluate.remarks import remarks
 from nightpress.core.compress.export import gguf
-from nightpress.core.compress.export.consumer import Beside, Consumer, run_consumer
+from nightpress.core.compress.export.consumer import Beside, Consumer, Observed, run_consumer
 from nightpress.core.compress.export.probes import PROBED_FORMATS, compare, probed_layers
 from nightpress.core.compress.export.program import usage_program
 from nightpress.core.compress.export.verify import verify
@@ -76,6 +77,7 @@ def _measure(
             device=device,
             reference=baseline.observed.outputs_file,
             probes=packed,
+            renumber=state.renumber_file(job.scratch),
             beside=beside,
             uncompressed=uncompressed,
             progress=_evaluating(job, start, end, name),
@@ -86,7 +88,13 @@ def _measure(
         of_tokens = gguf.check_tokens(job.source, artifact.folder, name=name, scratch=job.scratch)
     probes = compare(state.folder, observed.outputs, observed.loaded_as.get("dtype", "")) if packed else None
     verification = verify(
-        job.recipe, artifact.export, observed, source=baseline.observed, traced=state.traced, task=task, probes=probes
+        job.recipe,
+        artifact.export,
+        _by_own_ids(state, observed),
+        source=baseline.observed,
+        traced=state.traced,
+        task=replace(task, sets=(replace(task.sets[0], sequences=state.check), *task.sets[1:])),
+        probes=probes,
     )
     baseline.took_turns(observed, device)
     timed_source = baseline.timed() if observed.beside is None and device == baseline.device else None
@@ -105,6 +113,18 @@ def _measure(
         usage=usage_program(artifact.export.format, artifact.folder, state.header),
         notes=of_tokens,
     )
+
+
+def _by_own_ids(state: State, observed: Observed) -> Observed:
+    """The outputs for the check texts as the pressed model itself gives them: logits over its own tokens alone."""
+    values = observed.outputs["check.values"]
+    if (
+        state.renumbering is None
+        or state.trial.task.sets[0].kind != "last"
+        or state.header.task == "token-classification"
+    ):
+        return observed
+    return replace(observed, outputs={**observed.outputs, "check.values": values[:, state.renumbering.kept]})
 
 
 @contextlib.contextmanager

@@ -17,12 +17,13 @@ def run(job: PressJob, state: State) -> None:
         return
     job.clock.enter("evaluating")
     observed = run_consumer(
-        safetensors.CONSUMER,
+        state.runner or safetensors.CONSUMER,
         state.folder,
         state.trial.only(state.trial.screen),
         name="screening",
         scratch=job.scratch,
         device=job.device_of(None),
+        renumber=state.renumber_file(job.scratch),
         reference=state.baseline.observed.outputs_file,
         progress=job.clock.span(0.5, 0.52),
     )

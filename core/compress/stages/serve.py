@@ -20,6 +20,7 @@ from nightpress.core.handoff.report import ServedTiming, Serving, Subject
 from nightpress.core.recipes.serving import serves
 
 NOT_RUN = f"vLLM was not run: {vllm.VARIABLE} names no environment with it on the worker."
+_OTHER_TOKENS = "vLLM was not run: the artifact has other tokens than the source that it would be compared with."
 Rounds = dict[TimedServing, list[dict[str, Any]]]
 Tell = Callable[[float, str], None]
 
@@ -30,9 +31,9 @@ def run(job: PressJob, state: State) -> None:
     if not chosen:
         return
     python = vllm.interpreter()
-    if python is None:
+    if python is None or state.renumbering is not None:
         for artifact in chosen:
-            _note(state, artifact, NOT_RUN)
+            _note(state, artifact, NOT_RUN if python is None else _OTHER_TOKENS)
         return
     task = vllm.make_task(job.recipe, state.source_header, job.source, threads=job.spec.threads)
     with _Source(job, state, task, python) as source:

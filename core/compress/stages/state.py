@@ -3,9 +3,11 @@
 import dataclasses
 from pathlib import Path
 
+from nightpress.core.compress.data.tokenized import Sequences
 from nightpress.core.compress.evaluate.quality import Trial
 from nightpress.core.compress.graph.tracing import Traced
 from nightpress.core.compress.stages.baseline import Baseline
+from nightpress.core.compress.stages.renumbering import Renumbering
 from nightpress.core.handoff.report import PassRecord, Screening, Subject
 from nightpress.core.recipes.exports import Export
 from nightpress.core.recipes.header import ModelHeader
@@ -40,4 +42,24 @@ class State:
     profiles: list[Profile] = dataclasses.field(default_factory=list)
     notes: list[str] = dataclasses.field(default_factory=list)  #: for the report
     screening: Screening | None = None  #: set if the job ends right after its passes
+    runner: Path | None = (
+        None  #: loads the pressed folder in place of its format's runner, because a pass has left no transformer
+    )
+    renumbering: Renumbering | None = None  #: of the source's token ids, if a pass has cut the vocabulary
     versions: dict[str, str] = dataclasses.field(default_factory=dict)  #: of the libraries in the consumers' processes
+
+    @property
+    def check(self) -> Sequences:
+        """The check texts by the pressed model's token ids."""
+        texts = self.trial.task.sets[0]
+        if self.renumbering is None:
+            return texts.sequences
+        return self.renumbering.sequences(texts.sequences, aligned=texts.kind not in {"pooled", "logits"})
+
+    def renumber_file(self, scratch: Path) -> Path | None:
+        """The file that tells a runner of other token ids; None: the pressed model has the source's."""
+        file = scratch / "renumbering.npz"
+        if self.renumbering is None or file.is_file():
+            return None if self.renumbering is None else file
+        scratch.mkdir(parents=True, exist_ok=True)
+        return self.renumbering.save(file)

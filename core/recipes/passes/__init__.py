@@ -5,6 +5,7 @@ from nightpress.core.recipes.passes.adapt import EarlyExit
 from nightpress.core.recipes.passes.base import ExportFormat, PassOptions
 from nightpress.core.recipes.passes.caching import GenerationCache
 from nightpress.core.recipes.passes.distill import Distill, Recover
+from nightpress.core.recipes.passes.embedders import StaticEmbeddings, TruncateEmbeddings
 from nightpress.core.recipes.passes.experts import ExpertPruning
 from nightpress.core.recipes.passes.layers import Layers
 from nightpress.core.recipes.passes.learned_rounding import LearnedRounding
@@ -17,6 +18,7 @@ from nightpress.core.recipes.passes.quantizing import Quantizing
 from nightpress.core.recipes.passes.requantize import Requantize
 from nightpress.core.recipes.passes.rotate import Rotate
 from nightpress.core.recipes.passes.shrink import Channels, Heads
+from nightpress.core.recipes.passes.vocabulary import Vocabulary
 
 __all__ = [
     "Awq",
@@ -44,7 +46,10 @@ __all__ = [
     "Rotate",
     "SmoothQuant",
     "SparseGpt",
+    "StaticEmbeddings",
     "StaticInt8",
+    "TruncateEmbeddings",
+    "Vocabulary",
     "Wanda",
     "WeightOnly",
 ]

@@ -40,6 +40,9 @@ class PassOptions(BaseModel):
     last: ClassVar[bool] = False  #: whether no other pass can follow
     quantizes: ClassVar[bool] = False  #: whether the result is codes and scales, which `compressed-tensors` carries
     relation: ClassVar[Relation] = "finetune"
+    #: Script in core/compress/runners that loads the result; empty: that of the export's format.
+    runner: ClassVar[str] = ""
+    renumbers: ClassVar[bool] = False  #: whether tokens get other ids
     early_exits: ClassVar[bool] = False  #: whether the model gets heads behind its blocks, which its graph needs too
     chooses_cache: ClassVar[bool] = (
         False  #: whether it sets the key/value cache: decoding is then also timed without a cache

@@ -30,6 +30,8 @@ _OWN = ("evaluate", "gates", "screen")
 _METRICS: Mapping[str, str] = {
     **dict.fromkeys(("spearman", "pearson"), "similarity"),
     **dict.fromkeys(("ndcg", "recall"), "retrieval"),
+    "neighbour_recall": "neighbours",
+    **dict.fromkeys(("mrr", "kendall_tau"), "ranking"),
     **dict.fromkeys(("generation_match", "prefix_match"), "generation"),
     **dict.fromkeys(("accuracy", "f1"), "accuracy"),
     **dict.fromkeys(("perplexity", "bits_per_byte"), "perplexity"),
@@ -178,6 +180,8 @@ def _evaluations(wanted: StudyRequest) -> list[dict[str, Any]]:
     if wanted.evaluate is not None:
         return wanted.evaluate
     metrics = list(dict.fromkeys(_METRICS[figure] for figure in wanted.gates if figure in _METRICS)) or ["auto"]
+    if "ranking" in metrics and "retrieval" in metrics:  # rerankers have nDCG, too
+        metrics.remove("retrieval")
     data = {"data": wanted.data, "samples": wanted.samples, "length": wanted.length}
     timed = {goal for goal, figures in _TIMED.items() if goal == wanted.minimize or figures & wanted.gates.keys()}
     return [
