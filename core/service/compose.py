@@ -2,16 +2,20 @@
 
 import logging
 from functools import cached_property
+from typing import TYPE_CHECKING
 
 from sqlalchemy import Engine
 
 from nightpress.core.artifacts.open import open_store
 from nightpress.core.artifacts.storage import ObjectStore
+from nightpress.core.errors import ErrorCode, NightpressError
 from nightpress.core.recipes.passes import catalog
 from nightpress.core.service.access.audit import AuditLog
 from nightpress.core.service.access.idempotency import IdempotencyBook
 from nightpress.core.service.access.issuing import KeyIssuer
 from nightpress.core.service.access.keys import KeyRing
+from nightpress.core.service.access.oidc.people import PeopleBook
+from nightpress.core.service.access.oidc.sessions import SessionBook
 from nightpress.core.service.access.quotas import QuotaBook
 from nightpress.core.service.jobs.checkpoints import CheckpointIndex
 from nightpress.core.service.jobs.claim_statements import Caps
@@ -29,6 +33,9 @@ from nightpress.core.service.studies.store import StudyStore
 from nightpress.core.service.webhooks.signing import open_keeper
 from nightpress.core.service.webhooks.store import WebhookStore
 from nightpress.core.settings import Settings
+
+if TYPE_CHECKING:
+    from nightpress.core.service.access.oidc.sign_in import SignIn
 
 log = logging.getLogger(__name__)
 #: fraction of the claims that takes the oldest job, so that low priorities progress in a queue that never empties
@@ -52,6 +59,12 @@ class Resources:
         for name, part in vars(Resources).items():
             if isinstance(part, cached_property):
                 getattr(self, name)
+
+    def close(self) -> None:
+        """Close the connections to the database and to the provider that people sign in with."""
+        if "sign_in" in vars(self) and self.sign_in is not None:
+            self.sign_in.close()
+        self.engine.dispose()
 
     @cached_property
     def objects(self) -> ObjectStore:
@@ -117,6 +130,26 @@ class Resources:
     @cached_property
     def issuer(self) -> KeyIssuer:
         return KeyIssuer(self.engine)
+
+    @cached_property
+    def sessions(self) -> SessionBook:
+        return SessionBook(self.engine, self.settings)
+
+    @cached_property
+    def sign_in(self) -> "SignIn | None":
+        """None without OIDC_ISSUER. Raises NightpressError(internal) if the packages for it are missing."""
+        if not self.settings.oidc_issuer:
+            return None
+        try:
+            from nightpress.core.service.access.oidc.sign_in import SignIn
+        except ImportError as error:
+            raise NightpressError(
+                ErrorCode.INTERNAL,
+                f"NIGHTPRESS_OIDC_ISSUER is set, but {error.name} is not installed.",
+                hint="Install it: pip install 'nightpress[oidc]'.",
+            ) from error
+        keeper = open_keeper(self.settings)
+        return SignIn(self.settings, PeopleBook(self.engine), self.sessions, keeper.key_for)
 
     @cached_property
     def idempotency(self) -> IdempotencyBook:

@@ -16,6 +16,8 @@ import typer
 from nightpress.client.cli.main import app, main
 from nightpress.core.errors import ErrorCode, NightpressError
 from nightpress.core.handoff.frames import Progress
+from nightpress.core.service.access.oidc.people import PeopleBook
+from nightpress.core.service.access.oidc.sessions import Confirmed, SessionBook
 from nightpress.core.service.compose import Resources
 from nightpress.core.service.studies.searching import Searching
 from tests.face import RECIPE, Face
@@ -28,7 +30,7 @@ _ID = re.compile(r"[a-z]+_[0-9a-z]{20,}|np_\w+|[a-z0-9]{8}")
 _TIME = re.compile(r"\d{4}-\d\d-\d\dT")
 
 #: Subcommands that print nothing from a server, or only from one that the user started on this machine.
-_OWN = {"up", "down", "web", "press", "profile", "demo", "doctor", "reproduce", "servers", "convert"}
+_OWN = {"up", "down", "web", "press", "profile", "demo", "doctor", "reproduce", "servers", "convert", "logout"}
 
 
 class Poisoner:
@@ -167,6 +169,9 @@ def commands(face: Face, bert_tiny: Path, tmp_path_factory: pytest.TempPathFacto
         study = client.studies.create("mine", {"size": "<= 60%"}, trials=2).id
         hook = client.webhooks.create("http://127.0.0.1:9/hook", ["job.failed"]).webhook.id
         delivery = client.webhooks.test(hook).id
+        person, _, _ = PeopleBook(face.engine).know({"iss": "https://login", "sub": "a", "name": "Ada"})
+        book = SessionBook(face.engine, face.settings)
+        book.begin(Confirmed(person, ["engineers"], None), "default", state="s", replaces=None)
         key = client.keys.create("other", ["jobs:read"]).record.id
     texts = [
         f"submit {model} -r int8-encoder", f"watch {done}", f"watch {failed}", f"wait {done}", f"wait {failed}", "ls", f"inspect {done}",
@@ -182,6 +187,7 @@ def commands(face: Face, bert_tiny: Path, tmp_path_factory: pytest.TempPathFacto
         f"webhooks deliveries {hook}", f"webhooks deliveries {hook} {delivery}", f"webhooks redeliver {hook} {delivery}",
         "webhooks add http://127.0.0.1:9/other -e job.failed", "webhooks rm whk_nothing",
         "keys", f"keys show {key}", "keys add more --scope jobs:read", f"keys rotate {key}", f"keys rm {key}",
+        "sessions", "sessions rm ses_nothing", "login",
         "tenants", "tenants show default", "tenants quota default max_queued_jobs=5",
         "studies", f"studies show {study}", f"studies trials {study}", f"studies events {study}", f"studies watch {ended}", f"studies cancel {study}",
     ]  # fmt: skip

@@ -31,6 +31,10 @@ class SecretKeeper:
         info = f"webhook/{webhook_id}/{generation}".encode()
         return PREFIX + base64.b64encode(hmac.digest(self._key, info, "sha256")).decode()
 
+    def key_for(self, purpose: str) -> bytes:
+        """32 bytes for another purpose, e.g. to encrypt with."""
+        return hmac.digest(self._key, purpose.encode(), "sha256")
+
 
 def open_keeper(settings: Settings) -> SecretKeeper:
     """Take the key from NIGHTPRESS_SECRET_KEY, else from a file in the data folder, which the first process creates.
