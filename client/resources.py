@@ -193,6 +193,7 @@ class Jobs(Resource[Driver]):
     retry = ask(calls.retry_job)
     artifacts = ask(calls.list_artifacts)
     report = ask(calls.get_report)
+    cost = ask(calls.get_cost)
     drawn_report = ask(calls.get_drawn_report)
 
     @flow

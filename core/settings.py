@@ -1,9 +1,10 @@
 """One Settings object. Every default works on a laptop; every value can come from NIGHTPRESS_* variables or a .env file."""
 
+import re
 from functools import cached_property
 from ipaddress import IPv4Network, IPv6Network
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 from urllib.parse import urlsplit
 
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, field_validator, model_validator
@@ -106,6 +107,18 @@ class Settings(BaseSettings):
     )
     rate_limit_per_minute: int = Field(0, description="Requests one key may make a minute; 0 switches the limit off.")
     schedule_min_interval_s: float = Field(300.0, description="The least time between two fires of a schedule.")
+
+    prices: dict[str, Annotated[float, Field(ge=0, allow_inf_nan=False)]] = Field(
+        default_factory=dict,
+        description='What an hour of a worker costs, by queue and by a part of a GPU\'s name, as JSON, e.g. {"cpu": 0.4, "gpu": 2.5, "gpu:H200": 4.1}. API and control process need the same. Empty: no costs are shown.',
+    )
+    currency: str = Field("EUR", pattern=r"^[A-Za-z]{1,8}$", description="The name of the currency of prices.")
+    max_cost_day: int = Field(
+        0, ge=0, description="What one tenant may spend in a day (UTC), in that currency; 0: no bound."
+    )
+    max_cost_month: int = Field(
+        0, ge=0, description="What one tenant may spend in a calendar month (UTC), in that currency; 0: no bound."
+    )
 
     secret_key: SecretStr | None = Field(
         None,
@@ -249,6 +262,13 @@ class Settings(BaseSettings):
         if value and scheme != "https" and not (scheme == "http" and host in _LOOPBACK):
             raise ValueError("an address that begins with https:// is needed; http:// is for this machine alone")
         return value
+
+    @field_validator("prices")
+    @classmethod
+    def _of_queues(cls, prices: dict[str, float]) -> dict[str, float]:
+        if wrong := [name for name in prices if not re.fullmatch(r"cpu|gpu|gpu:.+", name)]:
+            raise ValueError(f"{wrong[0]!r} is no queue: give cpu, gpu, or gpu: and a part of a GPU's name")
+        return prices
 
     @model_validator(mode="after")
     def _sign_in_is_complete(self) -> "Settings":

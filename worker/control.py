@@ -100,6 +100,7 @@ class Control:
             self._take_in,
             self._deliver_webhooks,
             self._confirm_sessions,
+            self._count_costs,
             self._ring_queues,
         ]
         if time.monotonic() >= self._sweep_at:
@@ -127,6 +128,9 @@ class Control:
         for job_id in self._resources.store.expiry.expire_leases(backoff_s=self._settings.retry_backoff_s):
             LEASES_EXPIRED.inc()
             log.warning("Job %s was taken from its worker.", job_id, extra={"job_id": job_id})
+
+    def _count_costs(self) -> None:
+        self._resources.costs.count_ended()
 
     def _confirm_sessions(self) -> None:
         """In its own thread: it waits for the provider that people sign in with."""

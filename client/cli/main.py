@@ -10,6 +10,7 @@ from pydantic import ValidationError
 from nightpress.client.cli import (
     audit,
     convert,
+    cost,
     datasets,
     demo,
     doctor,
@@ -51,6 +52,7 @@ for part in (
     jobs,
     results,
     proof,
+    cost,
     schedules,
     studies,
     recipes,

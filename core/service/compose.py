@@ -17,6 +17,8 @@ from nightpress.core.service.access.keys import KeyRing
 from nightpress.core.service.access.oidc.people import PeopleBook
 from nightpress.core.service.access.oidc.sessions import SessionBook
 from nightpress.core.service.access.quotas import QuotaBook
+from nightpress.core.service.costs.ledger import CostLedger
+from nightpress.core.service.costs.prices import PriceList
 from nightpress.core.service.jobs.checkpoints import CheckpointIndex
 from nightpress.core.service.jobs.claim_statements import Caps
 from nightpress.core.service.jobs.retention import JobRetention
@@ -72,7 +74,10 @@ class Resources:
 
     @cached_property
     def store(self) -> JobStore:
-        caps = Caps(self.settings.max_running_jobs, self.settings.max_gpu_seconds_month)
+        settings = self.settings
+        caps = Caps(
+            settings.max_running_jobs, settings.max_gpu_seconds_month, settings.max_cost_day, settings.max_cost_month
+        )
         return JobStore(self.engine, caps, oldest_share=_OLDEST_SHARE)
 
     @cached_property
@@ -105,11 +110,17 @@ class Resources:
 
     @cached_property
     def study_ledger(self) -> StudyLedger:
-        return StudyLedger(self.engine)
+        return StudyLedger(self.engine, self.costs.prices)
 
     @cached_property
     def studies(self) -> StudyService:
-        return StudyService(StudyStore(self.engine), self.study_ledger, self.jobs, self.store, self.models)
+        return StudyService(
+            StudyStore(self.engine, self.costs.prices), self.study_ledger, self.jobs, self.store, self.models
+        )
+
+    @cached_property
+    def costs(self) -> CostLedger:
+        return CostLedger(self.engine, PriceList.of(self.settings))
 
     @cached_property
     def promotions(self) -> PromotionStore:

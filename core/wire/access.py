@@ -23,6 +23,8 @@ class QuotaChange(Request):
     max_storage_bytes: Bound = None
     max_gpu_seconds_month: Bound = None
     rate_limit_per_minute: SmallBound = None
+    max_cost_day: Bound = Field(None, description="In the operator's currency.")
+    max_cost_month: Bound = None
 
 
 class UsageView(View):
@@ -30,6 +32,9 @@ class UsageView(View):
     running_jobs: int
     storage_bytes: int
     gpu_seconds_month: float  #: of attempts that have ended, this calendar month in UTC
+    cost_day: float = 0.0  #: today in UTC, in the operator's currency, attempts that run included
+    cost_month: float = 0.0
+    currency: str = ""  #: empty where the operator has set no prices
 
 
 class TenantView(View):

@@ -89,6 +89,8 @@ def test_tenants_keys_audit_and_gpu_time(engine: Engine, rows: Rows, store: JobS
         "max_storage_bytes": 13,
         "max_gpu_seconds_month": 14,
         "rate_limit_per_minute": 15,
+        "max_cost_day": 18,
+        "max_cost_month": 19,
     }
     book.change("tenant-a", QuotaChange(**bounds))
     book.change("tenant-a", QuotaChange(max_queued_jobs=16))

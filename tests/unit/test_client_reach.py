@@ -34,6 +34,7 @@ COMMANDS = {
     "job_artifacts": "inspect",
     "artifact_file": "pull",
     "job_report": "report",
+    "job_cost": "cost",
     "job_report_html": "report",
     "job_report_markdown": "report",
     "create_schedule": "schedule add",

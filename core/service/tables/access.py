@@ -27,6 +27,8 @@ tenants = Table(
     Column("max_storage_bytes", BigInteger),
     Column("max_gpu_seconds_month", BigInteger),
     Column("rate_limit_per_minute", Integer),
+    Column("max_cost_day", BigInteger),  #: in the operator's currency
+    Column("max_cost_month", BigInteger),
     Column("version", Integer, nullable=False),
     Column("created_at", UtcDateTime, nullable=False),
     CheckConstraint(
