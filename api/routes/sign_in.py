@@ -1,8 +1,9 @@
 """Signing in and out of the page by OpenID Connect, and the sessions of a tenant."""
 
 import logging
+from typing import Annotated
 
-from fastapi import APIRouter, Request
+from fastapi import APIRouter, Query, Request
 from starlette.responses import RedirectResponse, Response
 
 from nightpress.api import browser
@@ -11,7 +12,7 @@ from nightpress.api.problems import documented
 from nightpress.api.routes import answer
 from nightpress.core.errors import ErrorCode, NightpressError
 from nightpress.core.service.access.oidc.sessions import SIGN_IN_S
-from nightpress.core.wire.access import ProviderView, SessionView
+from nightpress.core.wire.access import ProviderView, SessionView, TenantId
 from nightpress.core.wire.base import Page
 
 router = APIRouter(tags=["access"])
@@ -31,7 +32,11 @@ async def sign_in_provider(services: ServicesDep) -> Response:
 
 
 @router.get("/auth/sign-in", include_in_schema=False)
-async def begin(services: ServicesDep, place: str = "#/jobs", tenant: str | None = None) -> Response:
+async def begin(
+    services: ServicesDep,
+    place: Annotated[str, Query(max_length=1000)] = "#/jobs",
+    tenant: Annotated[TenantId | None, Query()] = None,
+) -> Response:
     """Lead the browser to the provider."""
     sign_in, settings = services.resources.sign_in, services.resources.settings
     if sign_in is None:
