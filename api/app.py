@@ -22,6 +22,7 @@ from nightpress.api.ratelimit import RateLimiter
 from nightpress.api.readiness import DatabaseProbe
 from nightpress.api.routes import (
     admin,
+    costs,
     datasets,
     health,
     history,
@@ -64,6 +65,7 @@ _ROUTES = (
     keys,
     sign_in,
     me,
+    costs,
     admin,
     health,
 )

@@ -17,6 +17,7 @@ from nightpress.core.wire.access import (
     TenantView,
 )
 from nightpress.core.wire.base import Page
+from nightpress.core.wire.costs import SpendingView
 from nightpress.core.wire.system import MeView
 from nightpress.core.wire.webhooks import (
     DeliveryView,
@@ -33,6 +34,7 @@ _DELIVERY, _DELIVERIES = reader(DeliveryView), reader(Page[DeliveryView])
 _KEY, _KEYS, _NEW_KEY = reader(KeyView), reader(Page[KeyView]), reader(NewKeyView)
 _TENANT, _TENANTS, _AUDIT = reader(TenantView), reader(Page[TenantView]), reader(Page[AuditView])
 _ME, _PROVIDER, _SESSIONS = reader(MeView), reader(ProviderView), reader(Page[SessionView])
+_SPENDING = reader(SpendingView)
 
 # Webhooks ------------------------------------------------------------------------------------------------------------
 
@@ -130,6 +132,11 @@ def revoke_key(key_id: str) -> Call[None]:
 def me() -> Call[MeView]:
     """The tenant and scopes of the key in use, and how much of its quotas the tenant uses."""
     return Call("GET", "/v1/me", _ME)
+
+
+def get_spending(*, days: int = 31, tenant_id: str | None = None) -> Call[SpendingView]:
+    """What a tenant has spent on each of the last days, newest first. `tenant_id`, for administrators: another tenant."""
+    return Call("GET", "/v1/costs", _SPENDING, params=query(days=days, tenant_id=tenant_id))
 
 
 # Signing in ----------------------------------------------------------------------------------------------------------

@@ -337,6 +337,7 @@ class BaseClient(Resource[Driver]):
     queues = ask(calls.list_queues)
     ready = ask(calls.ready)
     me = ask(access.me)
+    costs = ask(access.get_spending)
     sign_in_provider = ask(access.sign_in_provider)
 
     def __init__(self, driver: Driver) -> None:

@@ -1,4 +1,4 @@
-"""`nightpress cost`: what a job has cost, and what its artifacts save."""
+"""`nightpress cost`: what a job has cost and what its artifacts save, and what a tenant spends."""
 
 from typing import Annotated
 
@@ -7,22 +7,42 @@ import typer
 from nightpress.client.cli import output
 from nightpress.client.cli.session import Session, takes_session
 from nightpress.client.errors import ClientError
-from nightpress.core.wire.costs import CostView, JobCostView
+from nightpress.core.wire.costs import CostView, JobCostView, SpendingView
 
 
 def add_to(app: typer.Typer) -> None:
     app.command("cost", rich_help_panel="Results")(takes_session(cost))
 
 
-def cost(session: Session, job: Annotated[str, typer.Argument(metavar="JOB", help="The job's id.")]) -> None:
-    """Print what a job has cost by the operator's prices, and what its artifacts save per million tokens at the measured speed."""
+def cost(
+    session: Session,
+    job: Annotated[
+        str | None, typer.Argument(metavar="[JOB]", help="A job's id; without one, your tenant's days.")
+    ] = None,
+    days: Annotated[int, typer.Option(min=1, max=3660, help="Without a job: number of days.")] = 31,
+    tenant: Annotated[
+        str | None, typer.Option("--tenant", metavar="TENANT", help="Another tenant's days; administrators only.")
+    ] = None,
+) -> None:
+    """Print what a job has cost and what its artifacts save per million tokens, or what your tenant has spent each day."""
     with session.client() as client:
-        found = client.jobs.cost(job)
+        found = client.costs(days=days, tenant_id=tenant) if job is None else client.jobs.cost(job)
     if session.json:
         output.print_json(found)
         return
     if not found.currency:
         raise ClientError("The operator has set no prices.", hint="They are set with NIGHTPRESS_PRICES.")
+    _print_job(found) if isinstance(found, JobCostView) else _print_days(found)
+
+
+def _print_days(found: SpendingView) -> None:
+    rows = [(day.day, f"{day.amount:,.4f}") for day in found.days]
+    output.print_table(("day", found.currency), rows, right=(1,))
+    total = sum(day.amount for day in found.days)
+    output.say(f"{amount_text(total, found.currency)} in all.")
+
+
+def _print_job(found: JobCostView) -> None:
     output.say(f"{found.job_id} cost {amount_text(found.amount, found.currency)}.")
     rows = [
         (entry.number, entry.device or entry.worker_id, output.duration_text(entry.seconds), f"{entry.amount:,.4f}")

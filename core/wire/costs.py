@@ -23,6 +23,18 @@ class AttemptCostView(View):
     ended: bool
 
 
+class DayView(View):
+    day: str  #: e.g. 2026-11-29, in UTC
+    amount: float
+
+
+class SpendingView(View):
+    """What a tenant has spent, newest day first. `currency` is empty where the operator has set no prices."""
+
+    currency: str
+    days: list[DayView]
+
+
 class SavingView(View):
     """The price of a million tokens with the source and with an artifact, at one measured shape."""
 

@@ -224,6 +224,18 @@ def test_a_job_a_schedule_and_a_tenant_show_what_they_cost_over_http_and_on_the_
         whole = client.get(f"/v1/jobs/{job['id']}/cost").json()
         assert [attempt["amount"] for attempt in whole["attempts"]] == [near]
         assert [saving["artifact"] for saving in whole["savings"]] == ["compressed-tensors"]
+        (today,) = client.get("/v1/costs").json()["days"]
+        assert today["amount"] == near
+        with transaction(resources.engine) as connection:
+            old = {"tenant_id": "default", "day": "2020-02-03", "micros": 7_000_000}
+            connection.execute(spending.insert().values(old))
+        assert client.get("/v1/costs").json() == {"currency": "CHF", "days": [today]}
+        whole_past = client.get("/v1/costs", params={"days": 3660}).json()["days"]
+        assert whole_past == [today, {"day": "2020-02-03", "amount": 7.0}]
+        assert client.get("/v1/costs", params={"tenant_id": "other"}).json()["days"] == []
+        with api.client(tenant_id="other", scopes=["jobs:read"]) as other:
+            assert other.get("/v1/costs").json()["days"] == []
+            assert other.get("/v1/costs", params={"tenant_id": "default"}).status_code == 403
         metrics = client.get("/metrics").text
         assert 'nightpress_spent{period="month"} 1.0' in metrics
         changed = client.patch("/v1/admin/tenants/default", json={"max_cost_day": 1}).json()
@@ -239,6 +251,7 @@ def test_a_job_a_schedule_and_a_tenant_show_what_they_cost_over_http_and_on_the_
         assert "never" in shown.stdout
         told = json.loads(run(face, "cost", job["id"], "--api", api.url, "--json", **key).stdout)
         assert told["amount"] == near
+        assert "8.00 CHF in all" in run(face, "cost", "--days", "3660", "--api", api.url, **key).stdout
         for command in (
             ["inspect", job["id"]],
             ["schedule", "show", "nightly"],

@@ -125,6 +125,8 @@ FORGED: dict[str, Callable[[Provider], str]] = {
     "not yet valid": lambda provider: provider.sign(nbf=int(time.time()) + 600),
     "nobody": lambda provider: provider.sign(sub=None),
     "an endless name": lambda provider: provider.sign(sub="x" * 256),
+    "a name that no database stores": lambda provider: provider.sign(sub="ada\0"),
+    "a name that looks like another": lambda provider: provider.sign(sub="аda"),  # with a Cyrillic letter
     "a logout token": lambda provider: provider.sign({"typ": "logout+jwt"}),
     "an unknown extension": with_an_extension,
     "too long": lambda provider: provider.sign(more="x" * 20_000),

@@ -176,7 +176,7 @@ def commands(face: Face, bert_tiny: Path, tmp_path_factory: pytest.TempPathFacto
     texts = [
         f"submit {model} -r int8-encoder", f"watch {done}", f"watch {failed}", f"wait {done}", f"wait {failed}", "ls", f"inspect {done}",
         f"inspect {failed}", f"inspect {running}", f"logs {done}", f"cancel {done}", "cancel --label none=such", f"retry {failed}",
-        f"pull {done} --out {folder / 'pulled'}", f"pull mine --out {folder / 'latest'}", f"report {done}", f"cost {done}", f"compare {done} {done}",
+        f"pull {done} --out {folder / 'pulled'}", f"pull mine --out {folder / 'latest'}", f"report {done}", f"cost {done}", "cost", f"compare {done} {done}",
         "workers", "queues", "whoami", "audit", "recipes", "recipes show int8-encoder", "recipes schema", "recipes passes",
         f"recipes validate {folder / 'recipe.json'} --model {model}", "models", f"models show {model}", "models show nothing",
         "models history mine", f"models promote mine {done}", f"models add {bert_tiny} --name second", "models rm nothing",

@@ -35,6 +35,7 @@ COMMANDS = {
     "artifact_file": "pull",
     "job_report": "report",
     "job_cost": "cost",
+    "get_spending": "cost",
     "job_report_html": "report",
     "job_report_markdown": "report",
     "create_schedule": "schedule add",

@@ -20,6 +20,7 @@ from nightpress.core.service.tables.costs import spending
 from nightpress.core.service.tables.jobs import IS_LEASED, job_attempts, jobs, workers
 from nightpress.core.service.tables.schedules import schedule_runs
 from nightpress.core.service.tables.studies import studies
+from nightpress.core.wire.costs import DayView
 
 _BATCH = 500
 _attempts = job_attempts.c
@@ -92,6 +93,14 @@ class CostLedger:
             days = {row.day: row.micros for row in connection.execute(mine)}
             open_cost = sum(map(self._micros, connection.execute(_open_of(tenant_id))))
         return Spent(days.get(today, 0) + open_cost, sum(days.values()) + open_cost)
+
+    def by_day(self, tenant_id: str, days: int) -> list[DayView]:
+        """What a tenant's attempts that have ended cost on each of the last days, newest first."""
+        query = select(spending.c.day, spending.c.micros).where(spending.c.tenant_id == tenant_id)
+        with transaction(self._engine, read_only=True) as connection:
+            since = _day(read_now(connection) - dt.timedelta(days=days - 1))
+            query = query.where(spending.c.day >= since).order_by(spending.c.day.desc())
+            return [DayView(day=row.day, amount=row.micros / MICROS) for row in connection.execute(query)]
 
     def spent_by_all(self) -> Spent:
         """What all tenants have spent today and this month, attempts that have been counted."""

@@ -62,8 +62,9 @@ class TokenChecker:
             rules.validate(claims)
         except (JoseError, ValueError, TypeError) as error:
             raise _invalid(str(error)) from error
-        if not 0 < len(claims["sub"]) <= 255:
-            raise _invalid("its subject is too long")
+        subject = claims["sub"]
+        if not (0 < len(subject) <= 255 and subject.isascii() and subject.isprintable()):
+            raise _invalid("its subject is not one of 1 to 255 ASCII characters")
         return claims
 
     def _header(self, token: str) -> dict[str, Any]:
