@@ -109,5 +109,6 @@ def print_usage(quotas: dict[str, int], usage: UsageView) -> None:
     rows = [
         (name, used.get(name, ""), texts.get(name, "{:,.0f}".format)(bound) if bound else "no bound")
         for name, bound in quotas.items()
+        if bound or usage.currency or not name.startswith("max_cost")
     ]
     output.print_table(("quota", "used", "of"), rows, right=(1, 2))

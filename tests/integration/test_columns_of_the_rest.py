@@ -3,6 +3,7 @@
 import hashlib
 import zlib
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -147,9 +148,9 @@ def test_tenants_keys_audit_and_gpu_time(engine: Engine, rows: Rows, store: JobS
     rows.check(sessions, session)
     with transaction(engine) as connection:
         connection.execute(update(sessions).values(check_at=db_now(-1)))
-    due = session_book.take_due()
-    assert due is not None
-    assert session_book.take_due() is None, "it is taken"
+    with ThreadPoolExecutor(6) as threads:
+        taken = list(threads.map(lambda _: SessionBook(engine, sign_in_settings).take_due(), range(6)))
+    (due,) = [found for found in taken if found is not None]
     session_book.confirm(due, ["engineers", "others"], "sealed anew")
     session_book.prune()
     session |= {"groups": ["engineers", "others"], "refresh_token": "sealed anew"}

@@ -160,6 +160,20 @@ def test_a_token_gives_no_more_than_its_groups_and_only_in_their_tenants(served:
     assert httpx.get(f"{api.url}/v1/me", headers=key, trust_env=False).json()["tenant_id"] == "engines"
 
 
+@pytest.mark.parametrize(
+    "wrong", [{"nonce": "another"}, {"nonce": None}, {"azp": "cli"}, {"aud": "cli"}, {"aud": "urn:nightpress-api"}]
+)
+def test_an_id_token_of_another_sign_in_or_client_signs_nobody_in(served: Served, wrong: dict[str, Any]):
+    api, provider = served
+    found = api.services.resources.sign_in
+    assert found is not None
+    right = {"aud": ["page"], "azp": "page", "nonce": "mine"}
+    assert found._tokens.check_id_token(provider.sign(**right), nonce="mine")["sub"] == "ada"
+    with pytest.raises(NightpressError) as refused:
+        found._tokens.check_id_token(provider.sign(**(right | wrong)), nonce="mine")
+    assert refused.value.code is ErrorCode.UNAUTHENTICATED
+
+
 def test_tokens_of_unknown_keys_do_not_flood_the_provider(served: Served):
     api, provider = served
     log = []

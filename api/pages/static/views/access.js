@@ -20,8 +20,8 @@ export async function access(main, { signal, query, go }) {
   const again = () => go(address(tenant));
   fill(main, heading(tenant === me.tenant_id ? "Keys" : `Keys of ${tenant}`, me.scopes.includes("admin") ? h("a", { class: "button", href: "#/tenants" }, "Tenants and quotas") : null),
     h("section", { class: "card" }, h("h2", {}, me.person ? "You" : "The key in use"),
-      facts([["Tenant", h("code", {}, me.tenant_id)], ["Person", me.person ? `${me.person.name} ${me.person.email}` : null], [me.person ? "Id" : "Key", h("code", {}, me.key_id)], ["It may", me.scopes.map((scope) => h("span", { class: "label" }, scope))],
-        ...(me.usage ? QUOTAS.map((quota) => [quota[1].split(",")[0], used(quota, me.quotas, me.usage)]) : [])])),
+      facts([["Tenant", h("code", {}, me.tenant_id)], ["Person", me.person ? `${me.person.name} ${me.person.email}` : null], [me.person ? "Id" : "Key", h("code", {}, me.key_id)], [me.person ? "You may" : "It may", me.scopes.map((scope) => h("span", { class: "label" }, scope))],
+        ...(me.usage ? QUOTAS.filter(([name]) => me.usage.currency || !name.startsWith("max_cost")).map((quota) => [quota[1].split(",")[0], used(quota, me.quotas, me.usage)]) : [])])),
     place, sessions);
   await drawSessions(sessions, tenant === me.tenant_id && me.scopes.includes("keys:read"), again, signal);
   try {
