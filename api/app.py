@@ -22,6 +22,7 @@ from nightpress.api.ratelimit import RateLimiter
 from nightpress.api.readiness import DatabaseProbe
 from nightpress.api.routes import (
     admin,
+    costs,
     credentials,
     datasets,
     deliveries,
@@ -37,6 +38,7 @@ from nightpress.api.routes import (
     recipes,
     results,
     schedules,
+    sign_in,
     signing,
     studies,
     webhooks,
@@ -69,7 +71,9 @@ _ROUTES = (
     queues,
     webhooks,
     keys,
+    sign_in,
     me,
+    costs,
     admin,
     health,
 )
@@ -147,7 +151,7 @@ async def _lifespan(services: Services, _app: FastAPI) -> AsyncIterator[None]:
     services.ringer.close()
     for pool in (services.threads, services.uploads, services.transfers, services.parsing, services.probes):
         pool.shutdown(wait=False, cancel_futures=True)
-    services.resources.engine.dispose()
+    services.resources.close()
     services.database_probe.close()
 
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ParamSpec, TypeVar
 
 from fastapi import Depends, Query, Request
 
+from nightpress.api import browser
 from nightpress.api.admission import Admission
 from nightpress.api.metrics import ApiMetrics
 from nightpress.api.ratelimit import RateLimiter, too_many
@@ -23,6 +24,7 @@ from nightpress.core.service.compose import Resources
 if TYPE_CHECKING:
     from nightpress.core.service.jobs.ring import Ringer
 
+TENANT_HEADER = "x-nightpress-tenant"  #: in which of their tenants a person with a token acts
 P = ParamSpec("P")
 T = TypeVar("T")
 
@@ -81,7 +83,7 @@ async def services(request: Request) -> Services:
 
 
 async def authenticated(request: Request) -> Principal:
-    """A dependency: the caller whose key the request has. A key that was checked in the last seconds needs no SQL.
+    """A dependency: the caller whose key, token or session the request has. What was checked in the last seconds needs no SQL.
 
     Raises NightpressError(unauthenticated) for a missing or wrong key, and NightpressError(rate_limited).
     """
@@ -90,24 +92,38 @@ async def authenticated(request: Request) -> Principal:
 
 async def _caller_of(request: Request, *schemes: str) -> Principal:
     scheme, _, plain = request.headers.get("authorization", "").partition(" ")
+    services: Services = request.app.state.services
     if scheme.lower() == "basic" in schemes:
-        plain = _password_of(plain)
-    elif scheme.lower() != "bearer":
-        plain = ""
-    if not plain:
+        scheme, plain = "bearer", _password_of(plain)
+    if scheme.lower() == "bearer" and plain:
+        caller = await _bearer(services, request, plain.strip())
+    elif (cookie := browser.session_of(request, services.resources)) is not None:
+        caller = await browser.signed_in(services, request, cookie)
+    else:
         raise NightpressError(
             ErrorCode.UNAUTHENTICATED,
             "The request carries no API key.",
             hint="Send `Authorization: Bearer np_…`. `nightpress up` writes a key to its data folder.",
         )
-    services: Services = request.app.state.services
-    caller = services.resources.keys.cached(plain.strip())
-    if caller is None:
-        caller = await services.call(services.resources.keys.authenticate, plain.strip())
     state = request.scope.setdefault("state", {})
     if "caller" not in state:  # count a request once, although several dependencies ask for its caller
         state["caller"] = caller
         await _count(services, caller, state)
+    return caller
+
+
+async def _bearer(services: Services, request: Request, plain: str) -> Principal:
+    """The caller of a key, or of a token of the provider that people sign in with."""
+    resources = services.resources
+    if resources.sign_in is not None and "." in plain:  # no key has a dot, and every signed token has two
+        tenant_id = request.headers.get(TENANT_HEADER)
+        caller = resources.sign_in.cached(plain, tenant_id)
+        if caller is None:
+            caller = await services.transfer(resources.sign_in.authenticate, plain, tenant_id)
+        return caller
+    caller = resources.keys.cached(plain)
+    if caller is None:
+        caller = await services.call(resources.keys.authenticate, plain)
     return caller
 
 

@@ -10,6 +10,8 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 from starlette.types import Scope
 
+from nightpress.core.service.costs.ledger import Spent
+from nightpress.core.service.costs.prices import MICROS
 from nightpress.core.service.jobs.queries import QUEUES
 from nightpress.core.service.jobs.records import JobStatistics, Worker
 from nightpress.core.service.jobs.roster import Fleet
@@ -18,7 +20,7 @@ from nightpress.core.service.jobs.states import ALL_STATES
 _BUCKETS = (0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 10.0)
 _METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "DELETE", "OPTIONS", "PATCH"})
 _FIGURES_KEPT_S = 5.0
-QueueFigures = tuple[JobStatistics, list[Worker], Fleet]
+QueueFigures = tuple[JobStatistics, list[Worker], Fleet, Spent | None]
 _WORKER_STATES = ("idle", "busy", "draining", "unfit", "lost")
 
 
@@ -64,20 +66,23 @@ class ApiMetrics:
                 self._figures_until = time.monotonic() + _FIGURES_KEPT_S
             return self._figures
 
-    def render(self, statistics: JobStatistics, workers: list[Worker], fleet: Fleet) -> bytes:
+    def render(self, statistics: JobStatistics, workers: list[Worker], fleet: Fleet, spent: Spent | None) -> bytes:
         """The text that Prometheus scrapes."""
         queue = CollectorRegistry()
-        queue.register(_QueueFigures(statistics, workers, fleet))
+        queue.register(_QueueFigures(statistics, workers, fleet, spent))
         return generate_latest(self.registry) + generate_latest(queue)
 
 
 class _QueueFigures(Collector):
     """The figures of the queue at a scrape. Every state has a series, even at zero, so that alerts need no `absent()`."""
 
-    def __init__(self, statistics: JobStatistics, workers: list[Worker], fleet: Fleet) -> None:
+    def __init__(
+        self, statistics: JobStatistics, workers: list[Worker], fleet: Fleet, spent: Spent | None = None
+    ) -> None:
         self._statistics = statistics
         self._workers = workers
         self._fleet = fleet
+        self._spent = spent
 
     def collect(self) -> Iterable[Metric]:
         jobs = GaugeMetricFamily("nightpress_jobs", "Jobs by queue and state.", labels=("queue", "state"))
@@ -105,4 +110,9 @@ class _QueueFigures(Collector):
             for worker_state in _WORKER_STATES:
                 count = sum(worker.queue == queue and worker.state == worker_state for worker in self._workers)
                 workers.add_metric((queue, worker_state), count)
-        return (jobs, depth, age, unserved, failures, workers)
+        spent = GaugeMetricFamily(
+            "nightpress_spent", "What all tenants have spent, by the operator's prices.", labels=("period",)
+        )
+        for period, micros in () if self._spent is None else self._spent._asdict().items():
+            spent.add_metric((period,), micros / MICROS)
+        return (jobs, depth, age, unserved, failures, workers, spent)

@@ -1,12 +1,23 @@
-"""Calls about access and notification: webhooks, keys, tenants with their quotas, and the audit log. Nothing is sent here."""
+"""Calls about access and notification: webhooks, keys, sessions, tenants with their quotas, and the audit log. Nothing is sent here."""
 
 import datetime as dt
 from collections.abc import Sequence
 from typing import Any
 
 from nightpress.client.calls import Call, if_match, nothing, path_of, post, query, reader
-from nightpress.core.wire.access import AuditView, KeyCreate, KeyRotate, KeyView, NewKeyView, QuotaChange, TenantView
+from nightpress.core.wire.access import (
+    AuditView,
+    KeyCreate,
+    KeyRotate,
+    KeyView,
+    NewKeyView,
+    ProviderView,
+    QuotaChange,
+    SessionView,
+    TenantView,
+)
 from nightpress.core.wire.base import Page
+from nightpress.core.wire.costs import SpendingView
 from nightpress.core.wire.system import MeView
 from nightpress.core.wire.webhooks import (
     DeliveryView,
@@ -23,7 +34,8 @@ _WEBHOOK, _WEBHOOKS, _NEW_WEBHOOK = reader(WebhookView), reader(Page[WebhookView
 _DELIVERY, _DELIVERIES = reader(DeliveryView), reader(Page[DeliveryView])
 _KEY, _KEYS, _NEW_KEY = reader(KeyView), reader(Page[KeyView]), reader(NewKeyView)
 _TENANT, _TENANTS, _AUDIT = reader(TenantView), reader(Page[TenantView]), reader(Page[AuditView])
-_ME = reader(MeView)
+_ME, _PROVIDER, _SESSIONS = reader(MeView), reader(ProviderView), reader(Page[SessionView])
+_SPENDING = reader(SpendingView)
 
 # Webhooks ------------------------------------------------------------------------------------------------------------
 
@@ -127,6 +139,29 @@ def revoke_key(key_id: str) -> Call[None]:
 def me() -> Call[MeView]:
     """The tenant and scopes of the key in use, and how much of its quotas the tenant uses."""
     return Call("GET", "/v1/me", _ME)
+
+
+def get_spending(*, days: int = 31, tenant_id: str | None = None) -> Call[SpendingView]:
+    """What a tenant has spent on each of the last days, newest first. `tenant_id`, for administrators: another tenant."""
+    return Call("GET", "/v1/costs", _SPENDING, params=query(days=days, tenant_id=tenant_id))
+
+
+# Signing in ----------------------------------------------------------------------------------------------------------
+
+
+def sign_in_provider() -> Call[ProviderView]:
+    """The OpenID Connect provider that people sign in with. Needs no key. Its issuer is empty where keys alone are taken."""
+    return Call("GET", "/auth/provider", _PROVIDER)
+
+
+def page_sessions(*, cursor: str | None = None, limit: int = 50) -> Call[Page[SessionView]]:
+    """A page of the tenant's sessions of the web page, newest first."""
+    return Call("GET", "/v1/sessions", _SESSIONS, params=query(cursor=cursor, limit=limit))
+
+
+def end_session(session_id: str) -> Call[None]:
+    """End a session. It stops working within five seconds; the person can sign in again."""
+    return Call("DELETE", path_of("sessions", session_id), nothing)
 
 
 # Administrators ------------------------------------------------------------------------------------------------------

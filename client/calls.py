@@ -16,6 +16,7 @@ from nightpress.core.recipes.passes.named import CHECKED_ELSEWHERE
 from nightpress.core.recipes.plan import Plan
 from nightpress.core.recipes.possible import Possibility
 from nightpress.core.wire.base import Page
+from nightpress.core.wire.costs import JobCostView
 from nightpress.core.wire.jobs import (
     ArtifactView,
     CancelledView,
@@ -90,7 +91,7 @@ _RECIPE, _RECIPES = reader(RecipeView), items_reader(RecipeView)
 _TRACKED = items_reader(TrackedView)
 _ARTIFACTS, _WORKERS, _QUEUES = items_reader(ArtifactView), items_reader(WorkerView), items_reader(QueueView)
 _EVENTS, _LOGS = items_reader(EventView), items_reader(LogView)
-_REPORT, _READY = reader(ReportView), reader(ReadyView)
+_REPORT, _READY, _COST = reader(ReportView), reader(ReadyView), reader(JobCostView)
 _SCHEDULE, _SCHEDULES = reader(ScheduleView), reader(Page[ScheduleView])
 _RUN, _RUNS = reader(ScheduleRunView), reader(Page[ScheduleRunView])
 _VALIDATED = reader(ValidateView)
@@ -310,6 +311,11 @@ def list_job_trackers(job_id: str) -> Call[list[TrackedView]]:
 def get_report(job_id: str) -> Call[ReportView]:
     """A job's report: the figures before and after, with intervals. Raises ApiError(not_found) before the job has succeeded."""
     return Call("GET", path_of("jobs", job_id, "report"), _REPORT)
+
+
+def get_cost(job_id: str) -> Call[JobCostView]:
+    """What a job has cost, attempt by attempt, and what its artifacts save per million tokens."""
+    return Call("GET", path_of("jobs", job_id, "cost"), _COST)
 
 
 def get_drawn_report(job_id: str, form: Literal["html", "md"]) -> Call[str]:

@@ -7,6 +7,7 @@ import httpx
 
 from nightpress.client.errors import ClientError
 from nightpress.client.servers import Servers, read_servers, servers_file
+from nightpress.client.sign_ins import SignInTokens, read_sign_in, sign_ins_file
 from nightpress.client.transport import Options
 from nightpress.core.settings import Settings, load_settings
 from nightpress.core.stack_state import STATE_FILE, StackState
@@ -29,6 +30,7 @@ class Endpoint:
     url: str
     source: str
     key: Setting
+    sign_in: SignInTokens | None = None  #: where there is no key
 
 
 def find_server(
@@ -48,19 +50,36 @@ def find_server(
         url, source = clean_url(left), str(settings.data_dir / STATE_FILE)
     else:
         url, source = f"http://{settings.api_host}:{settings.api_port}", "the default"
-    return Endpoint(url, source, _find_key(settings, url, api_key))
+    given = _given_key(api_key)
+    if given is None and (signed_in := _sign_in(url, source)) is not None:
+        return signed_in
+    return Endpoint(url, source, given or _key_of_this_machine(settings, url))
 
 
 def _named(servers: Servers, name: str, api_key: str | None) -> Endpoint:
     server, source = servers.get(name), f"{servers_file()}, {name}"
+    if not api_key and not server.api_key and (signed_in := _sign_in(server.api_url, source)) is not None:
+        return signed_in
     return Endpoint(server.api_url, source, Setting(api_key or server.api_key, "given" if api_key else source))
 
 
-def _find_key(settings: Settings, url: str, given: str | None) -> Setting:
+def _sign_in(url: str, source: str) -> Endpoint | None:
+    """The server with the sign-in that `nightpress login` has stored for it."""
+    found = read_sign_in(url)
+    if found is None:
+        return None
+    return Endpoint(url, source, Setting(None, f"signed in, {sign_ins_file()}"), SignInTokens(url, found))
+
+
+def _given_key(given: str | None) -> Setting | None:
     if given:
         return Setting(given.strip(), "given")
     if key := os.environ.get("NIGHTPRESS_API_KEY"):
         return Setting(key.strip(), "NIGHTPRESS_API_KEY")
+    return None
+
+
+def _key_of_this_machine(settings: Settings, url: str) -> Setting:
     if httpx.URL(url).host not in {*_LOOPBACK, settings.api_host}:
         return Setting(None, f"no NIGHTPRESS_API_KEY, and {settings.key_file} is only for this machine's own service")
     try:
@@ -88,4 +107,4 @@ def options_from(
 ) -> Options:
     """The options of a client. What the caller does not give is found as in `find_server`, and raises as it does."""
     place = find_server(load_settings(), api_url, api_key, profile)
-    return Options(place.url, place.key.value, timeout_s=timeout_s, retries=retries)
+    return Options(place.url, place.key.value, place.sign_in, timeout_s=timeout_s, retries=retries)

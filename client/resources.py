@@ -199,6 +199,7 @@ class Jobs(Resource[Driver]):
     artifacts = ask(calls.list_artifacts)
     trackers = ask(calls.list_job_trackers)
     report = ask(calls.get_report)
+    cost = ask(calls.get_cost)
     drawn_report = ask(calls.get_drawn_report)
     report_file = ask(delivery_calls.get_report_file)
     attestation = ask(delivery_calls.get_attestation)
@@ -354,6 +355,13 @@ class Keys(Resource[Driver]):
     revoke = ask(access.revoke_key)
 
 
+class Sessions(Resource[Driver]):
+    """Sessions of people on the web page."""
+
+    iterate = pages(access.page_sessions)
+    end = ask(access.end_session)
+
+
 class Tenants(Resource[Driver]):
     """Tenants, their quotas and use, and what their keys did: for administrators."""
 
@@ -371,6 +379,8 @@ class BaseClient(Resource[Driver]):
     ready = ask(calls.ready)
     me = ask(access.me)
     signing_keys = ask(delivery_calls.list_signing_keys)
+    costs = ask(access.get_spending)
+    sign_in_provider = ask(access.sign_in_provider)
 
     def __init__(self, driver: Driver) -> None:
         super().__init__(driver)
@@ -384,4 +394,5 @@ class BaseClient(Resource[Driver]):
         self.deliveries = Deliveries(driver)
         self.credentials = Credentials(driver)
         self.keys = Keys(driver)
+        self.sessions = Sessions(driver)
         self.tenants = Tenants(driver)

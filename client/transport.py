@@ -9,6 +9,7 @@ import httpx
 
 from nightpress.client.calls import Call
 from nightpress.client.errors import ApiError, ClientError, UnreachableError, retry_after_of
+from nightpress.client.sign_ins import SignInTokens
 from nightpress.core.version import VERSION
 
 Answer = TypeVar("Answer")
@@ -23,6 +24,7 @@ class Options:
 
     api_url: str
     api_key: str | None = None
+    sign_in: SignInTokens | None = None  #: instead of a key
     timeout_s: float = 30.0
     retries: int = 3
     backoff_s: float = 0.2
@@ -41,8 +43,13 @@ class Options:
         }
 
     def headers(self) -> dict[str, str]:
-        """The key, for requests to the API. It is no default header of the httpx client: presigned URLs elsewhere must not get it."""
-        return {"Authorization": f"Bearer {self.api_key}"} if self.api_key else {}
+        """The key, or the token of a sign-in, which may first be refreshed, for requests to the API. It is no default header of the httpx client: presigned URLs elsewhere must not get it."""
+        if self.api_key:
+            return {"Authorization": f"Bearer {self.api_key}"}
+        if self.sign_in is None:
+            return {}
+        tenant = {"X-Nightpress-Tenant": self.sign_in.tenant} if self.sign_in.tenant else {}
+        return {"Authorization": f"Bearer {self.sign_in.token()}", **tenant}
 
     def request(self, call: Call[Any]) -> dict[str, Any]:
         """Arguments for `request()` of either httpx client."""

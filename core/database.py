@@ -120,6 +120,23 @@ def _month_sqlite(_element: db_month, _compiler: Any, **_kw: Any) -> str:
     return "strftime('%Y-%m', 'now')"
 
 
+class db_day(FunctionElement[str]):  # noqa: N801 - reads as an SQL function
+    """The day of the database's clock in UTC, e.g. 2026-11-29."""
+
+    type = String(10)
+    inherit_cache = True
+
+
+@compiles(db_day, "postgresql")
+def _day_postgresql(_element: db_day, _compiler: Any, **_kw: Any) -> str:
+    return "to_char(clock_timestamp() AT TIME ZONE 'UTC', 'YYYY-MM-DD')"
+
+
+@compiles(db_day, "sqlite")
+def _day_sqlite(_element: db_day, _compiler: Any, **_kw: Any) -> str:
+    return "strftime('%Y-%m-%d', 'now')"
+
+
 #: Every table uses this object, so that Alembic finds all tables.
 metadata = MetaData(
     naming_convention={

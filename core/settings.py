@@ -1,12 +1,27 @@
 """One Settings object. Every default works on a laptop; every value can come from NIGHTPRESS_* variables or a .env file."""
 
+import re
 from functools import cached_property
 from ipaddress import IPv4Network, IPv6Network
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
+from urllib.parse import urlsplit
 
-from pydantic import Field, SecretStr
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, field_validator, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
+
+#: Claims that people may change at their provider: they give no rights.
+_CHANGEABLE_CLAIMS = frozenset({"email", "name", "nickname", "preferred_username", "profile", "website"})
+_LOOPBACK = frozenset({"127.0.0.1", "localhost", "::1"})
+
+
+class GroupGrant(BaseModel):
+    """What the members of a group may do: the scopes of keys, in one tenant."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    tenant: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")
+    scopes: frozenset[str] = Field(min_length=1)
 
 
 class Settings(BaseSettings):
@@ -93,6 +108,18 @@ class Settings(BaseSettings):
     rate_limit_per_minute: int = Field(0, description="Requests one key may make a minute; 0 switches the limit off.")
     schedule_min_interval_s: float = Field(300.0, description="The least time between two fires of a schedule.")
 
+    prices: dict[str, Annotated[float, Field(ge=0, allow_inf_nan=False)]] = Field(
+        default_factory=dict,
+        description='What an hour of a worker costs, by queue and by a part of a GPU\'s name, as JSON, e.g. {"cpu": 0.4, "gpu": 2.5, "gpu:H200": 4.1}. API and control process need the same. Empty: no costs are shown.',
+    )
+    currency: str = Field("EUR", pattern=r"^[A-Za-z]{1,8}$", description="The name of the currency of prices.")
+    max_cost_day: int = Field(
+        0, ge=0, description="What one tenant may spend in a day (UTC), in that currency; 0: no bound."
+    )
+    max_cost_month: int = Field(
+        0, ge=0, description="What one tenant may spend in a calendar month (UTC), in that currency; 0: no bound."
+    )
+
     secret_key: SecretStr | None = Field(
         None,
         description="The key that webhooks' secrets and the signing key are derived from. API and control process need the same one. Empty: a file in data_dir.",
@@ -112,6 +139,55 @@ class Settings(BaseSettings):
     destination_s3_endpoint_url: str | None = Field(
         None, description="The store of the buckets among DESTINATIONS. Empty: S3_ENDPOINT_URL."
     )
+    public_url: str = Field(
+        "",
+        description="The address at which people open the page, e.g. https://nightpress.example.com, for links in messages and feeds. Signing in by OIDC needs it. Empty: no links.",
+    )
+    oidc_issuer: str = Field(
+        "",
+        description="The OpenID Connect provider that people sign in with, as its discovery document names it, e.g. https://login.example.com/realms/ml. Empty: keys alone.",
+    )
+    oidc_name: str = Field("single sign-on", max_length=60, description="What the page calls the provider.")
+    oidc_client_id: str = Field("", description="The page's client at the provider.")
+    oidc_client_secret: SecretStr | None = Field(
+        None, description="Its secret. Empty: a public client, with PKCE alone."
+    )
+    oidc_cli_client_id: str = Field(
+        "", description="The command line's client: public, with the device flow. Empty: OIDC_CLIENT_ID."
+    )
+    oidc_audiences: list[str] = Field(
+        default_factory=list,
+        description="Further audiences whose tokens the API accepts, besides these two clients.",
+    )
+    oidc_algorithms: list[Literal["RS256", "RS384", "RS512", "PS256", "PS384", "PS512", "ES256", "ES384", "ES512"]] = (
+        Field(
+            ["RS256", "PS256", "ES256"],
+            min_length=1,
+            description="Signatures that the API accepts on the provider's tokens.",
+        )
+    )
+    oidc_scopes: list[str] = Field(
+        default_factory=lambda: ["openid", "profile", "email"],
+        description="Scopes to ask the provider for. Add offline_access where it gives refresh tokens only then, and the scope of groups where it has one.",
+    )
+    oidc_prompt: Literal["", "consent", "login", "select_account"] = Field(
+        "",
+        description="What the provider shows at every sign-in of the page. Some give refresh tokens only after `consent`. Empty: as the provider likes.",
+    )
+    oidc_groups_claim: str = Field(
+        "groups", description="The claim with a person's groups; dots go inside, e.g. realm_access.roles."
+    )
+    oidc_groups: dict[str, GroupGrant] = Field(
+        default_factory=dict,
+        description='Group → tenant and scopes, as JSON, e.g. {"ml": {"tenant": "ml", "scopes": ["jobs:read", "jobs:write"]}}. A person of several tenants begins in the one that comes first.',
+    )
+    oidc_recheck_s: float = Field(
+        900.0, gt=0, description="How often a session's groups are asked for again, with its refresh token."
+    )
+    session_idle_s: float = Field(
+        2 * 3600.0, gt=0, description="A session of the page ends after this time without use."
+    )
+    session_s: float = Field(12 * 3600.0, gt=0, description="A session of the page ends after this time in any case.")
     webhook_networks: list[IPv4Network | IPv6Network] = Field(
         default_factory=list,
         description="Private networks that webhooks may reach, e.g. 10.0.0.0/8. There, http and any port are allowed too.",
@@ -124,9 +200,6 @@ class Settings(BaseSettings):
     mail_from: str = Field("", description="The sender of e-mail, e.g. Nightpress <nightpress@example.com>.")
     mail_domains: list[str] = Field(
         default_factory=list, description="Domains that e-mail may be sent to, e.g. example.com. Empty: none."
-    )
-    public_url: str = Field(
-        "", description="Where people reach the web page, for links in messages and feeds. Empty: no links."
     )
 
     mlflow_url: str = Field(
@@ -213,6 +286,32 @@ class Settings(BaseSettings):
     )
     log_format: Literal["text", "json"] = "text"
     log_level: str = "INFO"
+
+    @field_validator("public_url", "oidc_issuer")
+    @classmethod
+    def _encrypted(cls, value: str) -> str:
+        """Refuse http elsewhere than on this machine: codes, tokens and cookies would cross the network in the clear."""
+        scheme, host = urlsplit(value).scheme, urlsplit(value).hostname
+        if value and scheme != "https" and not (scheme == "http" and host in _LOOPBACK):
+            raise ValueError("an address that begins with https:// is needed; http:// is for this machine alone")
+        return value
+
+    @field_validator("prices")
+    @classmethod
+    def _of_queues(cls, prices: dict[str, float]) -> dict[str, float]:
+        if wrong := [name for name in prices if not re.fullmatch(r"cpu|gpu|gpu:.+", name)]:
+            raise ValueError(f"{wrong[0]!r} is no queue: give cpu, gpu, or gpu: and a part of a GPU's name")
+        return prices
+
+    @model_validator(mode="after")
+    def _sign_in_is_complete(self) -> "Settings":
+        if self.oidc_issuer and not (self.public_url and self.oidc_client_id and self.oidc_groups):
+            raise ValueError("OIDC_ISSUER also needs PUBLIC_URL, OIDC_CLIENT_ID and OIDC_GROUPS")
+        if urlsplit(self.public_url).path not in {"", "/"}:
+            raise ValueError("PUBLIC_URL can't have a path: the page lies at the root of its host")
+        if self.oidc_groups_claim in _CHANGEABLE_CLAIMS:
+            raise ValueError(f"OIDC_GROUPS_CLAIM can't be {self.oidc_groups_claim}: people may change it themselves")
+        return self
 
     @cached_property
     def sql_url(self) -> str:

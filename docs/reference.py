@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import yaml
 from pydantic.fields import FieldInfo
 from typer.core import TyperGroup
 from typer.main import get_command
@@ -250,7 +251,39 @@ def families_page() -> str:
     return "".join(parts)
 
 
+def chart_page() -> str:
+    """The README of the Helm chart, from its schema and its values."""
+    chart = Path(__file__).parents[1] / "deploy" / "helm" / "nightpress"
+    schema = json.loads((chart / "values.schema.json").read_text())["properties"]
+    values = yaml.safe_load((chart / "values.yaml").read_text())
+    rows: list[tuple[object, ...]] = []
+    for name, value in values.items():
+        inner = schema[name].get("properties")
+        if inner is None:
+            rows.append((f"`{name}`", "" if name == "workers" else _json(value), schema[name]["description"]))
+        else:
+            rows += [(f"`{name}.{key}`", _json(value[key]), inner[key]["description"]) for key in value]
+    pool = schema["workers"]["additionalProperties"]["oneOf"][1]["properties"]
+    pools = [
+        (f"`{key}`", _json(values["workers"]["cpu"][key]), _json(values["workers"]["gpu"][key]), entry["description"])
+        for key, entry in pool.items()
+    ]
+    return (
+        "# The Helm chart of Nightpress\n\n"
+        + _GENERATED
+        + "`docs/how-to/kubernetes.md` says what the cluster needs first, and how to install it.\n\n"
+        + _table(("value", "default", "meaning"), rows)
+        + "\n## A pool of workers\n\n"
+        + _table(("value", "`workers.cpu`", "`workers.gpu`", "meaning"), [*pools])
+    )
+
+
+def _json(value: object) -> str:
+    return f"`{json.dumps(value)}`"
+
+
 PAGES = {
+    "../deploy/helm/nightpress/README.md": chart_page,
     "families.md": families_page,
     "settings.md": settings_page,
     "errors.md": errors_page,

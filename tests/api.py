@@ -64,9 +64,9 @@ class RunningApi:
 
 
 @contextmanager
-def serve(settings: Settings) -> Iterator[RunningApi]:
+def serve(settings: Settings, *, port: int = 0) -> Iterator[RunningApi]:
     app = create_app(settings)
-    server = Server(configure(app, settings, port=0, timeout_graceful_shutdown=5))
+    server = Server(configure(app, settings, port=port, timeout_graceful_shutdown=5))
     thread = threading.Thread(target=server.run, name="api under test")
     thread.start()
     try:

@@ -85,7 +85,7 @@ class Face:
         secrets = ("s3_access_key_id", "s3_secret_access_key")
         told |= {name: value.get_secret_value() for name in secrets if (value := getattr(self.settings, name))}
         env = {
-            f"NIGHTPRESS_{name.upper()}": json.dumps(value) if isinstance(value, list) else str(value)
+            f"NIGHTPRESS_{name.upper()}": json.dumps(value) if isinstance(value, list | dict) else str(value)
             for name, value in told.items()
         }
         clean = {name: value for name, value in os.environ.items() if not name.startswith("NIGHTPRESS_")}

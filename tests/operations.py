@@ -9,12 +9,21 @@ from tests.api import RunningApi
 
 # The path parameters by what they name. A new parameter must be classified here first.
 #: things of one tenant
-_TENANTS_OWN = {"job_id", "reference", "key_id", "webhook_id", "study_id", "credential_id", "result_delivery_id"}
+_TENANTS_OWN = {
+    "job_id",
+    "reference",
+    "key_id",
+    "webhook_id",
+    "study_id",
+    "credential_id",
+    "result_delivery_id",
+    "session_id",
+}
 #: only for administrators: see test_only_an_administrator…
 _ADMINS = {"tenant_id"}
 _COMMON = {"name"}
 _WITHIN = {"delivery_id": "msg_x", "number": "1", "format": "onnx", "path": "model.onnx"}
-OPEN = {"/healthz", "/readyz", "/metrics"}
+OPEN = {"/healthz", "/readyz", "/metrics", "/auth/provider"}
 #: path of a POST that creates something → its body; a new one must be added here
 BODIES: dict[str, Any] = {
     "/v1/jobs": {"model": "x", "recipe": "x"},

@@ -118,6 +118,8 @@ class Control:
             self._sign_artifacts,
             self._deliver_results,
             self._tell_trackers,
+            self._confirm_sessions,
+            self._count_costs,
             self._ring_queues,
         ]
         if time.monotonic() >= self._sweep_at:
@@ -149,6 +151,14 @@ class Control:
         for job_id in self._resources.store.expiry.expire_leases(backoff_s=self._settings.retry_backoff_s):
             LEASES_EXPIRED.inc()
             log.warning("Job %s was taken from its worker.", job_id, extra={"job_id": job_id})
+
+    def _count_costs(self) -> None:
+        self._resources.costs.count_ended()
+
+    def _confirm_sessions(self) -> None:
+        """In its own thread: it waits for the provider that people sign in with."""
+        if (sign_in := self._resources.sign_in) is not None:
+            self._slow.start("confirm_sessions", sign_in.confirm_due)
 
     def _expire_queue_deadlines(self) -> None:
         for job_id in self._resources.store.expiry.expire_queue_deadlines():
@@ -212,6 +222,7 @@ class Control:
 
     def _forget_requests(self) -> None:
         self._resources.idempotency.prune()
+        self._resources.sessions.prune()
 
     def _ring_queues(self) -> None:
         """Ring the queues that have work and an idle worker. A busy worker looks for work by itself when its job ends."""
@@ -265,7 +276,8 @@ def main() -> int:
         signal.signal(number, lambda *_: stop.set())
     engine = make_engine(settings.sql_url)
     ringer = Ringer(settings)
-    control = Control(Resources(settings, engine), ringer.ring)
+    resources = Resources(settings, engine)
+    control = Control(resources, ringer.ring)
     serve_metrics(settings.metrics_port)
     log.info("The control process ticks every %g s.", settings.tick_s)
     while not stop.is_set():
@@ -274,7 +286,7 @@ def main() -> int:
         stop.wait(settings.tick_s)
     control.close()
     ringer.close()
-    engine.dispose()
+    resources.close()
     return 0
 
 

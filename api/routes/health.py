@@ -69,6 +69,7 @@ async def metrics(request: Request, services: ServicesDep) -> Response:
             services.resources.store.reader.statistics(),
             services.resources.store.roster.workers(),
             services.resources.store.roster.fleet(),
+            services.resources.costs.spent_by_all() if services.resources.costs.prices else None,
         ),
     )
     return Response(services.metrics.render(*figures), headers={"Content-Type": CONTENT_TYPE_LATEST})

@@ -17,6 +17,7 @@ from nightpress.core.service.jobs.queries import JobsWanted
 from nightpress.core.service.jobs.records import Job
 from nightpress.core.service.jobs.requests import MAX_CANCELLED
 from nightpress.core.wire.base import Moment, Page
+from nightpress.core.wire.costs import CostView
 from nightpress.core.wire.jobs import CancelledView, JobBatch, JobBatchView, JobCreate, JobFilter, JobState, JobView
 
 router = APIRouter(prefix="/v1/jobs", tags=["jobs"], route_class=OnceRoute)
@@ -209,6 +210,15 @@ def missing_job() -> NightpressError:
 
 async def _views(services: Services, jobs: Sequence[Job]) -> list[JobView]:
     views = [JobView.model_validate(job, from_attributes=True) for job in jobs]
+    ledger = services.resources.costs
+    run = [job.id for job in jobs if job.attempt]
+    if ledger.prices:
+        costs = (await services.call(ledger.of_jobs, run) if run else None) or {}
+        currency = ledger.prices.currency
+        views = [
+            view.model_copy(update={"cost": CostView(amount=costs.get(view.id, 0.0), currency=currency)})
+            for view in views
+        ]
     if any(job.state == "queued" for job in jobs):
         fleet = await services.call(services.resources.jobs.fleet)
         return [view.model_copy(update={"notice": fleet.notice(job)}) for view, job in zip(views, jobs, strict=True)]

@@ -12,8 +12,10 @@ from nightpress.api.routes import answer
 from nightpress.api.routes.jobs import own_job
 from nightpress.core.errors import ErrorCode, NightpressError
 from nightpress.core.service.access.keys import Principal
+from nightpress.core.service.jobs.costs import cost_of
 from nightpress.core.service.jobs.records import Artifact, Job
 from nightpress.core.wire.base import Page
+from nightpress.core.wire.costs import JobCostView
 from nightpress.core.wire.jobs import ArtifactView, ReportView
 from nightpress.core.wire.models import FileView
 from nightpress.core.wire.trackers import TrackedView
@@ -131,6 +133,18 @@ async def job_report(job_id: str, caller: JobsReader, services: ServicesDep) -> 
 async def job_report_json(job_id: str, caller: JobsReader, services: ServicesDep) -> Response:
     text, _ = await _drawn(services, caller, job_id, "report.json")
     return Response(text, media_type="application/json")
+
+
+@router.get(
+    "/cost",
+    response_model=JobCostView,
+    summary="Get what a job has cost, and what its artifacts save per million tokens",
+    description="By the operator's prices and the speeds of the job's report. Without prices, `currency` is empty.",
+    responses=documented(ErrorCode.NOT_FOUND),
+)
+async def job_cost(job_id: str, caller: JobsReader, services: ServicesDep) -> Response:
+    job = await own_job(services, caller, job_id)
+    return answer(await services.call(cost_of, services.resources.costs, services.resources.store.reader, job.id))
 
 
 @router.get(

@@ -1,17 +1,19 @@
 """Schedules: jobs that are submitted at the times of a cron expression, in a time zone."""
 
+from collections.abc import Sequence
 from typing import Annotated
 
 from fastapi import APIRouter, Body
 from starlette.responses import Response
 
-from nightpress.api.deps import Cursor, JobsReader, JobsWriter, Limit, ServicesDep
+from nightpress.api.deps import Cursor, JobsReader, JobsWriter, Limit, Services, ServicesDep
 from nightpress.api.once import OnceRoute
 from nightpress.api.problems import documented
 from nightpress.api.routes import answer
 from nightpress.api.versions import IfMatch, etag_of, version_of
 from nightpress.core.errors import ErrorCode
 from nightpress.core.wire.base import Page
+from nightpress.core.wire.costs import CostView
 from nightpress.core.wire.schedules import ScheduleCreate, ScheduleRunView, ScheduleUpdate, ScheduleView
 
 router = APIRouter(prefix="/v1/schedules", tags=["schedules"], route_class=OnceRoute)
@@ -72,7 +74,7 @@ async def list_schedules(
     items, following = await services.call(
         services.resources.schedules.store.page, caller.tenant_id, cursor=cursor, limit=limit
     )
-    return answer(Page[ScheduleView](items=items, next_cursor=following))
+    return answer(Page[ScheduleView](items=await _with_costs(services, items), next_cursor=following))
 
 
 @router.get(
@@ -82,7 +84,9 @@ async def list_schedules(
     responses=documented(ErrorCode.NOT_FOUND),
 )
 async def get_schedule(reference: str, caller: JobsReader, services: ServicesDep) -> Response:
-    return _with_etag(await services.call(services.resources.schedules.store.get, caller.tenant_id, reference))
+    schedule = await services.call(services.resources.schedules.store.get, caller.tenant_id, reference)
+    (shown,) = await _with_costs(services, [schedule])
+    return _with_etag(shown)
 
 
 @router.patch(
@@ -163,6 +167,18 @@ async def list_runs(
         services.resources.schedules.store.runs, caller.tenant_id, reference, cursor=cursor, limit=limit
     )
     return answer(Page[ScheduleRunView](items=items, next_cursor=following))
+
+
+async def _with_costs(services: Services, schedules: Sequence[ScheduleView]) -> list[ScheduleView]:
+    """The schedules with what their runs have cost."""
+    ledger = services.resources.costs
+    costs = await services.call(ledger.of_schedules, [schedule.id for schedule in schedules])
+    if costs is None:
+        return list(schedules)
+    return [
+        schedule.model_copy(update={"cost": CostView(amount=costs[schedule.id], currency=ledger.prices.currency)})
+        for schedule in schedules
+    ]
 
 
 def _with_etag(schedule: ScheduleView, *, status: int = 200) -> Response:

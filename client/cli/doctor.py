@@ -63,7 +63,8 @@ def examine(session: Session, settings: Settings) -> Iterator[Check]:
     yield Check("versions", "ok", f"nightpress {VERSION}, Python {sys.version.split()[0]}")
     place = find_server(settings, session.api, profile=session.profile)
     key = place.key
-    with Client(place.url, key.value or "none", retries=0, timeout_s=10) as client:
+    has_access = bool(key.value or place.sign_in)
+    with Client(place.url, key.value or (None if place.sign_in else "none"), retries=0, timeout_s=10) as client:
         try:
             ready = client.ready()
         except (UnreachableError, ApiError, ClientError) as error:
@@ -83,8 +84,8 @@ def examine(session: Session, settings: Settings) -> Iterator[Check]:
                 yield Check(
                     name, "ok" if ok else "failed", f"{state}, as the API sees it", "" if ok else _REPAIR.get(name, "")
                 )
-            yield _check_key(client, key.value, key.source)
-            if key.value:
+            yield _check_key(client, has_access, key.source)
+            if has_access:
                 yield _check_workers(client)
     yield _check_disk(settings)
     yield _check_isolation(settings)
@@ -138,14 +139,14 @@ def _ping_broker(settings: Settings) -> None:
         raise NightpressError(ErrorCode.INTERNAL, f"It does not answer: {error}.") from error
 
 
-def _check_key(client: Client, key: str | None, source: str) -> Check:
-    if not key:
+def _check_key(client: Client, has_access: bool, source: str) -> Check:
+    if not has_access:
         return Check(
             "key", "failed", source, "Set NIGHTPRESS_API_KEY, or run as the person who started `nightpress up`."
         )
     try:
         client.me()
-    except ApiError as error:
+    except (ApiError, ClientError) as error:
         return Check(
             "key", "failed", f"{error.message} (key from {source})", error.hint or "Ask the operator for a new key."
         )

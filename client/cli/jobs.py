@@ -6,6 +6,7 @@ from typing import Annotated, Any
 import typer
 
 from nightpress.client.cli import output
+from nightpress.client.cli.cost import cost_text
 from nightpress.client.cli.deliveries import TO
 from nightpress.client.cli.exits import Exit
 from nightpress.client.cli.following import describe, detach_on_interrupt, exit_of, follow, print_end
@@ -174,6 +175,7 @@ def inspect(session: Session, job: JobArgument) -> None:
         ("priority", view.priority or None),
         ("labels", " ".join(f"{key}={value}" for key, value in view.labels.items())),
         ("attempts", f"{view.attempt}, {view.failures} failed of {view.max_failures} allowed"),
+        ("cost", cost_text(view.cost)),
         ("worker", view.worker_id),
         ("retry of", view.retry_of),
         ("result of", view.reused_from),

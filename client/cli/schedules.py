@@ -6,6 +6,7 @@ from typing import Annotated, Any
 import typer
 
 from nightpress.client.cli import output
+from nightpress.client.cli.cost import cost_text
 from nightpress.client.cli.deliveries import TO
 from nightpress.client.cli.jobs import parse_labels
 from nightpress.client.cli.recipes import read_recipe
@@ -222,6 +223,7 @@ def _print(session: Session, schedule: ScheduleView) -> None:
             ("overlap", schedule.overlap),
             ("catch up", schedule.catch_up),
             ("only if changed", "yes" if schedule.only_if_changed else ""),
+            ("cost", cost_text(schedule.cost)),
             ("next", ", ".join(f"{moment:%Y-%m-%d %H:%M}Z" for moment in schedule.upcoming[:3])),
         ]
     )

@@ -53,6 +53,7 @@ def search(
     hours: Annotated[float, typer.Option(min=0, help="Hours after which the search ends.")] = 24.0,
     cpu_hours: Annotated[float | None, typer.Option(min=0, help="Hours of CPU workers that it may take.")] = None,
     gpu_hours: Annotated[float | None, typer.Option(min=0, help="Hours of GPU workers that it may take.")] = None,
+    max_cost: Annotated[float | None, typer.Option(min=0, help="What it may cost, in the operator's currency.")] = None,
     seed: Annotated[int, typer.Option(min=0, help="The same seed and results give the same trials.")] = 0,
     start_from: Annotated[
         str | None, typer.Option(metavar="STUDY", help="Try the best recipes of this study of the same space first.")
@@ -86,6 +87,7 @@ def search(
         "parallel": parallel,
         "cpu_hours": cpu_hours,
         "gpu_hours": gpu_hours,
+        "max_cost": max_cost,
         "start_from": start_from,
         "data": data,
         "samples": samples,

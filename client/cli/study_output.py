@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from nightpress.client.cli import output
+from nightpress.client.cli.cost import cost_text
 from nightpress.core.wire.studies import Front, GateFigure, StudyReport, StudyView, TrialView
 
 _REASONS = {
@@ -13,6 +14,7 @@ _REASONS = {
     "deadline": "its time was over",
     "cpu": "its CPU hours were used up",
     "gpu": "its GPU hours were used up",
+    "cost": "its money was spent",
     "cancelled": "it was cancelled",
     "failures": "its trials failed",
 }
@@ -50,7 +52,8 @@ def print_study(study: StudyView) -> None:
             ("state", f"{study.state} ({study.verdict})" if study.verdict else study.state),
             ("search ended", _REASONS.get(study.reason or "", "")),
             ("trials", describe(study).partition(": ")[2]),
-            ("cost", _cost(study.cpu_seconds, study.gpu_seconds)),
+            ("took", _cost(study.cpu_seconds, study.gpu_seconds)),
+            ("cost", cost_text(study.cost)),
             ("error", (study.error or {}).get("message")),
         ]
     )

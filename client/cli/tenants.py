@@ -5,6 +5,7 @@ from typing import Annotated
 import typer
 
 from nightpress.client.cli import output
+from nightpress.client.cli.cost import amount_text
 from nightpress.client.cli.session import Session, takes_session
 from nightpress.core.numbers import whole_number
 from nightpress.core.wire.access import QuotaChange, TenantView, UsageView
@@ -37,10 +38,13 @@ def list_tenants(session: Session, context: typer.Context) -> None:
             tenant.usage.running_jobs,
             output.size_text(tenant.usage.storage_bytes),
             output.duration_text(tenant.usage.gpu_seconds_month),
+            _money(tenant.usage.cost_month, tenant.usage.currency),
         )
         for tenant in found
     ]
-    output.print_table(("tenant", "queued", "running", "stored", "GPU this month"), rows, right=(1, 2, 3, 4))
+    output.print_table(
+        ("tenant", "queued", "running", "stored", "GPU this month", "cost this month"), rows, right=(1, 2, 3, 4, 5)
+    )
 
 
 @tenants.command("show")
@@ -87,6 +91,10 @@ def _print_tenant(session: Session, tenant: TenantView) -> None:
     print_usage(tenant.quotas, tenant.usage)
 
 
+def _money(amount: float, currency: str) -> str:
+    return amount_text(amount, currency) if currency else ""
+
+
 def print_usage(quotas: dict[str, int], usage: UsageView) -> None:
     """A table of quotas with how much of each is used."""
     used = {
@@ -94,10 +102,13 @@ def print_usage(quotas: dict[str, int], usage: UsageView) -> None:
         "max_running_jobs": str(usage.running_jobs),
         "max_storage_bytes": output.size_text(usage.storage_bytes),
         "max_gpu_seconds_month": output.duration_text(usage.gpu_seconds_month),
+        "max_cost_day": _money(usage.cost_day, usage.currency),
+        "max_cost_month": _money(usage.cost_month, usage.currency),
     }
     texts = {"max_storage_bytes": output.size_text, "max_gpu_seconds_month": output.duration_text}
     rows = [
         (name, used.get(name, ""), texts.get(name, "{:,.0f}".format)(bound) if bound else "no bound")
         for name, bound in quotas.items()
+        if bound or usage.currency or not name.startswith("max_cost")
     ]
     output.print_table(("quota", "used", "of"), rows, right=(1, 2))

@@ -20,11 +20,11 @@ def web(
 ) -> None:
     """Open the web page, signed in with your key. The key follows the # of the address, which browsers don't send to a server."""
     options = session.client().options
-    if options.api_key is None:
+    if options.api_key is None and options.sign_in is None:
         raise ClientError(
             "There is no API key to sign in with.", hint="Set NIGHTPRESS_API_KEY, or run `nightpress up`."
         )
-    address = f"{options.api_url}/#key={options.api_key}"
+    address = f"{options.api_url}/#key={options.api_key}" if options.api_key else f"{options.api_url}/#/jobs"
     if session.json:
         output.print_json({"url": address})
     elif show or not webbrowser.open(address):

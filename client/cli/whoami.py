@@ -12,7 +12,7 @@ def add_to(app: typer.Typer) -> None:
 
 
 def whoami(session: Session) -> None:
-    """Print the tenant and the scopes of your key, and how much of its quotas the tenant uses."""
+    """Print the tenant and the scopes of your key or sign-in, and how much of its quotas the tenant uses."""
     with session.client() as client:
         me = client.me()
         if session.json:
@@ -22,7 +22,8 @@ def whoami(session: Session) -> None:
             [
                 ("server", client.options.api_url),
                 ("tenant", me.tenant_id),
-                ("key", me.key_id),
+                ("person", me.person and f"{me.person.name} {me.person.email}".strip()),
+                ("key", None if me.person else me.key_id),
                 ("scopes", ", ".join(me.scopes)),
             ]
         )

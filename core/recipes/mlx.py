@@ -26,7 +26,7 @@ def why_not_mlx(header: ModelHeader) -> str | None:
     if header.task != "causal-lm" or header.sees_images:
         return f"mlx-lm runs language models, and this is a {header.architecture}"
     if header.model_type not in FAMILIES:
-        return f"of language models, mlx-lm was found to run {', '.join(sorted(FAMILIES))} as transformers does, and this is a {header.model_type}"
+        return f"mlx-lm was not seen to answer for a {header.model_type} as transformers does; docs/families.md has those for which it was"
     window = sliding_window(header.model_type, header.config) if header.model_type in _SEES_ALL else None
     if window is not None:
         return f"mlx-lm's {header.model_type} sees the whole text, and config.json says `sliding_window` {window}, less than its positions"

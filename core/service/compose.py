@@ -2,17 +2,23 @@
 
 import logging
 from functools import cached_property
+from typing import TYPE_CHECKING
 
 from sqlalchemy import Engine
 
 from nightpress.core.artifacts.open import open_store
 from nightpress.core.artifacts.storage import ObjectStore
+from nightpress.core.errors import ErrorCode, NightpressError
 from nightpress.core.recipes.passes import catalog
 from nightpress.core.service.access.audit import AuditLog
 from nightpress.core.service.access.idempotency import IdempotencyBook
 from nightpress.core.service.access.issuing import KeyIssuer
 from nightpress.core.service.access.keys import KeyRing
+from nightpress.core.service.access.oidc.people import PeopleBook
+from nightpress.core.service.access.oidc.sessions import SessionBook
 from nightpress.core.service.access.quotas import QuotaBook
+from nightpress.core.service.costs.ledger import CostLedger
+from nightpress.core.service.costs.prices import PriceList
 from nightpress.core.service.deliveries.addresses import prefix_parts
 from nightpress.core.service.deliveries.credentials import CredentialStore
 from nightpress.core.service.deliveries.destinations import ModelDestinationStore
@@ -39,6 +45,9 @@ from nightpress.core.service.webhooks.signing import open_keeper
 from nightpress.core.service.webhooks.store import WebhookStore
 from nightpress.core.settings import Settings
 
+if TYPE_CHECKING:
+    from nightpress.core.service.access.oidc.sign_in import SignIn
+
 log = logging.getLogger(__name__)
 #: fraction of the claims that takes the oldest job, so that low priorities progress in a queue that never empties
 _OLDEST_SHARE = 1 / 8
@@ -62,13 +71,22 @@ class Resources:
             if isinstance(part, cached_property):
                 getattr(self, name)
 
+    def close(self) -> None:
+        """Close the connections to the database and to the provider that people sign in with."""
+        if "sign_in" in vars(self) and self.sign_in is not None:
+            self.sign_in.close()
+        self.engine.dispose()
+
     @cached_property
     def objects(self) -> ObjectStore:
         return open_store(self.settings)
 
     @cached_property
     def store(self) -> JobStore:
-        caps = Caps(self.settings.max_running_jobs, self.settings.max_gpu_seconds_month)
+        settings = self.settings
+        caps = Caps(
+            settings.max_running_jobs, settings.max_gpu_seconds_month, settings.max_cost_day, settings.max_cost_month
+        )
         return JobStore(self.engine, caps, oldest_share=_OLDEST_SHARE)
 
     @cached_property
@@ -101,11 +119,17 @@ class Resources:
 
     @cached_property
     def study_ledger(self) -> StudyLedger:
-        return StudyLedger(self.engine)
+        return StudyLedger(self.engine, self.costs.prices)
 
     @cached_property
     def studies(self) -> StudyService:
-        return StudyService(StudyStore(self.engine), self.study_ledger, self.jobs, self.store, self.models)
+        return StudyService(
+            StudyStore(self.engine, self.costs.prices), self.study_ledger, self.jobs, self.store, self.models
+        )
+
+    @cached_property
+    def costs(self) -> CostLedger:
+        return CostLedger(self.engine, PriceList.of(self.settings))
 
     @cached_property
     def promotions(self) -> PromotionStore:
@@ -152,6 +176,26 @@ class Resources:
     @cached_property
     def issuer(self) -> KeyIssuer:
         return KeyIssuer(self.engine)
+
+    @cached_property
+    def sessions(self) -> SessionBook:
+        return SessionBook(self.engine, self.settings)
+
+    @cached_property
+    def sign_in(self) -> "SignIn | None":
+        """None without OIDC_ISSUER. Raises NightpressError(internal) if the packages for it are missing."""
+        if not self.settings.oidc_issuer:
+            return None
+        try:
+            from nightpress.core.service.access.oidc.sign_in import SignIn
+        except ImportError as error:
+            raise NightpressError(
+                ErrorCode.INTERNAL,
+                f"NIGHTPRESS_OIDC_ISSUER is set, but {error.name} is not installed.",
+                hint="Install it: pip install 'nightpress[oidc]'.",
+            ) from error
+        keeper = open_keeper(self.settings)
+        return SignIn(self.settings, PeopleBook(self.engine), self.sessions, keeper.key_for)
 
     @cached_property
     def idempotency(self) -> IdempotencyBook:

@@ -23,6 +23,8 @@ class QuotaChange(Request):
     max_storage_bytes: Bound = None
     max_gpu_seconds_month: Bound = None
     rate_limit_per_minute: SmallBound = None
+    max_cost_day: Bound = Field(None, description="In the operator's currency.")
+    max_cost_month: Bound = None
 
 
 class UsageView(View):
@@ -30,6 +32,9 @@ class UsageView(View):
     running_jobs: int
     storage_bytes: int
     gpu_seconds_month: float  #: of attempts that have ended, this calendar month in UTC
+    cost_day: float = 0.0  #: today in UTC, in the operator's currency, attempts that run included
+    cost_month: float = 0.0
+    currency: str = ""  #: empty where the operator has set no prices
 
 
 class TenantView(View):
@@ -82,7 +87,9 @@ class KeyView(View):
     revoked_at: dt.datetime | None
     last_used_at: dt.datetime | None
     rotated_from: str | None
-    made_by: str | None = Field(description="The key that made it. When that key ends, this one ends too.")
+    made_by: str | None = Field(
+        description="The key that made it: when that key ends, this one ends too. Or the person who made it, whose sessions it outlasts."
+    )
 
 
 class NewKeyView(View):
@@ -90,6 +97,42 @@ class NewKeyView(View):
 
     record: KeyView
     key: str
+
+
+class PersonView(View):
+    """Somebody who has signed in by OIDC. `tenants`: all in which the person's groups allow something."""
+
+    id: str
+    name: str
+    email: str
+    tenants: list[str]
+
+
+class SessionView(View):
+    """A session of the page. `person_id` stands in the audit log where a key's id stands."""
+
+    id: str
+    person_id: str
+    name: str
+    email: str
+    tenant_id: str
+    groups: list[str]
+    live: bool
+    created_at: dt.datetime
+    seen_at: dt.datetime  #: to the minute
+    confirmed_at: dt.datetime  #: when the provider last confirmed the groups
+    ends_at: dt.datetime
+    ended_at: dt.datetime | None
+    reason: str | None = Field(description="signed_out, revoked, expired, no_group or refused (by the provider).")
+
+
+class ProviderView(View):
+    """How to sign in. Without a provider only keys are taken, and everything else is empty."""
+
+    name: str = Field("", description="What the page calls the provider.")
+    issuer: str = ""
+    client_id: str = Field("", description="The command line's client.")
+    scopes: list[str] = []
 
 
 class AuditView(View):

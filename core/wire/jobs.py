@@ -9,6 +9,7 @@ from pydantic import (
 )
 
 from nightpress.core.wire.base import MAX_S, ONE_LINE, Labels, Moment, Request, View
+from nightpress.core.wire.costs import CostView
 from nightpress.core.wire.deliveries import Destinations
 from nightpress.core.wire.models import FileView
 
@@ -78,6 +79,7 @@ class JobView(View):
     created_by: str | None = None  #: the key's id
     study_id: str | None = None  #: the study that it is a trial of
     reused_from: str | None  #: the job whose result this one was given instead of running
+    cost: CostView | None = None  #: null where the operator has set no prices
     worker_id: str | None
     created_at: dt.datetime
     run_after: dt.datetime

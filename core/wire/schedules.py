@@ -7,6 +7,7 @@ from pydantic import Field, model_validator
 
 from nightpress.core.recipes.models import Name
 from nightpress.core.wire.base import Request, View
+from nightpress.core.wire.costs import CostView
 from nightpress.core.wire.jobs import JobRequest, JobState
 from nightpress.core.wire.studies import StudyRequest, StudyState
 
@@ -87,6 +88,9 @@ class ScheduleView(View):
     suspended: bool
     version: int
     upcoming: list[dt.datetime]  #: the next fires, in UTC; none while suspended
+    cost: CostView | None = (
+        None  #: of the runs' jobs and studies that are kept; null where the operator has set no prices
+    )
     created_by: str | None
     created_at: dt.datetime
     updated_at: dt.datetime

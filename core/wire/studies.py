@@ -9,10 +9,11 @@ from nightpress.core.recipes.calibration import Calibration, DataRef
 from nightpress.core.recipes.gates import parse_gate
 from nightpress.core.recipes.search.auto import Goal
 from nightpress.core.wire.base import MAX_S, ONE_LINE, Labels, Request, View
+from nightpress.core.wire.costs import CostView
 
 StudyState = Literal["searching", "judging", "cancelling", "succeeded", "failed", "cancelled"]
 TrialState = Literal["open", "kept", "missed", "screened", "failed", "cancelled", "refused"]
-Reason = Literal["trials", "space", "deadline", "cpu", "gpu", "cancelled", "failures"]
+Reason = Literal["trials", "space", "deadline", "cpu", "gpu", "cost", "cancelled", "failures"]
 Role = Literal["search", "judge"]
 
 _HOUR_S = 3600.0
@@ -67,6 +68,13 @@ class StudyRequest(Request):
     )
     cpu_hours: float | None = Field(None, gt=0, le=1e6, description="Hours of CPU workers after which the search ends.")
     gpu_hours: float | None = Field(None, gt=0, le=1e6, description="Hours of GPU workers after which the search ends.")
+    max_cost: float | None = Field(
+        None,
+        gt=0,
+        le=1e9,
+        description="What the trials may cost, in the operator's currency; then the search ends.",
+        exclude_if=lambda value: value is None,  # earlier versions refuse a field that they don't know
+    )
     judge: int = Field(
         4, ge=1, le=16, description="How many of the best recipes are measured again on data that chose nothing."
     )
@@ -137,6 +145,7 @@ class StudyView(View):
     judge: int
     cpu_hours: float | None
     gpu_hours: float | None
+    max_cost: float | None = None
     deadline_at: dt.datetime
     priority: int
     labels: dict[str, str]
@@ -146,6 +155,7 @@ class StudyView(View):
     counts: dict[str, int]  #: state of a trial → number of trials of the search
     cpu_seconds: float  #: seconds that CPU workers spent on trials that have ended
     gpu_seconds: float
+    cost: CostView | None = None  #: of trials that have ended; null where the operator has set no prices
     best: Best | None
     winner_job_id: str | None  #: the job whose artifacts are the winner
     error: dict[str, Any] | None

@@ -7,7 +7,7 @@ from pydantic import (
     Field,
 )
 
-from nightpress.core.wire.access import UsageView
+from nightpress.core.wire.access import PersonView, UsageView
 from nightpress.core.wire.base import View
 
 
@@ -41,10 +41,11 @@ class QueueView(View):
 
 
 class MeView(View):
-    """The caller's key, its tenant and its rights."""
+    """The caller's key, its tenant and its rights. `person`: of a caller who signed in by OIDC; `key_id` is then the person's id."""
 
     tenant_id: str
     key_id: str
+    person: PersonView | None = None
     scopes: list[str]
     quotas: dict[str, int] = {}  #: 0: no bound
     usage: UsageView | None = None

@@ -9,13 +9,18 @@ from dataclasses import fields, replace
 from typing import Any
 
 import pytest
+from sqlalchemy import Engine, select, update
 
+from nightpress.core.database import db_day, db_now, transaction
 from nightpress.core.errors import ErrorCode, NightpressError
 from nightpress.core.handoff.frames import Progress
 from nightpress.core.handoff.manifest import ArtifactEntry, FileEntry, Manifest
+from nightpress.core.service.costs.ledger import CostLedger
+from nightpress.core.service.costs.prices import PriceList
 from nightpress.core.service.jobs.queries import JOB_COLUMNS
 from nightpress.core.service.jobs.records import Claimed, Idempotency, Job, MetricRow, NewJob, Succeeded, WorkerOffer
 from nightpress.core.service.jobs.store import JobStore
+from nightpress.core.service.tables.costs import spending
 from nightpress.core.service.tables.jobs import (
     job_artifacts,
     job_attempts,
@@ -27,7 +32,7 @@ from nightpress.core.service.tables.jobs import (
 )
 from nightpress.core.service.tables.promotions import promotions
 from nightpress.core.version import ENGINE
-from tests.columns import JOB_ALIKE, UNTOUCHED, Rows, identifier
+from tests.columns import JOB_ALIKE, UNTOUCHED, Chosen, Rows, identifier
 from tests.jobs import MODEL_ID, new_job, submit
 
 COVERED = {
@@ -39,6 +44,7 @@ COVERED = {
     job_reports,
     job_metrics,
     promotions,
+    spending,
 }
 LATER = dt.datetime(2031, 5, 6, 7, 8, 9, tzinfo=dt.UTC)
 #: a different value for each field of a new job
@@ -174,6 +180,7 @@ def test_from_the_queue_to_a_result_that_another_job_is_given(store: JobStore, r
         "outcome": None,
         "error": None,
         "swept": False,
+        "cost_micros": None,
     }
     rows.check(job_attempts, attempt, job_attempts.c.job_id == job_id)
 
@@ -242,7 +249,7 @@ def test_from_the_queue_to_a_result_that_another_job_is_given(store: JobStore, r
     rows.all_seen(job_artifacts, job_reports, job_metrics, job_logs)
 
 
-def test_a_job_that_fails(store: JobStore, rows: Rows) -> None:
+def test_a_job_that_fails(store: JobStore, rows: Rows, engine: Engine) -> None:
     new = replace(given(store), max_failures=1)
     claimed, row = started(store, rows, new)
     error = NightpressError(ErrorCode.NUMERICAL_FAILURE, "It came to nothing.")
@@ -269,9 +276,20 @@ def test_a_job_that_fails(store: JobStore, rows: Rows) -> None:
         "outcome": "failed",
         "error": error.as_dict(),
         "swept": False,
+        "cost_micros": None,
     }
     rows.check(job_attempts, attempt, job_attempts.c.job_id == claimed.job.id)
-    rows.all_seen(job_attempts)
+    with transaction(engine) as connection:
+        connection.execute(update(job_attempts).values(started_at=db_now(-1000)))
+    assert CostLedger(engine, PriceList({"gpu": 3600.0}, "EUR")).count_ended() == 1
+    cost = Chosen("<about 1e9>", lambda value: 940_000_000 < value <= 1_000_000_000)
+    counted = attempt | {"started_at": rows.after(-1000), "cost_micros": cost}
+    rows.check(job_attempts, counted, job_attempts.c.job_id == claimed.job.id)
+    with transaction(engine, read_only=True) as connection:
+        today = connection.execute(select(db_day())).scalar_one()
+    tenant = claimed.job.tenant_id
+    rows.check(spending, {"tenant_id": tenant, "day": today, "micros": cost})
+    rows.all_seen(spending, job_attempts)
 
 
 def test_every_column_of_a_job_has_been_seen_with_a_value() -> None:

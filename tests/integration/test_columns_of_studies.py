@@ -8,18 +8,20 @@ import pytest
 
 from nightpress.core.service.studies.records import Ended, Outcome
 from nightpress.core.service.tables.studies import studies, study_events, study_trials
+from nightpress.core.wire.costs import CostView
 from tests.columns import MAPPING, WORDS, Chosen, Rows
 from tests.studies import SPACE, TENANT, StudyWorld, bits_of
 
 COVERED = {studies, study_trials, study_events}
 COUNTERS = frozenset({"proposed", "told", "event_seq", "cpu_s", "gpu_s", "winner", "max_judged", "model_name"})
 SMALL = frozenset({"number", "known", "judges", "cpu_s", "gpu_s"})
+COST = Chosen("<cost>", lambda value: isinstance(value, int) and value > 0)
 FIGURE = Chosen("<figure>", lambda value: isinstance(value, float))
 
 
 @pytest.fixture
 def world(tmp_path: Path, sql_url: str, bert_tiny: Path) -> Iterator[StudyWorld]:
-    world = StudyWorld(tmp_path, sql_url, bert_tiny)
+    world = StudyWorld(tmp_path, sql_url, bert_tiny, prices={"cpu": 3600.0})
     yield world
     world.engine.dispose()
 
@@ -37,6 +39,7 @@ def test_studies_trials_and_events(world: StudyWorld) -> None:
         hours=2.0,
         cpu_hours=3.0,
         gpu_hours=4.0,
+        max_cost=17.5,
         seed=15,
         priority=16,
         labels={"label": "yes"},
@@ -71,6 +74,7 @@ def test_studies_trials_and_events(world: StudyWorld) -> None:
         "max_judged": 11,
         "cpu_limit_s": 3 * 3600.0,
         "gpu_limit_s": 4 * 3600.0,
+        "cost_limit": 17.5,
         "deadline_at": rows.after(7200),
         "priority": 16,
         "labels": {"label": "yes"},
@@ -80,6 +84,7 @@ def test_studies_trials_and_events(world: StudyWorld) -> None:
         "told": 0,
         "cpu_s": 0.0,
         "gpu_s": 0.0,
+        "cost_micros": 0,
         "winner": None,
         "report": None,
         "error": None,
@@ -114,6 +119,7 @@ def test_studies_trials_and_events(world: StudyWorld) -> None:
         "margin": None,
         "cpu_s": 0.0,
         "gpu_s": 0.0,
+        "cost_micros": 0,
         "created_at": rows.now,
         "ended_at": None,
     }
@@ -146,6 +152,7 @@ def test_studies_trials_and_events(world: StudyWorld) -> None:
         ],
         "margin": pytest.approx((0.95 - cosine) / 0.95),
         "cpu_s": FIGURE,
+        "cost_micros": COST,
         "ended_at": rows.now,
     }
     rows.check(study_trials, {**trial, **ended}, study_trials.c.number == 0, alike=SMALL | {"margin"})
@@ -176,6 +183,7 @@ def test_studies_trials_and_events(world: StudyWorld) -> None:
         "proposed": 5,
         "told": 5,
         "cpu_s": FIGURE,
+        "cost_micros": COST,
         "winner": 3,
         "report": MAPPING,
         "event_seq": 13,
@@ -190,7 +198,7 @@ def test_a_study_that_failed_and_a_figure_with_an_interval(world: StudyWorld) ->
     study = world.create(target="cpu-encoder", space="auto", parallel=1)
     world.replica().advance()
     [opened] = world.trials(study)
-    ended = Ended(0, "search", {}, opened.job_id, "succeeded", None, cpu_s=21.5, gpu_s=22.5)
+    ended = Ended(0, "search", {}, opened.job_id, "succeeded", None, cpu_s=21.5, gpu_s=22.5, cost_micros=23_500_000)
     figures = {"gate": "cosine >= 0.95", "observed": 0.5, "miss": 0.45, "explanation": "why"}
     outcome = Outcome("missed", "the reason", "of-the-artifact", 0.31, 0.32, 0.33, [figures], 0.45)
     assert world.ledger.tell(study.id, ended, outcome)
@@ -200,6 +208,7 @@ def test_a_study_that_failed_and_a_figure_with_an_interval(world: StudyWorld) ->
     assert read == ("missed", "the reason", "of-the-artifact", 0.31, 0.32, 0.33, 0.45)
     assert [gate.model_dump() for gate in trial.gates] == [figures]
     assert (trial.cpu_seconds, trial.gpu_seconds) == (21.5, 22.5)
+    assert world.get(study).cost == CostView(amount=23.5, currency="EUR")
     active = world.ledger.active()[0]
     assert (active.target, active.cpu_s, active.gpu_s, active.told) == ("cpu-encoder", 21.5, 22.5, 1)
     assert world.ledger.fail(active, {"code": "internal", "message": "what happened"}, "failures")

@@ -3,24 +3,27 @@
 import hashlib
 import zlib
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import pytest
-from sqlalchemy import Engine, select
+from sqlalchemy import Engine, select, update
 
 from nightpress.core.database import db_month, db_now, metadata, transaction
 from nightpress.core.service.access.audit import AuditLog
 from nightpress.core.service.access.idempotency import Answered, Begun, IdempotencyBook
 from nightpress.core.service.access.keys import KeyRing, create_key, revoke
+from nightpress.core.service.access.oidc.people import PeopleBook
+from nightpress.core.service.access.oidc.sessions import Confirmed, SessionBook, digest_of
 from nightpress.core.service.access.quotas import QuotaBook
 from nightpress.core.service.jobs.checkpoints import CheckpointIndex, StoredFile
 from nightpress.core.service.jobs.records import Worker, WorkerOffer
 from nightpress.core.service.jobs.source_figures import KeptSource
 from nightpress.core.service.jobs.store import JobStore
 from nightpress.core.service.promotions.store import PromotionStore
-from nightpress.core.service.tables.access import api_keys, audit_log, gpu_usage, tenants
+from nightpress.core.service.tables.access import api_keys, audit_log, gpu_usage, people, sessions, tenants
 from nightpress.core.service.tables.jobs import (
     checkpoint_files,
     checkpoints,
@@ -58,8 +61,10 @@ COVERED = {
     checkpoints,
     gpu_usage,
     idempotency_keys,
+    people,
     schedule_runs,
     schedules,
+    sessions,
     source_figures,
     tenants,
     tracked_runs,
@@ -95,6 +100,8 @@ def test_tenants_keys_audit_and_gpu_time(engine: Engine, rows: Rows, store: JobS
         "max_storage_bytes": 13,
         "max_gpu_seconds_month": 14,
         "rate_limit_per_minute": 15,
+        "max_cost_day": 18,
+        "max_cost_month": 19,
     }
     book.change("tenant-a", QuotaChange(**bounds))
     book.change("tenant-a", QuotaChange(max_queued_jobs=16))
@@ -119,6 +126,48 @@ def test_tenants_keys_audit_and_gpu_time(engine: Engine, rows: Rows, store: JobS
     }
     rows.check(api_keys, key)
 
+    book_of_people = PeopleBook(engine)
+    claims = {"iss": "https://login", "sub": "subject-1", "name": "Ada", "email": "ada@example.com"}
+    person_id, _, _ = book_of_people.know(claims)
+    assert PeopleBook(engine).know(claims | {"name": "Ada L."})[0] == person_id
+    person = {"id": person_id, "issuer": "https://login", "subject": "subject-1", "name": "Ada L."}
+    rows.check(people, {**person, "email": "ada@example.com", "created_at": rows.now, "seen_at": rows.now})
+    grants = {"engineers": {"tenant": "tenant-s", "scopes": ["jobs:read"]}}
+    sign_in_settings = Settings(
+        _env_file=None, data_dir=tmp_path, oidc_groups=grants, oidc_recheck_s=1000, session_s=5000
+    )
+    session_book = SessionBook(engine, sign_in_settings)
+    cookie = session_book.begin(
+        Confirmed(person_id, ["engineers"], "sealed"), "tenant-s", state="the-state", replaces=None
+    )
+    assert session_book.authenticate(cookie).tenant_id == "tenant-s"
+    session: dict[str, Any] = {
+        "id": identifier("ses"),
+        "person_id": person_id,
+        "tenant_id": "tenant-s",
+        "groups": ["engineers"],
+        "digest": digest_of(cookie),
+        "state_digest": digest_of("the-state"),
+        "refresh_token": "sealed",
+        **dict.fromkeys(["created_at", "seen_at", "confirmed_at"], rows.now),
+        "check_at": rows.after(1000),
+        "ends_at": rows.after(5000),
+        "ended_at": None,
+        "reason": None,
+    }
+    rows.check(sessions, session)
+    with transaction(engine) as connection:
+        connection.execute(update(sessions).values(check_at=db_now(-1)))
+    with ThreadPoolExecutor(6) as threads:
+        taken = list(threads.map(lambda _: SessionBook(engine, sign_in_settings).take_due(), range(6)))
+    (due,) = [found for found in taken if found is not None]
+    session_book.confirm(due, ["engineers", "others"], "sealed anew")
+    session_book.prune()
+    session |= {"groups": ["engineers", "others"], "refresh_token": "sealed anew"}
+    rows.check(sessions, session)
+    session_book.end(cookie)
+    rows.check(sessions, session | {"refresh_token": None, "ended_at": rows.now, "reason": "signed_out"})
+
     line: dict[str, Any] = {
         "tenant_id": "tenant-a",
         "key_id": "key12345",
@@ -139,7 +188,7 @@ def test_tenants_keys_audit_and_gpu_time(engine: Engine, rows: Rows, store: JobS
         month = connection.execute(select(db_month())).scalar_one()
     seconds = Chosen("<about 100>", lambda value: 100 <= value < 160)
     rows.check(gpu_usage, {"tenant_id": "tenant-b", "month": month, "seconds": seconds})
-    rows.all_seen(tenants, api_keys, audit_log, gpu_usage)
+    rows.all_seen(tenants, api_keys, audit_log, gpu_usage, people, sessions)
 
 
 def test_answers_to_requests_under_a_key(engine: Engine, rows: Rows) -> None:

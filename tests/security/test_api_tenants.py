@@ -16,6 +16,8 @@ from sqlalchemy import update
 from nightpress import migrations
 from nightpress.core.database import transaction
 from nightpress.core.service.access.keys import ALL_SCOPES, create_key, revoke
+from nightpress.core.service.access.oidc.people import PeopleBook
+from nightpress.core.service.access.oidc.sessions import Confirmed
 from nightpress.core.service.tables.studies import studies
 from nightpress.core.settings import Settings
 from tests.api import RunningApi, serve
@@ -36,6 +38,7 @@ class Owned(NamedTuple):
     webhooks: str
     deliveries: str
     credentials: str
+    sessions: str
 
 
 @pytest.fixture(scope="module")
@@ -80,6 +83,10 @@ def owned(api: RunningApi, owner: httpx.Client, bert_tiny: Path) -> Owned:
     hook = owner.post("/v1/webhooks", json={"url": "http://127.0.0.1:1/", "events": ["job.failed"]}).json()["webhook"][
         "id"
     ]
+    resources = api.services.resources
+    person, _, _ = PeopleBook(resources.engine).know({"iss": "https://login", "sub": "a"})
+    resources.sessions.begin(Confirmed(person, [], None), "first", state="s", replaces=None)
+    session = owner.get("/v1/sessions").json()["items"][0]["id"]
     nightly = {"name": "nightly", "cron": "0 2 * * *", "job": {"model": "tiny", "recipe": "int8-encoder"}}
     schedule = owner.post("/v1/schedules", json=nightly).json()["id"]
     study = owner.post("/v1/studies", json={"model": "tiny", "gates": {"cosine": ">= 0.9"}}).json()["id"]
@@ -101,6 +108,7 @@ def owned(api: RunningApi, owner: httpx.Client, bert_tiny: Path) -> Owned:
         schedules=schedule,
         keys=key,
         webhooks=hook,
+        sessions=session,
     )
 
 

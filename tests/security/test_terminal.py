@@ -16,6 +16,8 @@ import typer
 from nightpress.client.cli.main import app, main
 from nightpress.core.errors import ErrorCode, NightpressError
 from nightpress.core.handoff.frames import Progress
+from nightpress.core.service.access.oidc.people import PeopleBook
+from nightpress.core.service.access.oidc.sessions import Confirmed, SessionBook
 from nightpress.core.service.compose import Resources
 from nightpress.core.service.studies.searching import Searching
 from tests.face import RECIPE, Face
@@ -28,7 +30,7 @@ _ID = re.compile(r"[a-z]+_[0-9a-z]{20,}|np_\w+|[a-z0-9]{8}")
 _TIME = re.compile(r"\d{4}-\d\d-\d\dT")
 
 #: Subcommands that print nothing from a server, or only from one that the user started on this machine.
-_OWN = {"up", "down", "web", "press", "profile", "demo", "doctor", "reproduce", "servers", "convert"}
+_OWN = {"up", "down", "web", "press", "profile", "demo", "doctor", "reproduce", "servers", "convert", "logout"}
 
 
 class Poisoner:
@@ -170,11 +172,14 @@ def commands(face: Face, bert_tiny: Path, tmp_path_factory: pytest.TempPathFacto
         sent = client.deliveries.create(done, ["s3://models/x"])[0].id
         sealed = client.credentials.create("hf://acme", {"token": "hf_secret"}).id
         (folder / "secrets").write_text("token=hf_other\n")
+        person, _, _ = PeopleBook(face.engine).know({"iss": "https://login", "sub": "a", "name": "Ada"})
+        book = SessionBook(face.engine, face.settings)
+        book.begin(Confirmed(person, ["engineers"], None), "default", state="s", replaces=None)
         key = client.keys.create("other", ["jobs:read"]).record.id
     texts = [
         f"submit {model} -r int8-encoder", f"watch {done}", f"watch {failed}", f"wait {done}", f"wait {failed}", "ls", f"inspect {done}",
         f"inspect {failed}", f"inspect {running}", f"logs {done}", f"cancel {done}", "cancel --label none=such", f"retry {failed}",
-        f"pull {done} --out {folder / 'pulled'}", f"pull mine --out {folder / 'latest'}", f"report {done}", f"compare {done} {done}",
+        f"pull {done} --out {folder / 'pulled'}", f"pull mine --out {folder / 'latest'}", f"report {done}", f"cost {done}", "cost", f"compare {done} {done}",
         "workers", "queues", "whoami", "audit", "recipes", "recipes show int8-encoder", "recipes schema", "recipes passes",
         f"recipes validate {folder / 'recipe.json'} --model {model}", "models", f"models show {model}", "models show nothing",
         "models history mine", f"models promote mine {done}", f"models add {bert_tiny} --name second", "models rm nothing",
@@ -189,6 +194,7 @@ def commands(face: Face, bert_tiny: Path, tmp_path_factory: pytest.TempPathFacto
         f"credentials add hf://more --from {folder / 'secrets'}", f"credentials rotate {sealed} --from {folder / 'secrets'}",
         f"credentials rm {sealed}", f"verify {folder}",
         "keys", f"keys show {key}", "keys add more --scope jobs:read", f"keys rotate {key}", f"keys rm {key}",
+        "sessions", "sessions rm ses_nothing", "login",
         "tenants", "tenants show default", "tenants quota default max_queued_jobs=5",
         "studies", f"studies show {study}", f"studies trials {study}", f"studies events {study}", f"studies watch {ended}", f"studies cancel {study}",
     ]  # fmt: skip

@@ -16,7 +16,17 @@ _PAGE = re.compile(r"\bdocs/[\w/.-]+\.md\b")
 _FENCED = re.compile(r"^ *```.*?^ *```", re.MULTILINE | re.DOTALL)
 
 
-@pytest.mark.parametrize("name", ["settings.md", "errors.md", "recipes.md", "commands.md", "report.schema.json"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "settings.md",
+        "errors.md",
+        "recipes.md",
+        "commands.md",
+        "report.schema.json",
+        "../deploy/helm/nightpress/README.md",
+    ],
+)
 def test_a_generated_page_is_in_step_with_the_code(name: str) -> None:
     page = runpy.run_path(str(DOCS / "reference.py"))["PAGES"][name]
     assert (DOCS / name).read_text() == page(), "run `python docs/reference.py`"

@@ -1,4 +1,4 @@
-// Requests to the API: each carries the key, and an error becomes a Refused with the problem of the answer.
+// Requests to the API: each carries the key or the session's cookie, and an error becomes a Refused with the problem of the answer.
 
 const KEY = "nightpress.key";
 
@@ -25,9 +25,26 @@ export function replace(value) {
   keep(value, localStorage.getItem(KEY) !== null);
 }
 
+/** The token that proves to the server that a request comes from this page. There is one while somebody is signed in by a session. */
+function csrf() {
+  return document.cookie.match(/(?:^|; )(?:__Host-)?nightpress_csrf=([0-9a-f]+)/)?.[1] ?? "";
+}
+
+export function signedIn() {
+  return Boolean(key() || csrf());
+}
+
+/** End the session and forget the key. */
+export async function signOut() {
+  const token = csrf();
+  forget();
+  if (token) await fetch("/auth/sign-out", { method: "POST", headers: { "X-CSRF-Token": token } });
+}
+
 export function forget() {
   sessionStorage.removeItem(KEY);
   localStorage.removeItem(KEY);
+  for (const prefix of ["", "__Host-"]) document.cookie = `${prefix}nightpress_csrf=; Path=/; Max-Age=0; SameSite=Strict${prefix && "; Secure"}`;
 }
 
 async function send(method, path, { body, headers = {}, signal, query } = {}) {
@@ -38,7 +55,7 @@ async function send(method, path, { body, headers = {}, signal, query } = {}) {
       method,
       signal,
       headers: {
-        Authorization: `Bearer ${key() || ""}`,
+        ...(key() ? { Authorization: `Bearer ${key()}` } : { "X-CSRF-Token": csrf() }),
         ...(body === undefined ? {} : { "Content-Type": "application/json" }),
         ...headers,
       },

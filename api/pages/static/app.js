@@ -1,7 +1,8 @@
 // The frame of the page: signing in and out, the navigation, and the view that the address names.
 
-import { forget, get, keep, key } from "./api.js";
+import { forget, get, keep, signedIn, signOut } from "./api.js";
 import { announce, fill, h } from "./dom.js";
+import { person, provider, reasonOf } from "./signin.js";
 import { field, heading, trouble } from "./parts.js";
 import { access } from "./views/access.js";
 import { compare } from "./views/compare.js";
@@ -42,7 +43,7 @@ let leave = new AbortController();
 async function route() {
   leave.abort();
   leave = new AbortController();
-  if (!key()) return signIn();
+  if (!signedIn()) return signIn(reasonOf(location.hash));
   const [path, search] = (location.hash.slice(1) || "/jobs").split("?");
   const found = VIEWS.map(([pattern, view, title]) => [path.match(pattern), view, title]).find(([match]) => match);
   navigation(path);
@@ -79,7 +80,8 @@ function navigation(path) {
   fill(document.getElementById("tools"),
     h("a", { href: "/docs" }, "API"),
     themeButton(),
-    h("button", { type: "button", class: "small", onclick: signOut }, "Sign out"));
+    person(),
+    h("button", { type: "button", class: "small", onclick: leaveThePage }, "Sign out"));
 }
 
 function themeButton() {
@@ -96,8 +98,8 @@ function themeButton() {
   return element;
 }
 
-function signOut() {
-  forget();
+async function leaveThePage() {
+  await signOut();
   route();
 }
 
@@ -111,6 +113,7 @@ function signIn(fault = null) {
   const form = h("form", { class: "card narrow" },
     heading("Sign in"),
     place,
+    provider(),
     field("API key", input, "`nightpress up` writes a key to its data folder. An operator can make more."),
     h("p", { class: "check" }, stay, h("label", { for: "stay" }, "Stay signed in on this device")),
     h("button", { class: "primary" }, "Sign in"));
@@ -149,6 +152,6 @@ window.addEventListener("hashchange", () => {
 window.addEventListener("signed-out", () => {
   leave.abort();
   forget();
-  signIn(new Error("The key is no longer accepted. Sign in with another key."));
+  signIn(new Error("The key or session is no longer accepted. Sign in again."));
 });
 route();

@@ -12,6 +12,12 @@ export function bytes(count) {
   return `${unit === 0 ? count : count.toPrecision(3)} ${UNITS[unit]}`;
 }
 
+/** Money, e.g. of `{ amount, currency }`. Small amounts have more digits. */
+export function money(cost) {
+  if (!cost?.currency) return null;
+  return `${cost.amount >= 1 || cost.amount === 0 ? cost.amount.toFixed(2) : cost.amount.toPrecision(3)} ${cost.currency}`;
+}
+
 export function duration(seconds) {
   if (seconds === null || seconds === undefined || !Number.isFinite(seconds)) return "–";
   if (seconds > 0 && seconds < 1) return `${Math.round(seconds * 1000)} ms`;

@@ -43,7 +43,7 @@ class KeyIssuer:
     def create(self, caller: Principal, wanted: KeyCreate) -> NewKeyView:
         """Make a key. It expires with the caller's key at the latest, and shares the rate limit of the caller's key.
 
-        A key that an administrator makes for another tenant is independent of the caller's, unless it has the scope admin.
+        A key that a person makes outlasts the person's session. A key that an administrator makes for another tenant is independent of the caller's, unless it has the scope admin.
         Raises invalid_request, and forbidden for scopes or an expiry that go beyond the caller's own.
         """
         tenant_id = self._tenant(caller, wanted.tenant_id)
@@ -56,7 +56,7 @@ class KeyIssuer:
                 ErrorCode.INVALID_REQUEST, "The key would have expired already.", hint="Give a later `expires_at`."
             )
         own_line = tenant_id == caller.tenant_id or "admin" in wanted.scopes
-        if own_line:
+        if own_line and caller.person is None:
             expires_at = _within(self.get(caller, caller.key_id).expires_at, expires_at)
         record, plain = create_key(
             self._engine,

@@ -49,14 +49,25 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
+class Person:
+    """Somebody who has signed in by OIDC. `tenants`: all in which the groups allow something."""
+
+    id: str
+    name: str
+    email: str
+    tenants: tuple[str, ...]
+
+
+@dataclass(frozen=True)
 class Principal:
-    """The caller of a request, and what its key allows."""
+    """The caller of a request, and what its key, or its groups, allow."""
 
     tenant_id: str
-    key_id: str
+    key_id: str  #: of a person who has signed in: the person's id
     scopes: frozenset[str]
     #: id of the first key in the chain of keys that made this key; all keys of a family together have the limits of a single key
     family: str
+    person: Person | None = None  #: None: a key
 
     @property
     def is_admin(self) -> bool:

@@ -17,6 +17,8 @@ from sqlalchemy.exc import IntegrityError
 from nightpress.core.database import db_month, db_now, transaction
 from nightpress.core.errors import ErrorCode, NightpressError
 from nightpress.core.paging import newest_first
+from nightpress.core.service.costs.ledger import CostLedger
+from nightpress.core.service.costs.prices import MICROS, PriceList
 from nightpress.core.service.tables.access import api_keys, gpu_usage, tenants
 from nightpress.core.service.tables.jobs import IS_LEASED, IS_QUEUED, job_artifacts, jobs
 from nightpress.core.service.tables.registry import data_sets, models
@@ -38,6 +40,8 @@ class Quotas:
     max_storage_bytes: int
     max_gpu_seconds_month: int
     rate_limit_per_minute: int
+    max_cost_day: int
+    max_cost_month: int
 
     @classmethod
     def default(cls, settings: Settings) -> "Quotas":
@@ -53,6 +57,7 @@ class QuotaBook:
     def __init__(self, engine: Engine, settings: Settings) -> None:
         self._engine = engine
         self._default = Quotas.default(settings)
+        self._costs = CostLedger(engine, PriceList.of(settings))
         self._lock = threading.Lock()
         self._known: dict[str, tuple[Quotas, float]] = {}
 
@@ -105,6 +110,25 @@ class QuotaBook:
                 limit=bound,
                 used=round(used),
             )
+
+    def check_budget(self, tenant_id: str) -> None:
+        """Raise quota_exceeded if the tenant's money of the day or of the month is spent."""
+        quotas = self.of(tenant_id)
+        if not (quotas.max_cost_day or quotas.max_cost_month) or not self._costs.prices:
+            return
+        spent = self._costs.spent(tenant_id)
+        for used, bound, period, until in (
+            (spent.day, quotas.max_cost_day, "today", "tomorrow (UTC)"),
+            (spent.month, quotas.max_cost_month, "this month", "the first of the month (UTC)"),
+        ):
+            if bound and used >= bound * MICROS:
+                raise NightpressError(
+                    ErrorCode.QUOTA_EXCEEDED,
+                    f"The budget of {bound:,} {self._costs.prices.currency} for {period} is spent: {used / MICROS:,.2f}.",
+                    hint=f"Wait until {until}, or ask an administrator for a larger budget.",
+                    limit=bound,
+                    used=used / MICROS,
+                )
 
     # Administrators ----------------------------------------------------------------------------------------------
 
@@ -166,11 +190,15 @@ class QuotaBook:
             query = select(func.count()).select_from(jobs).where(condition, jobs.c.tenant_id == tenant_id)
             return int(connection.execute(query).scalar_one())
 
+        spent = self._costs.spent(tenant_id)
         return UsageView(
             queued_jobs=count(IS_QUEUED),
             running_jobs=count(IS_LEASED),
             storage_bytes=_stored(connection, tenant_id),
             gpu_seconds_month=_gpu_seconds(connection, tenant_id),
+            cost_day=spent.day / MICROS,
+            cost_month=spent.month / MICROS,
+            currency=self._costs.prices.currency if self._costs.prices else "",
         )
 
     def _merged(self, own: Mapping[str, Any]) -> Quotas:

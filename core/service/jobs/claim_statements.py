@@ -29,12 +29,14 @@ from sqlalchemy import (
 )
 from sqlalchemy.types import BigInteger, Float
 
-from nightpress.core.database import JsonType, db_month, db_now
+from nightpress.core.database import JsonType, db_day, db_month, db_now
+from nightpress.core.service.costs.prices import MICROS
 from nightpress.core.service.jobs.queries import JOB_COLUMNS
 from nightpress.core.service.jobs.records import WorkerOffer
 from nightpress.core.service.jobs.states import RUNNING
 from nightpress.core.service.tables.access import gpu_usage
 from nightpress.core.service.tables.access import tenants as tenants_table
+from nightpress.core.service.tables.costs import spending
 from nightpress.core.service.tables.jobs import IS_LEASED, IS_QUEUED, job_attempts, job_events, jobs
 
 _columns = jobs.c
@@ -64,6 +66,8 @@ class Caps:
 
     running: int = 0
     gpu_seconds_month: int = 0
+    cost_day: int = 0  #: in the operator's currency
+    cost_month: int = 0
 
 
 def claim_values(offer: WorkerOffer, lease_id: str, ttl_s: float, caps: Caps) -> dict[str, Any]:
@@ -71,6 +75,8 @@ def claim_values(offer: WorkerOffer, lease_id: str, ttl_s: float, caps: Caps) ->
     return {
         "default_running": caps.running,
         "default_gpu_seconds": caps.gpu_seconds_month,
+        "default_cost_day": caps.cost_day,
+        "default_cost_month": caps.cost_month,
         "offered_queue": offer.queue,
         "offered_memory": offer.memory,
         "offered_gpu_memory": _UNKNOWN if offer.gpu_memory is None else offer.gpu_memory,
@@ -142,6 +148,8 @@ def whose_turn(*, oldest: bool) -> Select[Any]:
                 most_gpu == literal_column("0"),
                 func.coalesce(used, literal_column("0")) < most_gpu,
             ),
+            _within_budget(tenants_table.c.max_cost_day, "default_cost_day", tenants, since=db_day()),
+            _within_budget(tenants_table.c.max_cost_month, "default_cost_month", tenants, since=db_month()),
         )
         .order_by(*by_age if oldest else (candidate.c.priority.desc(), running, *by_age))
         .limit(literal_column("1"))
@@ -152,6 +160,15 @@ def _cap(column: Column[Any], default: str, tenants: CTE) -> ColumnElement[Any]:
     """A tenant's own limit, or the default if it has none."""
     own = select(column).where(tenants_table.c.id == tenants.c.id).correlate(tenants).scalar_subquery()
     return func.coalesce(own, bindparam(default, type_=BigInteger))
+
+
+def _within_budget(column: Column[Any], default: str, tenants: CTE, *, since: db_day | db_month) -> ColumnElement[bool]:
+    """Whether a tenant has money left: of the attempts that were counted since the day or month began."""
+    most = _cap(column, default, tenants)
+    mine = (spending.c.tenant_id == tenants.c.id, spending.c.day >= since)
+    spent = select(func.sum(spending.c.micros)).where(*mine).correlate(tenants).scalar_subquery()
+    zero = literal_column("0", BigInteger)
+    return or_(most == zero, func.coalesce(spent, zero) < most * literal_column(str(MICROS)))
 
 
 def some_have_caps() -> Select[Any]:

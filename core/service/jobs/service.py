@@ -137,6 +137,7 @@ class JobService:
             )
         quotas = self._quotas.of(tenant_id)
         self._quotas.check_storage(tenant_id)
+        self._quotas.check_budget(tenant_id)
         if any(new.queue == "gpu" for new in news):
             self._quotas.check_gpu(tenant_id)
         self._measure_anew(new for new, request in zip(news, wanted, strict=True) if request.force)
@@ -211,8 +212,9 @@ class JobService:
             self._store.sources.outdate(new.tenant_id, new.model_digest)
 
     def _max_queued(self, new: NewJob) -> int:
-        """The most jobs that the tenant may have queued. Raises quota_exceeded if the storage or the GPU time is used up."""
+        """The most jobs that the tenant may have queued. Raises quota_exceeded if the storage, the GPU time or the budget is used up."""
         self._quotas.check_storage(new.tenant_id)
+        self._quotas.check_budget(new.tenant_id)
         if new.queue == "gpu":
             self._quotas.check_gpu(new.tenant_id)
         return self._quotas.of(new.tenant_id).max_queued_jobs or NO_BOUND

@@ -12,6 +12,8 @@ from sqlalchemy import ColumnElement, Engine, func, insert, or_, select, update
 from sqlalchemy.engine import Connection
 
 from nightpress.core.database import UtcDateTime, db_now, read_now, transaction
+from nightpress.core.service.costs.ledger import costs_of
+from nightpress.core.service.costs.prices import MICROS, UNPRICED, PriceList
 from nightpress.core.service.jobs.records import Job, NewJob
 from nightpress.core.service.jobs.submission import insert_jobs
 from nightpress.core.service.promotions.store import promote_accepted
@@ -32,8 +34,9 @@ _ENDED = frozenset({"succeeded", "failed", "cancelled"})
 class StudyLedger:
     """Asks and tells. Every method that writes returns whether it did: False if another replica was faster, or the study has moved on."""
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: Engine, prices: PriceList = UNPRICED) -> None:
         self._engine = engine
+        self.prices = prices
 
     def active(self) -> list[Study]:
         """The studies of all tenants that have not ended, oldest first."""
@@ -65,18 +68,25 @@ class StudyLedger:
         )
         with transaction(self._engine, read_only=True) as connection:
             rows = connection.execute(query).all()
-            spent = _spent(connection, [row.job_id for row in rows if row.job_id])
-        return [Ended(*row, *spent.get(row.job_id or "", (0.0, 0.0))) for row in rows]
+            job_ids = [row.job_id for row in rows if row.job_id]
+            spent = _spent(connection, job_ids)
+            costs = costs_of(connection, self.prices, job_ids) if self.prices else {}
+        return [
+            Ended(*row, *spent.get(row.job_id or "", (0.0, 0.0)), cost_micros=costs.get(row.job_id or "", 0))
+            for row in rows
+        ]
 
     def progress(self, study_id: str) -> Progress:
         """The study's state, its open trials, and what it has spent."""
         row = select(studies.c.state, studies.c.proposed, studies.c.cpu_s, studies.c.gpu_s, studies.c.deadline_at)
+        row = row.add_columns(studies.c.cost_micros)
         opened = select(_trials.number, _trials.job_id).where(_trials.study_id == study_id, _trials.state == "open")
         with transaction(self._engine, read_only=True) as connection:
             study = connection.execute(row.where(studies.c.id == study_id)).one()
             still = connection.execute(opened.order_by(_trials.number)).all()
             job_ids = [trial.job_id for trial in still if trial.job_id]
             running = _spent(connection, job_ids).values()
+            costs = costs_of(connection, self.prices, job_ids) if self.prices else {}
             now = read_now(connection)
         return Progress(
             state=study.state,
@@ -85,6 +95,7 @@ class StudyLedger:
             first_open=still[0].number if still else None,
             cpu_s=study.cpu_s + sum(cpu for cpu, _ in running),
             gpu_s=study.gpu_s + sum(gpu for _, gpu in running),
+            cost=(study.cost_micros + sum(costs.values())) / MICROS,
             overdue=now >= study.deadline_at,
             at=now,
         )
@@ -124,7 +135,7 @@ class StudyLedger:
         figures = asdict(outcome)
         with transaction(self._engine) as connection:
             still = (_trials.study_id == study_id, _trials.number == ended.number, _trials.state == "open")
-            costs = {"cpu_s": ended.cpu_s, "gpu_s": ended.gpu_s, "ended_at": db_now()}
+            costs = {"cpu_s": ended.cpu_s, "gpu_s": ended.gpu_s, "cost_micros": ended.cost_micros, "ended_at": db_now()}
             if not connection.execute(update(study_trials).where(*still).values(**figures, **costs)).rowcount:
                 return False
             data = {"number": ended.number, "role": ended.role, "state": outcome.state, "goal": outcome.goal}
@@ -136,6 +147,7 @@ class StudyLedger:
                 told=studies.c.told + 1,
                 cpu_s=studies.c.cpu_s + ended.cpu_s,
                 gpu_s=studies.c.gpu_s + ended.gpu_s,
+                cost_micros=studies.c.cost_micros + ended.cost_micros,
             )
         return True
 

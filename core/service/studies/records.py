@@ -33,6 +33,7 @@ class Study:
     max_judged: int
     cpu_limit_s: float | None
     gpu_limit_s: float | None
+    cost_limit: float | None  #: in the operator's currency
     deadline_at: dt.datetime
     priority: int
     labels: dict[str, str]
@@ -107,6 +108,7 @@ class Ended:
     error: dict[str, Any] | None
     cpu_s: float
     gpu_s: float
+    cost_micros: int = 0  #: in millionths of the currency
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,5 +121,6 @@ class Progress:
     first_open: int | None  #: the lowest number of these
     cpu_s: float  #: spent, running trials included
     gpu_s: float
+    cost: float  #: in the operator's currency
     overdue: bool  #: whether the deadline has passed
     at: dt.datetime  #: the database's time

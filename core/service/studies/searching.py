@@ -217,6 +217,8 @@ def _limit_reached(study: Study, now: Progress) -> Reason | None:
         return "deadline"
     if study.cpu_limit_s is not None and now.cpu_s >= study.cpu_limit_s:
         return "cpu"
+    if study.cost_limit is not None and now.cost >= study.cost_limit:
+        return "cost"
     return "gpu" if study.gpu_limit_s is not None and now.gpu_s >= study.gpu_limit_s else None
 
 

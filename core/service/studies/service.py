@@ -118,10 +118,20 @@ class StudyService:
             "max_judged": wanted.judge,
             "cpu_limit_s": None if wanted.cpu_hours is None else 3600 * wanted.cpu_hours,
             "gpu_limit_s": None if wanted.gpu_hours is None else 3600 * wanted.gpu_hours,
+            "cost_limit": self._cost_limit(wanted),
             "priority": wanted.priority,
             "labels": wanted.labels,
             "promote": wanted.promote,
         }
+
+    def _cost_limit(self, wanted: StudyRequest) -> float | None:
+        if wanted.max_cost is not None and not self._ledger.prices:
+            raise NightpressError(
+                ErrorCode.INVALID_REQUEST,
+                "max_cost: the operator has set no prices, so nothing costs anything here.",
+                hint="Leave it out, and give `cpu_hours` or `gpu_hours`.",
+            )
+        return wanted.max_cost
 
     def cancel(self, tenant_id: str, study_id: str) -> StudyView:
         """Cancel a study and its trials. The control process ends it when no trial runs any more. Raises not_found."""

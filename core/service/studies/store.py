@@ -12,11 +12,13 @@ from nightpress.core.ids import new_id
 from nightpress.core.numbers import whole_number
 from nightpress.core.paging import newest_first
 from nightpress.core.recipes.search.space import Space
+from nightpress.core.service.costs.prices import MICROS, UNPRICED, PriceList
 from nightpress.core.service.jobs.positions import Position
 from nightpress.core.service.jobs.records import Event
 from nightpress.core.service.studies.ledger import request_cancel
 from nightpress.core.service.tables.studies import studies, study_events, study_trials
 from nightpress.core.service.trackers.outbox import note_for_trackers
+from nightpress.core.wire.costs import CostView
 from nightpress.core.wire.studies import Best, StudyReport, StudyView, TrialView
 
 _MAX_ACTIVE = 100  #: studies of a tenant that have not ended
@@ -28,8 +30,9 @@ _trials = study_trials.c
 class StudyStore:
     """Studies of all tenants. Every method that takes a tenant sees only that tenant's studies."""
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: Engine, prices: PriceList = UNPRICED) -> None:
         self._engine = engine
+        self._prices = prices
 
     def create(
         self, tenant_id: str, values: Mapping[str, Any], *, hours: float, study_id: str | None = None
@@ -159,7 +162,10 @@ class StudyStore:
                 for row in connection.execute(select(kept).where(kept.c.place == 1))
             }
             won = {row.study_id: row.job_id for row in connection.execute(winners.where(studies.c.id.in_(ids)))}
-        return [_view(row, counts[row.id], best.get(row.id), won.get(row.id)) for row in rows]
+        return [_view(row, counts[row.id], best.get(row.id), won.get(row.id), self._cost(row)) for row in rows]
+
+    def _cost(self, row: Row[Any]) -> CostView | None:
+        return CostView(amount=row.cost_micros / MICROS, currency=self._prices.currency) if self._prices else None
 
 
 def read_positions(engine: Engine, study_ids: Sequence[str]) -> dict[str, Position]:
@@ -169,7 +175,9 @@ def read_positions(engine: Engine, study_ids: Sequence[str]) -> dict[str, Positi
         return {row.id: Position(row.state, row.event_seq, 0) for row in connection.execute(wanted)}
 
 
-def _view(row: Row[Any], counts: dict[str, int], best: Best | None, winner: str | None) -> StudyView:
+def _view(
+    row: Row[Any], counts: dict[str, int], best: Best | None, winner: str | None, cost: CostView | None
+) -> StudyView:
     given = dict(row._mapping)
     return StudyView(
         **{
@@ -183,6 +191,8 @@ def _view(row: Row[Any], counts: dict[str, int], best: Best | None, winner: str 
             "gpu_seconds": row.gpu_s,
             "counts": counts,
             "best": best,
+            "max_cost": row.cost_limit,
+            "cost": cost,
             "winner_job_id": winner,
         }
     )

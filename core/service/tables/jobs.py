@@ -192,10 +192,19 @@ job_attempts = Table(
     Column("outcome", String(12)),
     Column("error", JsonType),
     Column("swept", Boolean, nullable=False, server_default=text("false")),
+    Column("cost_micros", BigInteger),  #: millionths of the currency; NULL until it is counted, after the attempt's end
     CheckConstraint("outcome IN ('succeeded','failed','cancelled','released','lost')", name="outcome"),
     CheckConstraint("(outcome IS NULL) = (finished_at IS NULL)", name="closed"),
 )
 _SWEEPABLE = text("outcome <> 'succeeded' AND NOT swept")
+_NOT_COUNTED = text("cost_micros IS NULL")
+Index(
+    "ix_job_attempts_not_counted",
+    job_attempts.c.job_id,
+    job_attempts.c.number,
+    postgresql_where=_NOT_COUNTED,
+    sqlite_where=_NOT_COUNTED,
+)
 Index("ix_job_attempts_sweepable", job_attempts.c.finished_at, postgresql_where=_SWEEPABLE, sqlite_where=_SWEEPABLE)
 
 #: A prefix of a recipe on a model, with checkpoints in storage. `lease_id`: the lease of the attempt that writes it or wrote it last.

@@ -1,6 +1,7 @@
 """The tables of studies, their trials and their events. The constraints make sure that no trial is proposed twice."""
 
 from sqlalchemy import (
+    BigInteger,
     Boolean,
     CheckConstraint,
     Column,
@@ -43,6 +44,7 @@ studies = Table(
     Column("max_judged", Integer, nullable=False),
     Column("cpu_limit_s", Float),  #: worker-seconds on the queue `cpu` after which the search ends
     Column("gpu_limit_s", Float),
+    Column("cost_limit", Float),  #: in the operator's currency
     Column("deadline_at", UtcDateTime, nullable=False),
     Column("priority", SmallInteger, nullable=False),
     Column("labels", JsonType, nullable=False),
@@ -52,6 +54,7 @@ studies = Table(
     Column("told", Integer, nullable=False, server_default=text("0")),  #: number of trials that have ended
     Column("cpu_s", Float, nullable=False, server_default=text("0")),  #: worker-seconds of the trials that have ended
     Column("gpu_s", Float, nullable=False, server_default=text("0")),
+    Column("cost_micros", BigInteger, nullable=False, server_default=text("0")),
     Column("winner", Integer),  #: number of the winner's last measurement
     Column("report", JsonType),
     Column("error", JsonType),
@@ -92,6 +95,7 @@ study_trials = Table(
     Column("margin", Float),  #: the largest of these: above 0 if a gate was missed
     Column("cpu_s", Float, nullable=False, server_default=text("0")),
     Column("gpu_s", Float, nullable=False, server_default=text("0")),
+    Column("cost_micros", BigInteger, nullable=False, server_default=text("0")),
     Column("created_at", UtcDateTime, nullable=False),
     Column("ended_at", UtcDateTime),
     CheckConstraint("role IN ('search','judge')", name="role"),

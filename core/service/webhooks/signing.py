@@ -28,6 +28,10 @@ class SecretKeeper:
         info = f"webhook/{webhook_id}/{generation}".encode()
         return PREFIX + base64.b64encode(hmac.digest(self._key, info, "sha256")).decode()
 
+    def key_for(self, purpose: str) -> bytes:
+        """32 bytes for another purpose, e.g. to encrypt with."""
+        return hmac.digest(self._key, purpose.encode(), "sha256")
+
 
 def open_keeper(settings: Settings) -> SecretKeeper:
     """The keeper of this installation. Raises NightpressError(internal) if the key's file is damaged."""

@@ -6,6 +6,7 @@ import { age, moment } from "../format.js";
 import { badge, button, confirmed, empty, facts, field, heading, row, show, shownOnce, table, trouble } from "../parts.js";
 import { QUOTAS, used } from "./tenants.js";
 
+const SESSION_COLUMNS = ["Person", "State", "Groups", "Began", "Last used", ""];
 const COLUMNS = ["Key", "State", "Scopes", "Made", "Expires", "Last used", ""];
 /** The scopes of a key that submits jobs and fetches results. Others must be chosen. */
 const USUAL = new Set(["jobs:read", "jobs:write", "models:read", "models:write"]);
@@ -15,12 +16,14 @@ export async function access(main, { signal, query, go }) {
   const me = await get("/v1/me", {}, signal);
   const tenant = query.get("tenant") || me.tenant_id;
   const place = h("div");
+  const sessions = h("div");
   const again = () => go(address(tenant));
   fill(main, heading(tenant === me.tenant_id ? "Keys" : `Keys of ${tenant}`, me.scopes.includes("admin") ? h("a", { class: "button", href: "#/tenants" }, "Tenants and quotas") : null),
-    h("section", { class: "card" }, h("h2", {}, "The key in use"),
-      facts([["Tenant", h("code", {}, me.tenant_id)], ["Key", h("code", {}, me.key_id)], ["It may", me.scopes.map((scope) => h("span", { class: "label" }, scope))],
-        ...(me.usage ? QUOTAS.map((quota) => [quota[1].split(",")[0], used(quota, me.quotas, me.usage)]) : [])])),
-    place);
+    h("section", { class: "card" }, h("h2", {}, me.person ? "You" : "The key in use"),
+      facts([["Tenant", h("code", {}, me.tenant_id)], ["Person", me.person ? `${me.person.name} ${me.person.email}` : null], [me.person ? "Id" : "Key", h("code", {}, me.key_id)], [me.person ? "You may" : "It may", me.scopes.map((scope) => h("span", { class: "label" }, scope))],
+        ...(me.usage ? QUOTAS.filter(([name]) => me.usage.currency || !name.startsWith("max_cost")).map((quota) => [quota[1].split(",")[0], used(quota, me.quotas, me.usage)]) : [])])),
+    place, sessions);
+  await drawSessions(sessions, tenant === me.tenant_id && me.scopes.includes("keys:read"), again, signal);
   try {
     const page = await get("/v1/keys", { tenant_id: tenant, cursor: query.get("cursor"), limit: 50 }, signal);
     fill(place,
@@ -31,6 +34,22 @@ export async function access(main, { signal, query, go }) {
     if (error.status !== 403 || tenant !== me.tenant_id) throw error;
     fill(place, h("p", { class: "quiet" }, "To see other keys you need the scope keys:read, to make keys keys:write."));
   }
+}
+
+/** The sessions of people who have signed in to this tenant. Nothing where nobody has. */
+async function drawSessions(place, may, again, signal) {
+  if (!may) return;
+  const { items } = await get("/v1/sessions", { limit: 50 }, signal);
+  if (items.length === 0) return;
+  fill(place, h("h2", {}, "Sessions"), table("Sessions", SESSION_COLUMNS, items.map((session) => row(SESSION_COLUMNS, [
+    h("span", {}, session.name, h("small", { class: "quiet" }, ` ${session.email} `), h("code", {}, session.person_id)),
+    badge(session.live ? "active" : session.reason ?? "expired"), session.groups.join(", "), age(session.created_at), age(session.seen_at),
+    session.live ? button("End", async () => {
+      if (!(await confirmed(`End the session of ${session.name}?`, "End it"))) return;
+      await change("DELETE", `/v1/sessions/${session.id}`);
+      again();
+    }, { tone: "small bad", label: `End the session of ${session.name}` }) : "",
+  ]))));
 }
 
 function address(tenant, cursor = "") {

@@ -4,11 +4,12 @@ import { download, get, post, stream } from "../api.js";
 import { bars, lines } from "../charts.js";
 import { changed, interval, latency } from "../comparison.js";
 import { announce, fill, h } from "../dom.js";
-import { age, bytes, count, duration, figure, moment, percent, since, words } from "../format.js";
+import { age, bytes, count, duration, figure, moment, money, percent, since, words } from "../format.js";
 import { poll } from "../live.js";
 import { badge, button, confirmed, copyable, facts, heading, progress, row, table, trouble } from "../parts.js";
 
 const ENDED = new Set(["succeeded", "failed", "cancelled"]);
+const SAVINGS = ["Artifact", "Measured", "Source", "Artifact's price", "Saved", "Job pays back after"];
 const LINES_KEPT = 2000;
 
 export async function job(main, { signal, go }, id) {
@@ -82,6 +83,7 @@ function about(now) {
     ["Starts after", since(now.run_after) < 0 ? moment(now.run_after) : null],
     ["Started", now.started_at ? moment(now.started_at) : null],
     ["Took", now.started_at ? duration((end - Date.parse(now.started_at)) / 1000) : null],
+    ["Cost", money(now.cost)],
     ["Attempt", now.attempt ? `${now.attempt}, ${now.failures} of ${now.max_failures} failures` : null],
     ["Worker", now.worker_id ? h("code", {}, now.worker_id) : null],
     ["Trial of", now.study_id ? h("a", { href: `#/studies/${now.study_id}` }, now.study_id) : null],
@@ -104,7 +106,7 @@ function recipe(now) {
 }
 
 async function results(path, now, place, signal) {
-  const [{ report }, artifacts, trackers] = await Promise.all(["report", "artifacts", "trackers"].map((part) => get(`${path}/${part}`, {}, signal)));
+  const [{ report }, artifacts, trackers, cost] = await Promise.all(["report", "artifacts", "trackers", "cost"].map((part) => get(`${path}/${part}`, {}, signal)));
   const subjects = [report.source, ...report.artifacts];
   fill(place,
     h("section", { "aria-labelledby": "result" }, h("h2", { id: "result" }, "Before and after"), gates(report), searches(report), comparison(report, subjects),
@@ -112,6 +114,7 @@ async function results(path, now, place, signal) {
         bars("Size", subjects.map((subject) => ({ label: subject.name, value: subject.size_bytes, text: bytes(subject.size_bytes), tone: subject === report.source ? "pale" : "solid" }))),
         subjects.every((subject) => latency(subject)) ? bars(`Latency, batch ${latency(report.source).batch} × ${latency(report.source).length} tokens`, subjects.map((subject) => ({ label: subject.name, value: latency(subject).p50_ms, text: `${figure(latency(subject).p50_ms)} ms`, tone: subject === report.source ? "pale" : "solid" }))) : null),
       curves(report)),
+    savings(cost),
     h("section", { "aria-labelledby": "artifacts" }, h("h2", { id: "artifacts" }, "Artifacts"), copyable(`nightpress pull ${now.id} --out pressed`), artifacts.items.map((item) => artifact(path, item, report))),
     h("p", { class: "row" },
       button("Save the report (HTML)", () => download(`${path}/report.html`, `${now.id}.html`)),
@@ -119,6 +122,18 @@ async function results(path, now, place, signal) {
       h("a", { class: "button", href: `#/compare?job=${now.id}` }, "Compare with other jobs"),
       now.verdict === "accepted" ? h("a", { class: "button", href: `#/deliveries?job=${now.id}` }, "Deliveries") : null,
       trackers.items.filter((run) => /^https?:/.test(run.page ?? "")).map((run) => h("a", { class: "button", href: run.page, rel: "noreferrer" }, `Show in ${run.tracker === "mlflow" ? "MLflow" : run.tracker}`))));
+}
+
+/** What a million tokens cost with the source and with each artifact. Nothing where the operator has set no prices. */
+function savings(cost) {
+  if (cost.savings.length === 0) return null;
+  const price = (amount) => money({ amount, currency: cost.currency });
+  return h("section", { "aria-labelledby": "savings" }, h("h2", { id: "savings" }, "A million tokens"),
+    table("What a million tokens cost", SAVINGS, cost.savings.map((saving) => row(SAVINGS, [
+      saving.artifact, h("span", {}, saving.what, h("small", { class: "quiet" }, ` ${saving.shape}`)), price(saving.source_per_million), price(saving.per_million),
+      saving.saved_per_million >= 0 ? price(saving.saved_per_million) : `−${price(-saving.saved_per_million)}`,
+      saving.pays_back_after === null ? "never" : `${Math.ceil(saving.pays_back_after).toLocaleString()} tokens`,
+    ]))));
 }
 
 // How many times as fast as the source. Reports of earlier versions have only medians.

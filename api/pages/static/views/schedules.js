@@ -2,7 +2,7 @@
 
 import { change, get, post } from "../api.js";
 import { announce, fill, h } from "../dom.js";
-import { age, moment, words } from "../format.js";
+import { age, moment, money, words } from "../format.js";
 import { poll } from "../live.js";
 import { badge, button, confirmed, copyable, empty, facts, field, heading, row, table, trouble } from "../parts.js";
 
@@ -85,6 +85,7 @@ export async function schedule(main, { signal, go }, id) {
           ["When", h("span", {}, h("code", {}, schedule.cron), " ", schedule.timezone)],
           ["Next", schedule.upcoming.length ? schedule.upcoming.slice(0, 3).map((at) => h("div", {}, h("time", { datetime: at }, `${moment(at)} (${age(at)})`))) : null],
           ["Presses", pressed(schedule)],
+          ["Cost", money(schedule.cost)],
           ["Fetched from", schedule.source ? h("code", {}, schedule.source) : null],
           ["If the last job still runs", words(schedule.overlap)],
           ["Missed fires", schedule.catch_up === "none" ? "left out" : schedule.catch_up === "latest" ? "the latest is made up for" : "all are made up for"],

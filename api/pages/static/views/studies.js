@@ -3,7 +3,7 @@
 import { get, post } from "../api.js";
 import { bars, scatter } from "../charts.js";
 import { announce, fill, h, keyed } from "../dom.js";
-import { age, duration, moment, percent, words } from "../format.js";
+import { age, duration, moment, money, percent, words } from "../format.js";
 import { poll } from "../live.js";
 import { badge, button, confirmed, copyable, empty, facts, heading, row, table, trouble } from "../parts.js";
 
@@ -76,7 +76,8 @@ function about(now) {
     ["Best so far", now.best ? h("span", {}, `${percent(now.best.goal, 1)} of the source's ${now.minimize}, trial ${now.best.number}`) : null],
     ["Search ended by", now.reason],
     ["Ends at the latest", ENDED.has(now.state) ? null : moment(now.deadline_at)],
-    ["Cost", [now.cpu_seconds ? `${duration(now.cpu_seconds)} of CPU workers` : null, now.gpu_seconds ? `${duration(now.gpu_seconds)} of GPU workers` : null].filter(Boolean).join(", ")],
+    ["Cost", money(now.cost)],
+    ["Took", [now.cpu_seconds ? `${duration(now.cpu_seconds)} of CPU workers` : null, now.gpu_seconds ? `${duration(now.gpu_seconds)} of GPU workers` : null].filter(Boolean).join(", ")],
     ["Begun", h("time", { datetime: now.created_at }, `${moment(now.created_at)} (${age(now.created_at)})`)],
   ]);
 }

@@ -2,22 +2,25 @@
 
 import { change, get } from "../api.js";
 import { announce, fill, h } from "../dom.js";
-import { bytes, duration } from "../format.js";
+import { bytes, duration, money } from "../format.js";
 import { poll } from "../live.js";
 import { button, empty, field, heading, row, table, trouble } from "../parts.js";
 
-const COLUMNS = ["Tenant", "Queued", "Running", "Storage", "GPU time this month", "Requests a minute", ""];
+const COLUMNS = ["Tenant", "Queued", "Running", "Storage", "GPU time this month", "Cost today", "Cost this month", "Requests a minute", ""];
 /** Quotas: field, label, field of the use, and how its values are shown. */
 export const QUOTAS = [
   ["max_queued_jobs", "Queued jobs", "queued_jobs", String],
   ["max_running_jobs", "Running jobs", "running_jobs", String],
   ["max_storage_bytes", "Storage, bytes", "storage_bytes", bytes],
   ["max_gpu_seconds_month", "GPU seconds a month", "gpu_seconds_month", duration],
+  ["max_cost_day", "Money a day", "cost_day", String],
+  ["max_cost_month", "Money a month", "cost_month", String],
   ["rate_limit_per_minute", "Requests a key and minute", null, String],
 ];
 
 /** The use of a quota: "3 of 10", or "3" without a bound. */
 export function used([name, , use, text], quotas, usage) {
+  if (name.startsWith("max_cost")) text = (value) => money({ amount: value, currency: usage.currency }) ?? String(value);
   const bound = quotas[name] ? text(quotas[name]) : null;
   if (use === null) return bound ?? "no bound";
   return bound ? `${text(usage[use])} of ${bound}` : text(usage[use]);
