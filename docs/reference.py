@@ -212,6 +212,7 @@ _CELLS = (
     "onnx",
     "openvino",
     "gguf",
+    "mlx",
 )
 _MARKS = {"works": "yes", "refused": "no", "fails": "fails"}
 

@@ -4,10 +4,11 @@
 """
 
 import json
+import re
 from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 Task = Literal["causal-lm", "classification", "token-classification", "masked-lm", "embedding", "seq2seq", "other"]
 Senses = Literal["text", "images", "sound"]
@@ -110,9 +111,14 @@ def reads_onwards(model_type: str) -> bool:
     )
 
 
+def is_taken_apart(model_type: str, tensor: str) -> bool:
+    """Return whether transformers divides, joins or turns this tensor of the files as it loads it."""
+    return any(re.search(pattern, tensor) for pattern in _table().get("TAKEN_APART", {}).get(model_type, ()))
+
+
 @cache
-def _table() -> Mapping[str, Mapping[str, str]]:
-    found: dict[str, Mapping[str, str]] = json.loads(TABLE.read_bytes())
+def _table() -> Mapping[str, Mapping[str, Any]]:
+    found: dict[str, Mapping[str, Any]] = json.loads(TABLE.read_bytes())
     del found["transformers"]
     return found
 

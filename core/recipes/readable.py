@@ -2,6 +2,7 @@
 
 from collections.abc import Collection, Iterable, Mapping
 
+from nightpress.core.recipes.classes import is_taken_apart
 from nightpress.core.recipes.header import ModelHeader, TensorInfo
 from nightpress.core.recipes.linears import is_expert, is_table, module_of
 from nightpress.core.recipes.schemes import Scheme
@@ -9,7 +10,7 @@ from nightpress.core.recipes.schemes import Scheme
 #: Families whose modules have other names in transformers than in their files, or whose code reads weights that packed modules lack.
 _OTHER_NAMES = frozenset({"t5", "vit"})
 #: Families whose `_init_weights` reads the weight of every linear module before the files are read. A packed module has none.
-_READ_BEFORE_LOADING = frozenset({"falcon", "gpt_bigcode", "modernbert"})
+_READ_BEFORE_LOADING = frozenset({"falcon", "gpt_bigcode", "modernbert", "modernvbert"})
 #: Families that transformers can't load with a quantization_config, although it loads them in float: `model_type` → why.
 _NEVER = {
     **dict.fromkeys(
@@ -20,6 +21,7 @@ _NEVER = {
         ("bailing_hybrid", "kimi_linear", "olmo_hybrid"),
         "transformers merges its convolutions while it loads it, and in a quantized model finds none of them",
     ),
+    "ibert": "its linear layers are of its own kind, which read no codes but their own",
     **dict.fromkeys(
         ("dinov2", "dinov2_with_registers", "hrm_text"),
         "transformers splits its merged layers while it loads it, and can't split packed ones",
@@ -52,6 +54,11 @@ def why_unreadable(header: ModelHeader, schemes: Mapping[TensorInfo, Collection[
     """
     if (never := _NEVER.get(header.model_type)) is not None:
         return never, "Use `wanda` or `sparsegpt`, whose result stays in float."
+    if (apart := next((name for name in _names(schemes) if is_taken_apart(header.model_type, name)), None)) is not None:
+        return (
+            f"transformers divides, joins or turns {apart} while it loads it, and can't do so with codes",
+            "Name the layer in `ignore`, or round the graph by `dynamic-int8` or `static-int8`.",
+        )
     every = {scheme for some in schemes.values() for scheme in some}
     if header.has_experts and (refused := _experts(header, schemes, every)) is not None:
         return refused
@@ -66,6 +73,10 @@ def why_unreadable(header: ModelHeader, schemes: Mapping[TensorInfo, Collection[
                     "Set `symmetric` to true, or name the module in `ignore`.",
                 )
     return None
+
+
+def _names(schemes: Mapping[TensorInfo, object]) -> list[str]:
+    return sorted(tensor.name for tensor in schemes)
 
 
 def _experts(

@@ -51,6 +51,9 @@ _ASKED_FOR = [
     "stablelm",
     "roformer",
     "eurobert",
+    "gte",
+    "nomic_bert",
+    "modernvbert",
     "bart",
     "marian",
 ]
