@@ -72,7 +72,7 @@ API_KEY_SCHEME = {
     "ApiKey": {
         "type": "http",
         "scheme": "bearer",
-        "description": "An API key, `np_…`. `nightpress up` writes one to its data folder; `python -m nightpress.core.service.access create-key` makes more.",
+        "description": "An API key, `np_…`. `nightpress up` writes one to its data folder; `python -m nightpress.core.service.access create-key` makes more. Where `GET /auth/provider` names a provider, one of its ID tokens or JWT access tokens is taken, too.",
     }
 }
 

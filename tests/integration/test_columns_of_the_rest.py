@@ -3,7 +3,6 @@
 import hashlib
 import zlib
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -53,6 +52,7 @@ from tests.integration import (
 )
 from tests.integration.test_schedules import TENANT, World, utc
 from tests.jobs import age, claim, submit, succeeded
+from tests.racing import all_at_once
 
 COVERED = {
     api_keys,
@@ -158,8 +158,7 @@ def test_tenants_keys_audit_and_gpu_time(engine: Engine, rows: Rows, store: JobS
     rows.check(sessions, session)
     with transaction(engine) as connection:
         connection.execute(update(sessions).values(check_at=db_now(-1)))
-    with ThreadPoolExecutor(6) as threads:
-        taken = list(threads.map(lambda _: SessionBook(engine, sign_in_settings).take_due(), range(6)))
+    taken = all_at_once(engine, select(sessions), SessionBook(engine, sign_in_settings).take_due)
     (due,) = [found for found in taken if found is not None]
     session_book.confirm(due, ["engineers", "others"], "sealed anew")
     session_book.prune()

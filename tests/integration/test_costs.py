@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -26,6 +25,7 @@ from tests.api import serve
 from tests.command import run
 from tests.face import Face, make_report
 from tests.jobs import submit, succeeded
+from tests.racing import all_at_once
 from tests.studies import SPACE, TENANT, StudyWorld
 
 PRICES = {"cpu": 3.6, "gpu": 36.0, "gpu:H200": 72.0}  # 0.001, 0.01 and 0.02 a second
@@ -75,9 +75,7 @@ def test_every_attempt_costs_by_its_queue_and_gpu_and_is_counted_once(
         return [round(found[name], 2) for name in (job_id, plain, special, running)]
 
     assert costs() == pytest.approx([0.15, 0.1, 0.2, 1.0], abs=0.02)
-    with ThreadPoolExecutor(6) as threads:
-        counted = sum(threads.map(lambda _: CostLedger(engine, ledger.prices).count_ended(), range(6)))
-    assert counted == 4
+    assert sum(all_at_once(engine, select(job_attempts), CostLedger(engine, ledger.prices).count_ended)) == 4
     assert ledger.count_ended() == 0
     with transaction(engine, read_only=True) as connection:
         rows = connection.execute(select(spending.c.tenant_id, func.sum(spending.c.micros)).group_by("tenant_id")).all()
