@@ -38,6 +38,7 @@ BENCHES = {
     ),
     "stream": Bench("Speed and memory of `weight-only` on a 4 GB model, beside `cp`.", 5),
     "encoder": Bench("all-MiniLM-L6-v2 in dynamic int8, beside fp32.", 4),
+    "encoders": Bench("Tables, short vectors and a cut vocabulary of all-MiniLM-L6-v2, beside the model.", 12),
     "static_int8": Bench("all-MiniLM-L6-v2 in static int8, beside ONNX Runtime's own quantizer.", 4),
     "targets": Bench("The target `cpu-encoder`, beside what is made by hand.", 8),
     "targets_llm": Bench("The target `cpu-llm`, beside llama.cpp's own quantizer.", 10),

@@ -230,5 +230,5 @@ def test_a_pass_leaves_the_same_whole_checkpoint_of_every_layout(
         "the layout changed what was computed"
     )
     assert torch.equal(_answers(model), answers)
-    for extra in (*_EXTRA, "tokenizer.json"):
+    for extra in (*_EXTRA, *(() if name == "vocabulary" else ("tokenizer.json",))):
         assert (out / extra).read_bytes() == (source / extra).read_bytes()

@@ -1,5 +1,6 @@
 """Options of the pass that cuts tokens from a model's vocabulary."""
 
+import re
 from collections.abc import Iterable, Sequence
 from typing import ClassVar, Literal
 
@@ -12,7 +13,7 @@ from nightpress.core.recipes.linears import invalid
 from nightpress.core.recipes.passes.base import ExportFormat, PassOptions, Relation
 
 _OWN_TABLES = ("vision_config", "audio_config", "vocab_size_per_layer_input", "cutoffs")
-_NO_TOKENS = ("position", "token_type")
+_NO_TOKENS = re.compile(r"position|token_type|\.\d+\.")  #: tables of other things, and what is inside a block
 
 
 class Vocabulary(PassOptions):
@@ -79,5 +80,5 @@ def vocabulary_tables(header: ModelHeader) -> tuple[TensorInfo, ...]:
         tensor
         for tensor in header.tensors
         if rows in {tensor.shape[0] if tensor.shape else None, tensor.shape[1] if tensor.shape[:1] == (1,) else None}
-        and not any(word in tensor.name for word in _NO_TOKENS)
+        and not _NO_TOKENS.search(tensor.name)
     )
