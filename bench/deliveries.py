@@ -6,8 +6,8 @@ Each pair delivers new bytes from a local object store, and uploads as many new 
 `bench.storage`), by huggingface_hub's `create_commit`, and by oras' `push`, in alternating order, to the same real S3 server, the tests' own
 imitation of the Hub, and Debian's docker-registry. The bar: at least 0.8 of the library's speed.
 
-A tick is one `advance` of the courier on PostgreSQL, beside the same with 10 rows. The bar: at most 1.5 times as long, for the noise of
-medians below a few milliseconds.
+A tick looks for due deliveries on PostgreSQL, with as many rows and with ten. The bar: at most 1.2 times as long, for the noise of values
+about a millisecond.
 """
 
 import os
@@ -54,7 +54,7 @@ def main() -> int:
             with place(Path(folder) / kind) as (world, url, theirs):
                 figures += compare(kind, world, url, theirs, options.size_mb * MIB, options.pairs)
         with Postgres(Path(folder) / "postgres") as server:
-            figures += ticks(Path(folder), migrated_postgres(server), options.rows)
+            figures += ticks(Path(folder), server, options.rows)
     return finish("deliveries", figures, parser, options)
 
 
@@ -154,29 +154,48 @@ def open_world(stack: ExitStack, folder: Path, prefix: str, **settings: object) 
 # Ticks ---------------------------------------------------------------------------------------------------------------
 
 
-def ticks(folder: Path, sql_url: str, rows: int) -> list[Figure]:
-    """Milliseconds of a look for due deliveries while nothing is due, and of taking four that are due, with few rows and with many."""
-    world = World(folder / "ticks", sql_url, destinations=["hf://acme"])
-    job_id = world.accept()
-    found = {}
-    for count in (10, rows):
-        fill(world, job_id, count - len(world_rows(world)))
-        found[count] = measure(world)
-    world.close()
+def ticks(folder: Path, server: Postgres, rows: int) -> list[Figure]:
+    """Milliseconds of a look for due deliveries while nothing is due, and of taking four that are due: with ten rows and with many.
+
+    Both are measured in turn, each in a database of its own. The fastest tenth counts: other work on the machine only adds.
+    """
+    worlds = {}
+    for name, count in (("few", 10), ("many", rows)):
+        worlds[name] = World(folder / name, migrated_postgres(server), destinations=["hf://acme"])
+        fill(worlds[name], worlds[name].accept(), count)
     figures = []
-    for at, name in enumerate(("nothing due", "four taken")):
-        few, many = found[10][at], found[rows][at]
+    for kind, seconds, take in (("nothing due", 3600.0, look), ("four taken", -1.0, take_four)):
+        taken: dict[str, list[float]] = {name: [] for name in worlds}
+        for world in worlds.values():
+            set_due(world, seconds)
+        for _ in range(100):
+            for name, world in worlds.items():
+                taken[name].append(take(world))
+        few, many = (statistics.quantiles(taken[name], n=10)[0] for name in ("few", "many"))
         figures += [
-            Figure(f"tick/{name}/few", round(few, 2), "ms"),
-            Figure(f"tick/{name}/many", round(many, 2), "ms"),
-            Figure(f"tick/{name}/ratio", round(many / few, 2), bar="<= 1.5"),
+            Figure(f"tick/{kind}/few", round(few, 2), "ms"),
+            Figure(f"tick/{kind}/many", round(many, 2), "ms"),
+            Figure(f"tick/{kind}/ratio", round(many / few, 2), bar="<= 1.2"),
         ]
+    for world in worlds.values():
+        world.close()
     return figures
 
 
-def world_rows(world: World) -> list[str]:
-    with transaction(world.engine, read_only=True) as connection:
-        return list(connection.scalars(deliveries.select().with_only_columns(deliveries.c.id)))
+def look(world: World) -> float:
+    began = time.perf_counter()
+    assert world.store.take_due(limit=4, ttl_s=60) == []
+    return 1000 * (time.perf_counter() - began)
+
+
+def take_four(world: World) -> float:
+    began = time.perf_counter()
+    taken = world.store.take_due(limit=4, ttl_s=60)
+    took = 1000 * (time.perf_counter() - began)
+    assert len(taken) == 4
+    for due in taken:
+        world.store.release(due.claim)
+    return took
 
 
 def fill(world: World, job_id: str, count: int) -> None:
@@ -201,25 +220,6 @@ def set_due(world: World, seconds: float) -> None:
         connection.execute(moved.values(next_at=db_now(seconds)))
     with world.engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
         connection.exec_driver_sql("VACUUM ANALYZE deliveries")
-
-
-def measure(world: World, rounds: int = 60) -> tuple[float, float]:
-    """Median milliseconds: of a look that finds nothing, and of taking four."""
-    taking, looking = [], []
-    set_due(world, -1.0)
-    for _ in range(rounds):
-        began = time.perf_counter()
-        taken = world.store.take_due(limit=4, ttl_s=60)
-        taking.append(time.perf_counter() - began)
-        assert len(taken) == 4
-        for due in taken:
-            world.store.release(due.claim)
-    set_due(world, 3600.0)
-    for _ in range(rounds):
-        began = time.perf_counter()
-        assert world.store.take_due(limit=4, ttl_s=60) == []
-        looking.append(time.perf_counter() - began)
-    return 1000 * statistics.median(looking), 1000 * statistics.median(taking)
 
 
 if __name__ == "__main__":

@@ -26,6 +26,8 @@ from nightpress.core.compress.data.rows import read_records, read_rows
 from nightpress.core.compress.data.tokenizer import FastTokenizer
 from nightpress.core.compress.lineage import read_lineage
 from nightpress.core.errors import NightpressError
+from nightpress.core.handoff.attestation import make_statement, private_key_from, read_bundle, sign_statement
+from nightpress.core.handoff.manifest import ArtifactEntry, describe_bytes
 from nightpress.core.paging import _read_cursor
 from nightpress.core.recipes.builtins import builtin_recipes, builtin_text
 from nightpress.core.recipes.datafile import examine_data
@@ -34,6 +36,8 @@ from nightpress.core.recipes.inspect import FolderFiles, inspect_model
 from nightpress.core.recipes.jsonfile import parse_json, walk
 from nightpress.core.recipes.models import load_recipe, parse_recipe
 from nightpress.core.recipes.plan import make_plan
+from nightpress.core.service.deliveries.addresses import check_destinations
+from nightpress.core.service.deliveries.stale import files_of_bundle
 from nightpress.core.service.schedules.cron import parse_cron
 from nightpress.core.service.tables.jobs import jobs
 from nightpress.core.service.webhooks.courier import pause_after
@@ -46,6 +50,7 @@ from nightpress.core.wire.jobs import JobCreate
 from nightpress.core.wire.models import DataSetCreate, ModelCreate
 from nightpress.core.wire.recipes import ValidateRequest
 from nightpress.core.wire.schedules import ScheduleCreate
+from tests.deliveries import report_of
 from tests.fuzz_values import any_text, any_value, as_json, mangled, spoiled
 
 SLOW_S = 1.0  #: most seconds of processor time for one input
@@ -79,7 +84,13 @@ class Readers:
         self._recipes = [
             builtin_recipe.model_dump(mode="json", exclude_unset=True) for builtin_recipe in builtin_recipes().values()
         ]
-        self._settings = Settings(_env_file=None, source_prefixes=["s3://b/p"], hub_organisations=["acme"])
+        self._settings = Settings(
+            _env_file=None, source_prefixes=["s3://b/p"], hub_organisations=["acme"], destinations=["s3://b", "oci://h"]
+        )
+        self._key = private_key_from(bytes(range(64)))
+        files = (describe_bytes("model.onnx", b"x"),)
+        report = report_of("job_1", [ArtifactEntry(format="onnx", path="onnx", files=files, consumer="x")])
+        self._statement = make_statement(report, report.artifacts[0], files, (), engine=None)
 
     def attempt(self, name: str, dice: Random) -> None:
         """Call one reader once. Lets through every exception that the reader must not raise, and raises AssertionError if it is slow."""
@@ -192,10 +203,21 @@ class Readers:
         text = any_text(dice)
         for reader in (
             lambda: parse_address(dice.choice(("s3://", "hf://", "")) + text, "models", self._settings),
+            lambda: check_destinations(
+                [dice.choice(("s3://", "hf://", "oci://", "oci://h/{model}:", "")) + text], self._settings, model="m"
+            ),
             lambda: check_target(dice.choice(("https://", "http://", "")) + text, (), resolve=lambda *_: ["192.0.2.1"]),
         ):
             with refusing():
                 reader()
+
+    def statement(self, dice: Random) -> None:
+        signed = sign_statement(self._statement, self._key)
+        with contextlib.suppress(ValueError, TypeError, RecursionError):  # not every value can be signed
+            signed = sign_statement(spoiled(dice, self._statement), self._key)
+        raw = as_json(signed) if dice.random() < 0.5 else mangled(dice, as_json(signed))
+        files_of_bundle(raw)
+        read_bundle(raw, [self._key.public_key()])
 
 
 @contextlib.contextmanager

@@ -110,7 +110,7 @@ def serve_tokens() -> Iterator[TokenService]:
             [scope] = parse_qs(urlsplit(self.path).query)["scope"]
             service.asked.append(scope)
             granted = self.headers.get("Authorization") == right
-            body = f'{{"token": "{service.token(scope)}"}}'.encode() if granted else b"{}"
+            body = f'{{"token": "{service.token(scope)}", "expires_in": 1e-9}}'.encode() if granted else b"{}"
             self.send_response(200 if granted else 401)
             self.send_header("Content-Length", str(len(body)))
             self.end_headers()

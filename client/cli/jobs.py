@@ -174,6 +174,7 @@ def inspect(session: Session, job: JobArgument) -> None:
         ("notice", view.notice),
         ("priority", view.priority or None),
         ("labels", " ".join(f"{key}={value}" for key, value in view.labels.items())),
+        ("delivered to", ", ".join(view.destinations)),
         ("attempts", f"{view.attempt}, {view.failures} failed of {view.max_failures} allowed"),
         ("cost", cost_text(view.cost)),
         ("worker", view.worker_id),

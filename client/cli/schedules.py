@@ -152,6 +152,7 @@ def edit(
             metavar="SOURCE", help="Another place where each fire first looks for a newer model; '' for none."
         ),
     ] = None,
+    to: Annotated[list[str] | None, typer.Option("--to", metavar="URL", help=f"{TO} '' for none.")] = None,
 ) -> None:
     """Change the given options of a schedule. Options that are not given stay as they are."""
     given = {
@@ -166,9 +167,15 @@ def edit(
         changes["source"] = source or None
     with session.client() as client:
         found = client.schedules.get(name)
-        job = {"model": model, "recipe": read_recipe(recipe) if recipe else None}
-        if any(job.values()):
-            changes["job"] = found.job.model_copy(update={key: value for key, value in job.items() if value})
+        job = {
+            "model": model,
+            "recipe": read_recipe(recipe) if recipe else None,
+            "destinations": None if to is None else [url for url in to if url],
+        }
+        if any(value is not None for value in job.values()):
+            changes["job"] = found.job.model_copy(
+                update={key: value for key, value in job.items() if value is not None}
+            )
         _print(session, client.schedules.edit(name, version=found.version, **changes))
 
 
@@ -220,6 +227,7 @@ def _print(session: Session, schedule: ScheduleView) -> None:
             ("state", "suspended" if schedule.suspended else "active"),
             ("study" if schedule.study else "job", f"{_recipe_name(schedule)} on {schedule.job.model}"),
             ("source", schedule.source),
+            ("delivered to", ", ".join(schedule.job.destinations)),
             ("overlap", schedule.overlap),
             ("catch up", schedule.catch_up),
             ("only if changed", "yes" if schedule.only_if_changed else ""),

@@ -9,22 +9,31 @@ import hashlib
 import hmac
 import json
 from collections.abc import Mapping, Sequence
-
-from cryptography.fernet import Fernet, InvalidToken, MultiFernet
+from functools import cached_property
+from typing import TYPE_CHECKING
 
 from nightpress.core.errors import ErrorCode, NightpressError
 from nightpress.core.service.secret_key import installation_key
 from nightpress.core.settings import Settings
+
+if TYPE_CHECKING:
+    from cryptography.fernet import MultiFernet
 
 
 class Vault:
     """Seals small mappings of text. Each is bound to its owner, so that a sealed text copied to another row can't be opened there."""
 
     def __init__(self, keys: Sequence[bytes]) -> None:
-        derived = [hmac.digest(key, b"credentials/fernet/1", "sha256") for key in keys]
-        self._fernet = MultiFernet([Fernet(base64.urlsafe_b64encode(key)) for key in derived])
+        self._keys = [hmac.digest(key, b"credentials/fernet/1", "sha256") for key in keys]
         #: names the key that seals, without telling anything about it
-        self.key_id = hashlib.sha256(b"key id" + derived[0]).hexdigest()[:16]
+        self.key_id = hashlib.sha256(b"key id" + self._keys[0]).hexdigest()[:16]
+
+    @cached_property
+    def _fernet(self) -> "MultiFernet":
+        # Imported at the first use, which most processes never come to: the import takes some hundredths of a second.
+        from cryptography.fernet import Fernet, MultiFernet
+
+        return MultiFernet([Fernet(base64.urlsafe_b64encode(key)) for key in self._keys])
 
     def seal(self, owner: str, secret: Mapping[str, str]) -> str:
         plain = json.dumps({"owner": owner, "secret": dict(secret)}).encode()
@@ -32,6 +41,8 @@ class Vault:
 
     def open(self, owner: str, sealed: str) -> dict[str, str]:
         """Raises NightpressError(destination_refused) if no key of this installation opens it, or if it belongs to another owner."""
+        from cryptography.fernet import InvalidToken
+
         try:
             found = json.loads(self._fernet.decrypt(sealed.encode()))
         except InvalidToken as error:

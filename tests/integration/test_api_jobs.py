@@ -235,7 +235,7 @@ def test_results_appear_with_the_commit_and_not_before(api: RunningApi, client: 
         assert got.status_code == 200
         assert hashlib.sha256(got.content).hexdigest() == file["sha256"]
     report = client.get(f"/v1/jobs/{job_id}/report").json()
-    assert report["report"] == {"verdict": "accepted"}
+    assert report["report"] == outcome.report
     page = client.get(report["html_url"])
     assert page.text == "this is report.html"
     assert "sandbox" in page.headers["content-security-policy"]
@@ -246,7 +246,8 @@ def test_an_identical_job_is_given_the_result_at_once_and_says_whose_it_is(api: 
     first = submit(client, reuse=True, promote=False)
     assert client.get(f"/v1/jobs/{first}").json()["state"] == "queued", "there is nothing to reuse yet"
     claimed = api.claim()
-    api.services.resources.store.attempts.finish(claimed.lease, api.ship(claimed, {"model.onnx": b"0123456789"}))
+    shipped = api.ship(claimed, {"model.onnx": b"0123456789"})
+    api.services.resources.store.attempts.finish(claimed.lease, shipped)
 
     again = client.get(f"/v1/jobs/{submit(client, reuse=True, promote=False, name='again')}").json()
     assert (again["state"], again["verdict"], again["attempt"]) == ("succeeded", "accepted", 0)
@@ -254,10 +255,17 @@ def test_an_identical_job_is_given_the_result_at_once_and_says_whose_it_is(api: 
     (artifact,) = client.get(f"/v1/jobs/{again['id']}/artifacts").json()["items"]
     assert client.get(artifact["download_url"] + "model.onnx").content == b"0123456789"
     report = client.get(f"/v1/jobs/{again['id']}/report").json()
-    assert report["report"] == {"verdict": "accepted", "reused_from": first}
+    assert report["report"] == {**shipped.report, "reused_from": first}
     for url in (report["html_url"], report["markdown_url"]):
         assert client.get(url).text.startswith("this is report.")
     assert first in client.get(report["markdown_url"]).text
+    # For `verify`, the files are as they were signed.
+    assert client.get(report["markdown_url"], params={"unchanged": True}).text == "this is report.md"
+    assert client.get(report["html_url"], params={"unchanged": True}).text == "this is report.html"
+    assert client.get(f"/v1/jobs/{again['id']}/report.json").text == "this is report.json"
+    assert artifact["signed"]
+    signed = [client.get(f"/v1/jobs/{job}/artifacts/onnx/attestation").json() for job in (first, again["id"])]
+    assert [bundle["mediaType"] for bundle in signed] == ["application/vnd.dev.sigstore.bundle.v0.3+json"] * 2
     kinds = [event["kind"] for event in client.get(f"/v1/jobs/{again['id']}/events").json()["items"]]
     assert kinds == ["queued", "succeeded"]
 

@@ -72,6 +72,7 @@ GIVEN: dict[str, Any] = {
     "created_by": "key12345",
     "fingerprint": "3" * 64,
     "study_id": "std_of-the-job",
+    "destinations": ["hf://acme/of-the-job"],
     "traceparent": "00-" + "4" * 32 + "-" + "5" * 16 + "-01",
 }
 

@@ -23,6 +23,7 @@ SAID: dict[str, Any] = {
     "priority": 15,
     "labels": {"label": "yes"},
     "promote": False,
+    "destinations": ["hf://acme/of-the-job"],
     "queue_limit_s": 3600.5,
     "run_limit_s": 1234.5,
     "max_failures": 14,
@@ -31,7 +32,7 @@ SAID: dict[str, Any] = {
 
 @pytest.fixture
 def world(tmp_path: Path, sql_url: str, bert_tiny: Path) -> Iterator[World]:
-    world = World(tmp_path, sql_url, bert_tiny)
+    world = World(tmp_path, sql_url, bert_tiny, destinations=["hf://acme"])
     yield world
     world.engine.dispose()
 

@@ -180,6 +180,7 @@ def test_a_registry_with_a_token_service(tmp_path: Path) -> None:
         done = world.run()
         world.close()
     assert (done.state, done.error) == ("delivered", None)
+    assert len(tokens.asked) > len(DELIVERED), "a token that is over was used again"
     assert set(tokens.asked) == {"repository:team/tiny:pull,push"}
     assert json.dumps(done.result).count(registry.host) == 1
 

@@ -156,6 +156,17 @@ def test_a_job_that_is_given_anothers_result_delivers_it_too(world: World) -> No
     assert signed.files == {path: describe_bytes(path, data).sha256 for path, data in FILES.items()}
 
 
+def test_what_is_on_its_way_is_not_pruned(world: World) -> None:
+    job_id = world.accept(destinations=[HERE], promote=False)
+    retention = world.resources.retention
+    assert (retention.prune_artifacts(-60), retention.prune_jobs(-60)) == (0, 0)
+    world.store.cancel(TENANT, world.deliveries()[0].id)
+    assert retention.prune_artifacts(-60) == 1
+    with pytest.raises(NightpressError) as pruned:
+        world.store.add(TENANT, job_id, [HERE])
+    assert pruned.value.code is ErrorCode.CONFLICT
+
+
 # Signatures ----------------------------------------------------------------------------------------------------------
 
 

@@ -51,9 +51,9 @@ def test_a_client_reaches_only_addresses_that_were_checked(hub: Hub) -> None:
         return answers.get(host, [host])
 
     def fault(url: str, networks: list[ipaddress.IPv4Network]) -> str:
-        with guarded_client(networks, timeout=httpx.Timeout(2), resolve=resolve) as client:
-            with pytest.raises(httpx.ConnectError) as refused:
-                client.get(url)
+        client = guarded_client(networks, timeout=httpx.Timeout(2), resolve=resolve)
+        with client, pytest.raises(httpx.ConnectError) as refused:
+            client.get(url)
         return str(refused.value)
 
     for url in (hub.url, f"http://inside.example.com:{port}/", "http://169.254.169.254/", "https://[::1]/"):

@@ -18,6 +18,8 @@ _BRANCH = re.compile(r"[A-Za-z0-9][A-Za-z0-9._/-]{0,127}")
 _HOST = re.compile(r"[A-Za-z0-9]([A-Za-z0-9.-]{0,251}[A-Za-z0-9])?(:[0-9]{1,5})?")
 _REGISTRY_PART = re.compile(r"[a-z0-9]+((\.|_|__|-+)[a-z0-9]+)*")
 _TAG = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,127}")
+#: as long as what is filled in later, so that an address that was checked does not become too long
+_LONGEST_JOB, _LONGEST_ARTIFACT = f"job_{'0' * 26}", "compressed-tensors"
 _FIELD = re.compile(r"\{([a-z]*)\}")
 
 
@@ -101,7 +103,7 @@ def check_destinations(templates: Sequence[str], settings: Settings, *, model: s
     Raises NightpressError: invalid_request, path_not_allowed.
     """
     for template in templates:
-        parse_destination(fill(template, model=model, job="job_0", artifact="onnx"), settings)
+        parse_destination(fill(template, model=model, job=_LONGEST_JOB, artifact=_LONGEST_ARTIFACT), settings)
         if exports > 1 and "{artifact}" not in template:
             raise _invalid(
                 template, "the recipe makes several artifacts, and all would go there; write {artifact} in it"

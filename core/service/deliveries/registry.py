@@ -9,7 +9,9 @@ import base64
 import hashlib
 import ipaddress
 import json
+import math
 import re
+import time
 from typing import Any
 
 import httpx
@@ -28,6 +30,7 @@ _ARTIFACT = "application/vnd.cncf.model.manifest.v1+json"
 _CONFIG = "application/vnd.cncf.model.config.v1+json"
 _LAYER = "application/vnd.cncf.model.{}.v1.raw"
 _PIECE = 16 * 1024**2  #: bytes of one request
+_TOKEN_LIFE_S = 60.0  #: unless the token service says otherwise
 _CHALLENGE = re.compile(r'(\w+)="([^"]*)"')
 _WEIGHTS = (".safetensors", ".gguf", ".onnx", ".onnx_data", ".bin", ".xml", ".pt2", ".pt")
 _DOCUMENTS = (".md", ".html", ".txt")
@@ -44,6 +47,7 @@ class RegistrySender:
         scheme = "http" if self._plain_http else "https"
         self._base = httpx.URL(f"{scheme}://{address.host}/v2/{address.name}/")
         self._authorization: dict[str, str] = {}
+        self._authorized_until = 0.0  #: monotonic; tokens live for a minute or some
         self._exchange = Exchange(self._url, settings)
 
     def close(self) -> None:
@@ -62,7 +66,8 @@ class RegistrySender:
 
     def _push(self, item: Item, progress: Progress | None) -> None:
         digest = f"sha256:{item.sha256}"
-        if self._ask("HEAD", f"blobs/{digest}", accept=frozenset({404})).is_success:
+        # A redirect leads to a blob that is there.
+        if self._ask("HEAD", f"blobs/{digest}", accept=frozenset({302, 307, 404})).status_code != 404:
             if progress:
                 progress.claim.skip(item.size)
                 progress.keep(item.path, {}) if progress.of(item.path) else None
@@ -117,7 +122,7 @@ class RegistrySender:
         target = self._base.join(url)
         own = (target.scheme, target.host, target.port) == (self._base.scheme, self._base.host, self._base.port)
         accept = request.pop("accept", frozenset())
-        if own and not self._authorization:
+        if own and time.monotonic() >= self._authorized_until:
             self._authorize()
         given = {**(headers or {}), **(self._authorization if own else {})}
         return self._exchange.ask(method, target, headers=given, accept=accept, **request)
@@ -125,8 +130,8 @@ class RegistrySender:
     def _authorize(self) -> None:
         """Ask for the registry's challenge and answer it: by Basic, or with a token of the service that it names (Docker's token scheme)."""
         answer = self._exchange.ask("GET", self._base.join("/v2/"), accept=frozenset({401}))
+        self._authorized_until = math.inf
         if answer.status_code != 401:
-            self._authorization = {"Authorization": self._basic()} if self._secrets else {}
             return
         scheme, _, rest = answer.headers.get("www-authenticate", "").partition(" ")
         if scheme.lower() == "basic":
@@ -144,7 +149,9 @@ class RegistrySender:
         try:
             found = token.json()
             self._authorization = {"Authorization": f"Bearer {found.get('token') or found['access_token']}"}
-        except (ValueError, KeyError, AttributeError) as error:
+            life_s = float(found.get("expires_in") or _TOKEN_LIFE_S)
+            self._authorized_until = time.monotonic() + life_s / 2
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise self._exchange.malformed(error) from error
 
     def _basic(self) -> str:

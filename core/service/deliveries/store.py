@@ -20,7 +20,7 @@ from sqlalchemy import (
 )
 from sqlalchemy.engine import Connection
 
-from nightpress.core.database import db_now, lock_until_commit, transaction
+from nightpress.core.database import db_now, lock_until_commit, read_now, transaction
 from nightpress.core.errors import ErrorCode, NightpressError
 from nightpress.core.ids import new_id
 from nightpress.core.paging import newest_first
@@ -146,9 +146,11 @@ class DeliveryStore:
 
         An address has one delivery under way at a time. A delivery is superseded if its address was given a newer result.
         """
-        query = select(deliveries).where(IS_PENDING, _columns.next_at <= db_now(), _FREE)
         with transaction(self._engine, read_only=True) as connection:
-            rows = connection.execute(query.order_by(_columns.next_at).limit(limit)).all()
+            # Read first: PostgreSQL searches an index for a value, but not for a function such as clock_timestamp().
+            now = read_now(connection)
+            due = select(deliveries).where(IS_PENDING, _columns.next_at <= now, _FREE)
+            rows = connection.execute(due.order_by(_columns.next_at).limit(limit)).all()
         taken = (self._take(row, ttl_s) for row in rows)
         return [due for due in taken if due is not None]
 

@@ -2,7 +2,7 @@
 
 This order is safe: artifacts that a reader can see have their files, and if a process is killed halfway, the rows are still there for
 the next try. Some artifacts are kept whatever their age: those that are promoted, those of a schedule's last job, those of a
-study's winner, and those that another job reuses.
+study's winner, those that another job reuses, and those that are being delivered.
 """
 
 from sqlalchemy import ColumnElement, Engine, and_, delete, exists, or_, select, tuple_, update
@@ -10,6 +10,7 @@ from sqlalchemy.engine import Connection
 
 from nightpress.core.artifacts.storage import ObjectStore
 from nightpress.core.database import db_now, transaction
+from nightpress.core.service.tables.deliveries import IS_PENDING, deliveries
 from nightpress.core.service.tables.jobs import job_artifacts, jobs
 from nightpress.core.service.tables.promotions import promotions
 from nightpress.core.service.tables.schedules import schedule_runs
@@ -112,4 +113,5 @@ def _is_kept() -> ColumnElement[bool]:
         given.c.reused_from == _columns.id,
         and_(given.c.reused_from.is_not(None), or_(given.c.artifacts_state == "kept", given.c.finished_at.is_(None))),
     )
-    return or_(promoted, scheduled, won, reused)
+    leaving = exists().where(deliveries.c.job_id == _columns.id, IS_PENDING)
+    return or_(promoted, scheduled, won, reused, leaving)
