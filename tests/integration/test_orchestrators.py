@@ -6,6 +6,7 @@ installed. Each is hundreds of MB with pins of its own, so not in CI.
 
 import json
 import os
+import shutil
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -28,20 +29,35 @@ def pipeline(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pipeline]:
 
 
 def run(pipeline: Pipeline, library: str, folder: Path) -> list[dict[str, Any]]:
-    """Run tests/integration/orchestrated.py in the library's environment. Returns the documents that it printed."""
+    """Run tests/orchestrators/nights_….py in the library's environment. Returns the documents that it printed."""
     python = os.environ.get(f"NIGHTPRESS_{library.upper()}_PYTHON")
     if python is None:
         pytest.skip(f"NIGHTPRESS_{library.upper()}_PYTHON names no environment with {library} and nightpress")
-    request = {"address": pipeline.face.url, "key": pipeline.face.key, "recipe": RECIPE}
-    homes = {"AIRFLOW_HOME": str(folder), "PREFECT_HOME": str(folder), "HOME": str(folder)}
-    quiet = {"AIRFLOW__CORE__LOAD_EXAMPLES": "false", "PREFECT_SERVER_ANALYTICS_ENABLED": "false"}
-    environment = {"PATH": f"{Path(python).parent}:{os.environ['PATH']}", **homes, **quiet}
-    if library == "airflow":
-        migrate = [python, "-m", "airflow", "db", "migrate"]
-        subprocess.run(migrate, env=environment, cwd=folder, check=True, capture_output=True, timeout=300)
-    command = [python, str(ROOT / "tests/integration/orchestrated.py"), library]
+    program = folder / "dags" / f"nights_{library}.py"  # Airflow runs only what is in its folder of DAGs
+    program.parent.mkdir()
+    shutil.copy(ROOT / "tests/orchestrators" / program.name, program)
+    connection = {"conn_type": "http", "host": pipeline.face.url, "password": pipeline.face.key}
+    environment = {
+        "PATH": f"{Path(python).parent}:{os.environ['PATH']}",
+        "HOME": str(folder),
+        "ADDRESS": pipeline.face.url,
+        "KEY": pipeline.face.key,
+        "RECIPE": json.dumps(RECIPE),
+        "AIRFLOW_HOME": str(folder),
+        "AIRFLOW__CORE__LOAD_EXAMPLES": "false",
+        "AIRFLOW_CONN_NIGHTPRESS_DEFAULT": json.dumps(connection),
+        "PREFECT_HOME": str(folder),
+        "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+        "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "300",
+    }
+    for step in (["-m", "airflow", "db", "migrate"], ["-m", "airflow", "dags", "reserialize"]):
+        if library == "airflow":
+            done = subprocess.run(
+                [python, *step], env=environment, cwd=folder, capture_output=True, text=True, timeout=300
+            )
+            assert done.returncode == 0, done.stderr[-3000:]
     done = subprocess.run(
-        command, env=environment, cwd=folder, input=json.dumps(request), capture_output=True, text=True, timeout=500
+        [python, str(program)], env=environment, cwd=folder, capture_output=True, text=True, timeout=500
     )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
