@@ -41,7 +41,7 @@ class Told:
     def __init__(self, world: StudyWorld, url: str) -> None:
         self.world, self.url = world, url
         self.settings = world.settings.model_copy(
-            update={"mlflow_url": url, "mlflow_experiment": world.settings.data_dir.name}
+            update={"mlflow_url": url, "tracker_project": world.settings.data_dir.name}
         )
         self.resources = Resources(self.settings, world.engine)
         self.store = self.resources.trackers
@@ -74,7 +74,7 @@ class Told:
 
     def runs(self) -> list[MlflowRun]:
         """All runs of the installation's experiment, oldest first."""
-        found = self.client.get_experiment_by_name(f"{self.settings.mlflow_experiment}/{TENANT}")
+        found = self.client.get_experiment_by_name(f"{self.settings.tracker_project}/{TENANT}")
         assert found is not None
         return list(self.client.search_runs([found.experiment_id], run_view_type=ViewType.ALL, order_by=["start_time"]))
 
