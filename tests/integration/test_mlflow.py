@@ -21,9 +21,11 @@ from nightpress.core.service.tables.trackers import tracked_runs
 from nightpress.core.service.trackers.courier import TrackerCourier
 from nightpress.core.service.trackers.mlflow import ALIAS, MlflowTracker
 from nightpress.core.wire.trackers import TrackedView
+from nightpress.worker.control import Control
 from tests.jobs import claim, submit, succeeded
 from tests.mlflow_server import COMMAND, REASON, MlflowServer
 from tests.servers import free_port
+from tests.service import eventually
 from tests.studies import TENANT, StudyWorld
 
 pytestmark = [pytest.mark.skipif(not COMMAND, reason=REASON), pytest.mark.slow]
@@ -255,3 +257,24 @@ def text(told: Told, run: MlflowRun, name: str) -> str:
     folder = told.settings.data_dir / "fetched"
     folder.mkdir(exist_ok=True)
     return Path(told.client.download_artifacts(run.info.run_id, name, str(folder))).read_text()
+
+
+def test_the_control_process_tells_the_server_that_its_settings_name(told: Told) -> None:
+    told.store.use({})
+    with_it = Control(told.resources, lambda _queue: None)
+    with_it.tick()  # from now on, changes are noted
+    job_id = new_job(told)
+    claimed = claim(told.world.store)
+    assert told.world.store.attempts.finish(claimed.lease, succeeded(claimed.lease))
+
+    def is_told() -> bool:
+        with_it.tick()
+        return told.of(job_id).up_to_date
+
+    eventually(is_told)
+    with_it.close()
+    assert told.run(job_id).info.status == "FINISHED"
+    without = Control(told.world.resources, lambda _queue: None)
+    without.tick()
+    without.close()
+    assert told.store.pending() == {}
