@@ -209,8 +209,11 @@ class Settings(BaseSettings):
     mlflow_token: SecretStr | None = Field(
         None, description="Its bearer token. For a user and a password, set MLFLOW_TRACKING_USERNAME and …_PASSWORD."
     )
-    mlflow_experiment: str = Field(
-        "nightpress", description="A tenant's runs are in the experiment of this name/tenant."
+    trackio_url: str = Field("", description="A self-hosted Trackio server that is told of them. Empty: none.")
+    trackio_token: SecretStr | None = Field(None, description="Its write token.")
+    tracker_project: str = Field(
+        "nightpress",
+        description="A tenant's runs are in MLflow's experiment NAME/TENANT and in Trackio's project NAME-TENANT.",
     )
 
     lease_ttl_s: float = 60.0

@@ -10,6 +10,7 @@ from playwright.sync_api import expect
 from nightpress.core.errors import ErrorCode, NightpressError
 from nightpress.core.handoff.frames import Progress
 from nightpress.core.service.jobs.records import Worker
+from nightpress.core.service.trackers.store import TrackerStore
 from tests.browser import DESKTOP, Browser, overflows, signed_in, violations
 from tests.face import RECIPE, Face
 from tests.jobs import GB
@@ -166,8 +167,15 @@ def test_a_job_is_followed_live_from_queued_to_its_artifacts(browser: Browser, f
         page.wait_for_selector(".now:has-text('layer 3 of 7')")
         assert page.get_attribute(".now progress", "aria-label") == "pressing, 40%"
         page.wait_for_selector(".log:has-text('reading <weights>')")
+        outbox = TrackerStore(face.engine)
+        outbox.use({"mlflow": "http://mlflow.example"})
+        face.store.attempts.record_event(claimed.lease, "checkpoint", {})
+        [due] = outbox.take_due("mlflow", limit=1)
+        assert outbox.begun(due, "run-7", "http://mlflow.example/#/run-7")
         made = face.succeed(claimed)
         page.wait_for_selector("h2:has-text('Before and after')")
+        assert page.get_attribute("a:has-text('Show in MLflow')", "href") == "http://mlflow.example/#/run-7"
+        outbox.use({})
         assert "25%" in page.inner_text("#main")
         page.click("summary:has-text('2 files')")
         with page.expect_download() as download:

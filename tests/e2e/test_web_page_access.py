@@ -145,6 +145,19 @@ def test_a_webhook_is_made_tried_looked_into_rotated_switched_off_and_deleted(br
         page.click("button:has-text('Delete')")
         page.click("dialog button[value=yes]")
         page.wait_for_selector(".empty:has-text('No webhooks yet')")
+
+        page.click("text=New webhook")
+        expect(page.get_by_label("Text")).to_be_hidden()
+        page.get_by_label("Kind").select_option("slack")
+        page.get_by_label("Text").fill("$model is $verdict")
+        page.get_by_label("Address").fill(receiver.url)
+        page.get_by_label("a result was promoted").check()
+        assert violations(page) == []
+        page.click("form button:has-text('Make it')")
+        expect(page.locator("dd", has_text="Slack, or what")).to_be_visible()  # at once: there is no secret to show
+        expect(page.locator("dd", has_text="$model is $verdict")).to_be_visible()
+        expect(page.locator("dd", has_text="a result was promoted")).to_be_visible()
+        expect(page.locator("button:has-text('Rotate the secret')")).to_have_count(0)
     courier.close()
     receiver.close()
 

@@ -58,6 +58,22 @@ def test_a_webhooks_whole_life(face: Face):
     assert told(face, "webhooks") == []
 
 
+def test_a_channel_and_a_mailbox_are_webhooks_without_a_secret(face: Face):
+    channel = ("webhooks", "add", "http://127.0.0.1:9/x", "--slack", "-e", "model.promoted", "--template", "$model")
+    made = told(face, *channel)
+    assert made["secret"] is None
+    hook = made["webhook"]["id"]
+    assert (made["webhook"]["kind"], made["webhook"]["events"]) == ("slack", ["model.promoted"])
+    assert "$model" in shown(face, "webhooks", "show", hook)
+    assert told(face, "webhooks", "edit", hook, "--template", "$model: $link")["template"] == "$model: $link"
+    assert run(face, "webhooks", "edit", hook, "--template", "$nothing").returncode == 2
+    assert run(face, "webhooks", "rotate", hook).returncode == 4
+    refused = run(face, "webhooks", "add", "mailto:team@example.com")
+    assert refused.returncode == 4
+    assert "sends no e-mail" in refused.stderr
+    shown(face, "webhooks", "rm", hook)
+
+
 def test_a_keys_whole_life(face: Face):
     made = told(face, "keys", "add", "nightly", "-s", "jobs:read", "-s", "jobs:write", "--days", "30")
     key = made["record"]["id"]
@@ -107,6 +123,7 @@ def test_a_models_name_goes_back(face: Face, bert_tiny: Path, tmp_path: Path):
     assert [row["job_id"] for row in told(face, "models", "history", "walked")] == jobs[::-1]
     assert jobs[0] in shown(face, "models", "promote", "walked", jobs[0])
     assert "manual" in shown(face, "models", "history", "walked")
+    assert f"nightpress pull {jobs[0]}" in shown(face, "models", "history", "walked", "--atom")
     assert told(face, "pull", "walked", cwd=tmp_path)["job"] == jobs[0]
     (tmp_path / "notes.txt").write_text("A line of prose.\n" * 50)
     added = told(face, "datasets", "add", str(tmp_path / "notes.txt"))

@@ -21,9 +21,11 @@ from nightpress.core.service.tables.trackers import tracked_runs
 from nightpress.core.service.trackers.courier import TrackerCourier
 from nightpress.core.service.trackers.mlflow import ALIAS, MlflowTracker
 from nightpress.core.wire.trackers import TrackedView
+from nightpress.worker.control import Control
 from tests.jobs import claim, submit, succeeded
 from tests.mlflow_server import COMMAND, REASON, MlflowServer
 from tests.servers import free_port
+from tests.service import eventually
 from tests.studies import TENANT, StudyWorld
 
 pytestmark = [pytest.mark.skipif(not COMMAND, reason=REASON), pytest.mark.slow]
@@ -41,7 +43,7 @@ class Told:
     def __init__(self, world: StudyWorld, url: str) -> None:
         self.world, self.url = world, url
         self.settings = world.settings.model_copy(
-            update={"mlflow_url": url, "mlflow_experiment": world.settings.data_dir.name}
+            update={"mlflow_url": url, "tracker_project": world.settings.data_dir.name}
         )
         self.resources = Resources(self.settings, world.engine)
         self.store = self.resources.trackers
@@ -74,7 +76,7 @@ class Told:
 
     def runs(self) -> list[MlflowRun]:
         """All runs of the installation's experiment, oldest first."""
-        found = self.client.get_experiment_by_name(f"{self.settings.mlflow_experiment}/{TENANT}")
+        found = self.client.get_experiment_by_name(f"{self.settings.tracker_project}/{TENANT}")
         assert found is not None
         return list(self.client.search_runs([found.experiment_id], run_view_type=ViewType.ALL, order_by=["start_time"]))
 
@@ -255,3 +257,24 @@ def text(told: Told, run: MlflowRun, name: str) -> str:
     folder = told.settings.data_dir / "fetched"
     folder.mkdir(exist_ok=True)
     return Path(told.client.download_artifacts(run.info.run_id, name, str(folder))).read_text()
+
+
+def test_the_control_process_tells_the_server_that_its_settings_name(told: Told) -> None:
+    told.store.use({})
+    with_it = Control(told.resources, lambda _queue: None)
+    with_it.tick()  # from now on, changes are noted
+    job_id = new_job(told)
+    claimed = claim(told.world.store)
+    assert told.world.store.attempts.finish(claimed.lease, succeeded(claimed.lease))
+
+    def is_told() -> bool:
+        with_it.tick()
+        return told.of(job_id).up_to_date
+
+    eventually(is_told)
+    with_it.close()
+    assert told.run(job_id).info.status == "FINISHED"
+    without = Control(told.world.resources, lambda _queue: None)
+    without.tick()
+    without.close()
+    assert told.store.pending() == {}

@@ -47,7 +47,7 @@ class MlflowTracker:
         if settings.mlflow_token is not None:
             os.environ["MLFLOW_TRACKING_TOKEN"] = settings.mlflow_token.get_secret_value()
         self._url = settings.mlflow_url.rstrip("/")
-        self._experiment = settings.mlflow_experiment
+        self._experiment = settings.tracker_project
         self._client = MlflowClient(tracking_uri=self._url, registry_uri=self._url)
         self._experiments: dict[str, str] = {}
 
