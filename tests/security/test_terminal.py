@@ -30,7 +30,7 @@ _ID = re.compile(r"[a-z]+_[0-9a-z]{20,}|np_\w+|[a-z0-9]{8}")
 _TIME = re.compile(r"\d{4}-\d\d-\d\dT")
 
 #: Subcommands that print nothing from a server, or only from one that the user started on this machine.
-_OWN = {"up", "down", "web", "press", "profile", "demo", "doctor", "reproduce", "servers", "convert", "logout"}
+_OWN = {"up", "down", "web", "press", "profile", "demo", "doctor", "reproduce", "servers", "convert", "logout", "mcp"}
 
 
 class Poisoner:

@@ -18,6 +18,12 @@ FLEETS = {"cpu only": (CPU,), "gpu only": (GPU,), "both": (CPU, GPU), "gpu too s
 SMALL_LM = decoder(768, 2048, 12, 4, 6, vocabulary=32000, tied=True)
 LARGE_LM = decoder(4096, 14336, 32, 8, 32, vocabulary=128256)
 SMALL_ENCODER, LARGE_ENCODER = encoder(384, 12, 6), encoder(1024, 16, 24)
+RERANKER = SMALL_ENCODER.model_copy(
+    update={
+        "architecture": "BertForSequenceClassification",
+        "config": {**SMALL_ENCODER.config, "num_labels": 1},
+    }
+)
 
 # Queues in the order of FLEETS.
 #: The recipe gains little from a GPU, and uses one only if there is no CPU worker.
@@ -46,6 +52,7 @@ EXPECTED = {
         "large encoder": ANYWHERE,
     },
     "mlx-4bit": {"small lm": ANYWHERE, "large lm": ON_A_GPU},
+    "reranker": {"reranker": NO_GPU},
     "small-lm": {"small lm": ANYWHERE, "large lm": ON_A_GPU},
     "sparse-half": {
         "small lm": ANYWHERE,
@@ -53,6 +60,7 @@ EXPECTED = {
         "small encoder": ANYWHERE,
         "large encoder": ON_A_GPU,
     },
+    "static-embedder": {"small encoder": NO_GPU, "large encoder": NO_GPU},
     "w8a8-lm": {"small lm": ANYWHERE, "large lm": ON_A_GPU},
 }
 MODELS = {
@@ -60,6 +68,7 @@ MODELS = {
     "large lm": LARGE_LM,
     "small encoder": SMALL_ENCODER,
     "large encoder": LARGE_ENCODER,
+    "reranker": RERANKER,
 }
 
 
