@@ -17,6 +17,7 @@ class Claim:
     done: int = 0
     skipped: int = 0  #: bytes of `done` that an earlier attempt had transferred
     lost: threading.Event = field(default_factory=threading.Event)
+    _lock: threading.Lock = field(default_factory=threading.Lock)
 
     @property
     def progress(self) -> float:
@@ -26,14 +27,20 @@ class Claim:
     def sent(self) -> int:
         return self.done - self.skipped
 
+    def count(self, count: int) -> None:
+        """Add `count` transferred bytes. Threads may call this."""
+        with self._lock:
+            self.done += count
+
     def skip(self, count: int) -> None:
         """Add bytes that need no transfer. Raises NightpressError(cancelled) if the claim is lost."""
-        self.skipped += count
+        with self._lock:
+            self.skipped += count
         self.note(count)
 
     def note(self, count: int) -> None:
         """Add `count` transferred bytes. Raises NightpressError(cancelled) if the claim is lost."""
-        self.done += count
+        self.count(count)
         if self.lost.is_set():
             raise NightpressError(
                 ErrorCode.CANCELLED, "It was deleted or cancelled meanwhile, or another process has taken over."

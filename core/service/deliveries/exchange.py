@@ -80,7 +80,7 @@ def sent_whole(item: Item, start: int, end: int, claim: Claim) -> Iterator[bytes
     """As `sent`, but to the end even if the claim is lost: some services forget an upload whose request breaks off."""
     for piece in _pieces(item, start, end):
         yield piece
-        claim.done += len(piece)
+        claim.count(len(piece))
 
 
 def _pieces(item: Item, start: int, end: int) -> Iterator[bytes]:

@@ -8,6 +8,7 @@ import base64
 import hashlib
 import json
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 from urllib.parse import quote
 
@@ -24,6 +25,7 @@ from nightpress.core.settings import Settings
 
 _LFS = "application/vnd.git-lfs+json"
 _AT_ONCE = 100
+_FILES_AT_A_TIME = 4
 _SAMPLE = 512
 _MALFORMED = (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError)
 
@@ -151,8 +153,12 @@ class HubSender:
             answer = self._ask("POST", url, content=json.dumps(body).encode(), headers=kind)
             try:
                 actions = {str(said["oid"]): said for said in answer.json()["objects"]}
-                for oid, item in some.items():
-                    self._upload_item(item, actions[oid], progress)
+                with ThreadPoolExecutor(_FILES_AT_A_TIME) as pool:
+                    running = [
+                        pool.submit(self._upload_item, item, actions[oid], progress) for oid, item in some.items()
+                    ]
+                for upload in running:
+                    upload.result()
             except _MALFORMED as error:
                 raise self._exchange.malformed(error) from error
 

@@ -1,5 +1,6 @@
 """What is delivered: an artifact's files, its report, its model card and its signed statement."""
 
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -62,6 +63,7 @@ class Progress:
         self.claim = claim
         self._resume = resume
         self._store = store
+        self._lock = threading.Lock()
 
     def of(self, path: str) -> dict[str, Any]:
         """What an earlier attempt has kept of a file."""
@@ -69,11 +71,12 @@ class Progress:
         return dict(found) if isinstance(found, dict) else {}
 
     def keep(self, path: str, state: dict[str, Any]) -> None:
-        """Keep something of a file for a later attempt; an empty state forgets it."""
-        self._resume = {key: value for key, value in self._resume.items() if key != path} | (
-            {path: state} if state else {}
-        )
-        self._store(self.claim, self._resume)
+        """Keep something of a file for a later attempt; an empty state forgets it. Threads may call this for different files."""
+        with self._lock:
+            self._resume = {key: value for key, value in self._resume.items() if key != path} | (
+                {path: state} if state else {}
+            )
+            self._store(self.claim, self._resume)
 
 
 class Sender(Protocol):
