@@ -209,7 +209,7 @@ def test_a_result_is_delivered_tried_again_and_cancelled(browser: Browser, face:
         face.succeed(face.claim())
     with signed_in(browser, face, f"/jobs/{job}") as seen:
         page = seen.page
-        page.click("a:has-text('Deliveries') >> nth=-1")
+        page.click("main a:has-text('Deliveries')")
         page.wait_for_selector(".empty:has-text('Nothing is delivered yet')")
         page.get_by_label("Destination").fill("s3://elsewhere/x")
         page.click("form button:has-text('Deliver')")
