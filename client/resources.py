@@ -35,7 +35,7 @@ class Models(Resource[Driver]):
     latest = ask(calls.latest_of)
     promote = ask(calls.promote)
     promotions = pages(calls.page_promotions)
-    feed = ask(calls.get_promotions_feed)
+    feed = ask(access.get_promotions_feed)
 
     @flow
     def fetch(self, source: str, name: str) -> Flow[ModelView]:
