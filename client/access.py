@@ -4,7 +4,7 @@ import datetime as dt
 from collections.abc import Sequence
 from typing import Any
 
-from nightpress.client.calls import Call, if_match, nothing, path_of, post, query, reader
+from nightpress.client.calls import Call, if_match, nothing, path_of, plain_text, post, query, reader
 from nightpress.core.wire.access import (
     AuditView,
     KeyCreate,
@@ -49,6 +49,11 @@ def create_webhook(
     """
     wanted = WebhookCreate(url=url, events=list(events), kind=kind, template=template)
     return post("/v1/webhooks", _NEW_WEBHOOK, wanted)
+
+
+def get_promotions_feed(model: str) -> Call[str]:
+    """The last fifty promotions of a model's name as an Atom feed."""
+    return Call("GET", path_of("models", model, "promotions.atom"), plain_text)
 
 
 def get_webhook(webhook: str) -> Call[WebhookView]:

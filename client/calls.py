@@ -75,7 +75,7 @@ def nothing(_response: httpx.Response) -> None:
     """The parser of an answer without content."""
 
 
-def _text(response: httpx.Response) -> str:
+def plain_text(response: httpx.Response) -> str:
     return response.text
 
 
@@ -155,11 +155,6 @@ def latest_of(model: str) -> Call[LatestView]:
 def page_promotions(model: str, *, cursor: str | None = None, limit: int = 50) -> Call[Page[PromotionView]]:
     """A page of the results that a model's name has meant, newest first. The first is the present one."""
     return Call("GET", path_of("models", model, "promotions"), _PROMOTIONS, params=query(cursor=cursor, limit=limit))
-
-
-def get_promotions_feed(model: str) -> Call[str]:
-    """The last fifty promotions of a model's name as an Atom feed."""
-    return Call("GET", path_of("models", model, "promotions.atom"), _text)
 
 
 def promote(model: str, job_id: str) -> Call[PromotionView]:
@@ -320,7 +315,7 @@ def get_cost(job_id: str) -> Call[JobCostView]:
 
 def get_drawn_report(job_id: str, form: Literal["html", "md"]) -> Call[str]:
     """The report as a self-contained HTML page or as a Markdown model card."""
-    return Call("GET", path_of("jobs", job_id, f"report.{form}"), _text)
+    return Call("GET", path_of("jobs", job_id, f"report.{form}"), plain_text)
 
 
 # Schedules -----------------------------------------------------------------------------------------------------------

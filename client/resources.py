@@ -39,7 +39,7 @@ class Models(Resource[Driver]):
     promotions = pages(calls.page_promotions)
     destinations = ask(delivery_calls.get_destinations)
     set_destinations = ask(delivery_calls.set_destinations)
-    feed = ask(calls.get_promotions_feed)
+    feed = ask(access.get_promotions_feed)
 
     @flow
     def fetch(self, source: str, name: str) -> Flow[ModelView]:

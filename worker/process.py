@@ -134,9 +134,10 @@ class ChildProcess:
         Shared memory is counted twice: as files in the child's own /dev/shm, and as pages that processes map.
         """
         descendants = self._descendants()
-        held = {process.pid: _anonymous(process.pid) for process in descendants} | {self.pid: _anonymous(self.pid)}
+        held = {process.pid: _anonymous(process.pid) for process in descendants}
+        # The inner process of the child is a fork, too, of a small one; its parent is not among the descendants.
         twice = sum(_counted_twice(pid, forks, held) for pid, forks in _forks(descendants).items() if pid in held)
-        return self._shared_memory() + sum(held.values()) - twice
+        return self._shared_memory() + _anonymous(self.pid) + sum(held.values()) - twice
 
     def _shared_memory(self) -> int:
         """Bytes in the child's own /dev/shm, whether mapped or not, named or not; 0 if it has none of its own."""

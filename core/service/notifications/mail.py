@@ -1,5 +1,6 @@
 """E-mail by SMTP, through the server that the operator names."""
 
+import contextlib
 import datetime as dt
 import re
 import smtplib
@@ -44,10 +45,10 @@ def send_mail(
     at: dt.datetime,
     context: ssl.SSLContext | None = None,
 ) -> tuple[int, str]:
-    """Send one message. Returns SMTP's code and text of a server's answer: 250 if it took the message.
+    """Send one message. Returns SMTP's code and text of the answer about this message: 250 if the server took it.
 
     message_id: the same at every attempt, so that a mailbox can drop a repetition. A password is sent only over TLS.
-    Raises ConnectionError or TimeoutError.
+    Raises ConnectionError or TimeoutError, also if the server refuses the password or the sender: the operator can mend that.
     """
     server = urlsplit(settings.smtp_url.get_secret_value() if settings.smtp_url else "")
     host, encrypted = server.hostname or "", server.scheme == "smtps"
@@ -61,7 +62,7 @@ def send_mail(
     mail["Auto-Submitted"] = "auto-generated"
     mail.set_content(message.text)
     try:
-        with (
+        with contextlib.closing(
             smtplib.SMTP_SSL(host, server.port or _TLS_PORT, timeout=_TIMEOUT_S, context=tls)
             if encrypted
             else smtplib.SMTP(host, server.port or _PLAIN_PORT, timeout=_TIMEOUT_S)
@@ -76,10 +77,12 @@ def send_mail(
                     raise ConnectionError("the mail server offers no TLS, so it was not sent the password")
                 smtp.login(unquote(server.username), unquote(server.password))
             smtp.send_message(mail)
+            with contextlib.suppress(smtplib.SMTPException, OSError):
+                smtp.quit()  # the message was taken, whatever the server says now
     except smtplib.SMTPRecipientsRefused as error:
         code, text = next(iter(error.recipients.values()))
         return code, text.decode(errors="replace")
-    except smtplib.SMTPResponseException as error:
+    except smtplib.SMTPDataError as error:
         raw = error.smtp_error
         return error.smtp_code, raw.decode(errors="replace") if isinstance(raw, bytes) else raw
     except TimeoutError:
