@@ -1,6 +1,6 @@
 """The requests of the API as values: method, path, body, and how to read the answer. Nothing is sent here.
 
-`client.access` holds those about webhooks, keys and tenants, `client.study_calls` those about studies. Both clients send them, and raise ApiError or UnreachableError.
+Others are in `client.access` (webhooks, keys and tenants), `schedule_calls`, `study_calls` and `delivery_calls`. Both clients send them, and raise ApiError or UnreachableError.
 """
 
 import uuid
@@ -24,7 +24,6 @@ from nightpress.core.wire.jobs import (
     JobBatch,
     JobCreate,
     JobFilter,
-    JobRequest,
     JobView,
     LogView,
     ReportView,
@@ -32,8 +31,6 @@ from nightpress.core.wire.jobs import (
 from nightpress.core.wire.models import DataSetCreate, DataSetView, ModelCreate, ModelView, UploadFile
 from nightpress.core.wire.promotions import LatestView, PromotionCreate, PromotionView
 from nightpress.core.wire.recipes import PassView, RecipeView, ValidateRequest, ValidateView
-from nightpress.core.wire.schedules import ScheduleCreate, ScheduleRunView, ScheduleUpdate, ScheduleView
-from nightpress.core.wire.studies import StudyRequest
 from nightpress.core.wire.system import QueueView, ReadyView, WorkerView
 from nightpress.core.wire.trackers import TrackedView
 
@@ -92,8 +89,6 @@ _TRACKED = items_reader(TrackedView)
 _ARTIFACTS, _WORKERS, _QUEUES = items_reader(ArtifactView), items_reader(WorkerView), items_reader(QueueView)
 _EVENTS, _LOGS = items_reader(EventView), items_reader(LogView)
 _REPORT, _READY, _COST = reader(ReportView), reader(ReadyView), reader(JobCostView)
-_SCHEDULE, _SCHEDULES = reader(ScheduleView), reader(Page[ScheduleView])
-_RUN, _RUNS = reader(ScheduleRunView), reader(Page[ScheduleRunView])
 _VALIDATED = reader(ValidateView)
 _JSON = reader(dict[str, Any])
 
@@ -316,75 +311,6 @@ def get_cost(job_id: str) -> Call[JobCostView]:
 def get_drawn_report(job_id: str, form: Literal["html", "md"]) -> Call[str]:
     """The report as a self-contained HTML page or as a Markdown model card."""
     return Call("GET", path_of("jobs", job_id, f"report.{form}"), plain_text)
-
-
-# Schedules -----------------------------------------------------------------------------------------------------------
-
-
-def create_schedule(
-    name: str,
-    cron: str,
-    model: str,
-    recipe: str | dict[str, Any] | None = None,
-    *,
-    study: Mapping[str, Any] | None = None,
-    timezone: str = "UTC",
-    **fields: Any,
-) -> Call[ScheduleView]:
-    """Submit a job at each time that `cron` names, or begin a study: give a recipe, or the fields of core.wire.studies.StudyRequest.
-
-    `fields`: further fields of core.wire.schedules.ScheduleCreate (overlap, catch_up, only_if_changed, suspended) and of JobRequest.
-    """
-    own = {key: value for key, value in fields.items() if key in ScheduleCreate.model_fields}
-    rest = {key: value for key, value in fields.items() if key not in own}
-    if study is not None:
-        own["study"] = StudyRequest.model_validate({"model": model, **study, **rest})
-    if recipe is not None:
-        own["job"] = JobRequest(model=model, recipe=recipe, **rest)
-    return post("/v1/schedules", _SCHEDULE, ScheduleCreate(name=name, cron=cron, timezone=timezone, **own))
-
-
-def get_schedule(schedule: str) -> Call[ScheduleView]:
-    return Call("GET", path_of("schedules", schedule), _SCHEDULE)
-
-
-def page_schedules(*, cursor: str | None = None, limit: int = 50) -> Call[Page[ScheduleView]]:
-    return Call("GET", "/v1/schedules", _SCHEDULES, params=query(cursor=cursor, limit=limit))
-
-
-def edit_schedule(schedule: str, *, version: int | None = None, **changes: Any) -> Call[ScheduleView]:
-    """Change the given fields of core.wire.schedules.ScheduleUpdate. `source=None` removes the source.
-
-    With `version`, raises ApiError(precondition_failed) where the schedule has been changed since that version.
-    """
-    body = ScheduleUpdate(**changes).model_dump(mode="json", exclude_unset=True)
-    headers = if_match(version)
-    return Call("PATCH", path_of("schedules", schedule), _SCHEDULE, repeatable=not headers, json=body, headers=headers)
-
-
-def delete_schedule(schedule: str, *, version: int | None = None) -> Call[None]:
-    """Delete a schedule; its jobs stay. With `version`, raises ApiError(precondition_failed) where it has been changed since."""
-    return Call("DELETE", path_of("schedules", schedule), nothing, headers=if_match(version))
-
-
-def suspend_schedule(schedule: str) -> Call[ScheduleView]:
-    """Submit no more jobs until the schedule is resumed."""
-    return post(path_of("schedules", schedule, "suspend"), _SCHEDULE)
-
-
-def resume_schedule(schedule: str) -> Call[ScheduleView]:
-    """Submit jobs again, from the next due time on."""
-    return post(path_of("schedules", schedule, "resume"), _SCHEDULE)
-
-
-def trigger_schedule(schedule: str) -> Call[ScheduleRunView]:
-    """Fire now. Returns the run; its job appears within a few seconds."""
-    return post(path_of("schedules", schedule, "trigger"), _RUN)
-
-
-def page_schedule_runs(schedule: str, *, cursor: str | None = None, limit: int = 50) -> Call[Page[ScheduleRunView]]:
-    """A page of a schedule's runs and their outcomes, newest first."""
-    return Call("GET", path_of("schedules", schedule, "runs"), _RUNS, params=query(cursor=cursor, limit=limit))
 
 
 # The service ---------------------------------------------------------------------------------------------------------

@@ -5,7 +5,7 @@ from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import TypeVar
 
-from nightpress.client import access, calls, delivery_calls
+from nightpress.client import access, calls, delivery_calls, schedule_calls
 from nightpress.client.calls import Call
 from nightpress.client.drivers import Blocking
 from nightpress.client.errors import ApiError, ClientError, UnreachableError
@@ -299,15 +299,15 @@ class Jobs(Resource[Driver]):
 class Schedules(Resource[Driver]):
     """Schedules: jobs that are submitted again and again. `schedule`: an id or a name."""
 
-    create = ask(calls.create_schedule)
-    iterate = pages(calls.page_schedules)
-    get = ask(calls.get_schedule)
-    edit = ask(calls.edit_schedule)
-    delete = ask(calls.delete_schedule)
-    suspend = ask(calls.suspend_schedule)
-    resume = ask(calls.resume_schedule)
-    trigger = ask(calls.trigger_schedule)
-    runs = pages(calls.page_schedule_runs)
+    create = ask(schedule_calls.create_schedule)
+    iterate = pages(schedule_calls.page_schedules)
+    get = ask(schedule_calls.get_schedule)
+    edit = ask(schedule_calls.edit_schedule)
+    delete = ask(schedule_calls.delete_schedule)
+    suspend = ask(schedule_calls.suspend_schedule)
+    resume = ask(schedule_calls.resume_schedule)
+    trigger = ask(schedule_calls.trigger_schedule)
+    runs = pages(schedule_calls.page_schedule_runs)
 
 
 class Webhooks(Resource[Driver]):

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from nightpress import ApiError, AsyncClient, Client, UnreachableError, migrations
-from nightpress.client import access, calls
+from nightpress.client import access, schedule_calls
 from nightpress.client.calls import Call
 from nightpress.core.settings import Settings
 from tests.api import RunningApi, serve
@@ -54,16 +54,16 @@ def sent(api: RunningApi, proxy: CuttingProxy, request: pytest.FixtureRequest) -
 
 
 def nightly() -> Call[Any]:
-    return calls.create_schedule("nightly", "0 2 * * *", "some-model", "int8-encoder")
+    return schedule_calls.create_schedule("nightly", "0 2 * * *", "some-model", "int8-encoder")
 
 
 def test_a_post_whose_answer_is_lost_is_sent_again_and_done_once(proxy: CuttingProxy, sent: Send):
     proxy.cut_answers(0, 5)
     made = sent(nightly())
-    assert [item.id for item in sent(calls.page_schedules()).items] == [made.id]
+    assert [item.id for item in sent(schedule_calls.page_schedules()).items] == [made.id]
     proxy.cut_answers(0)
-    run = sent(calls.trigger_schedule(made.id))
-    assert [item.id for item in sent(calls.page_schedule_runs(made.id)).items] == [run.id]
+    run = sent(schedule_calls.trigger_schedule(made.id))
+    assert [item.id for item in sent(schedule_calls.page_schedule_runs(made.id)).items] == [run.id]
 
 
 def test_a_secret_whose_answer_is_lost_is_not_shown_again_and_its_owner_told_what_to_do(
@@ -82,17 +82,17 @@ def test_an_edit_of_a_named_version_is_not_sent_again(proxy: CuttingProxy, sent:
     made = sent(nightly())
     proxy.cut_answers(0)
     with pytest.raises(UnreachableError, match="broke off"):
-        sent(calls.edit_schedule(made.id, version=made.version, overlap="queue"))
-    assert sent(calls.get_schedule(made.id)).version == made.version + 1
+        sent(schedule_calls.edit_schedule(made.id, version=made.version, overlap="queue"))
+    assert sent(schedule_calls.get_schedule(made.id)).version == made.version + 1
 
 
 def test_a_deletion_whose_answer_is_lost_is_done_and_one_of_nothing_is_an_error(proxy: CuttingProxy, sent: Send):
     made = sent(nightly())
     proxy.cut_answers(0)
-    assert sent(calls.delete_schedule(made.id, version=made.version)) is None
-    assert sent(calls.page_schedules()).items == []
+    assert sent(schedule_calls.delete_schedule(made.id, version=made.version)) is None
+    assert sent(schedule_calls.page_schedules()).items == []
     with pytest.raises(ApiError) as missing:
-        sent(calls.delete_schedule(made.id))
+        sent(schedule_calls.delete_schedule(made.id))
     assert missing.value.code == "not_found"
 
 
@@ -116,4 +116,4 @@ def test_a_request_that_is_still_being_answered_is_waited_for(
     cutting.start()
     made = sent(nightly())
     cutting.join()
-    assert [item.id for item in sent(calls.page_schedules()).items] == [made.id]
+    assert [item.id for item in sent(schedule_calls.page_schedules()).items] == [made.id]

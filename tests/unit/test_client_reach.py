@@ -13,7 +13,17 @@ from typer.main import get_command
 
 from nightpress import AsyncClient, Client
 from nightpress.api.app import create_app
-from nightpress.client import access, calls, delivery_calls, events, resources, studies, study_calls, uploads
+from nightpress.client import (
+    access,
+    calls,
+    delivery_calls,
+    events,
+    resources,
+    schedule_calls,
+    studies,
+    study_calls,
+    uploads,
+)
 from nightpress.client.calls import Call
 from nightpress.client.cli.main import app
 from nightpress.client.methods import Answering, Iterating, Resource
@@ -172,7 +182,7 @@ def makers(module: ModuleType) -> dict[str, FunctionType]:
     }
 
 
-MAKERS = makers(calls) | makers(access) | makers(study_calls) | makers(delivery_calls)
+MAKERS = makers(calls) | makers(access) | makers(study_calls) | makers(delivery_calls) | makers(schedule_calls)
 
 
 def made_by(maker: FunctionType) -> Iterator[Call[Any]]:
@@ -217,7 +227,7 @@ def test_the_clients_make_every_call():
     methods = [method for kind in kinds for method in vars(kind).values()]
     used = {method.described.__name__ for method in methods if isinstance(method, Answering | Iterating)}
     used |= {
-        name for module in (resources, studies, uploads, events) for code in _code_of(module) for name in code.co_names
+        name for module in (resources, schedule_calls, studies, uploads, events) for code in _code_of(module) for name in code.co_names
     }
     assert not MAKERS.keys() - used
 
