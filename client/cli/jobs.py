@@ -1,6 +1,6 @@
 """Commands about jobs: submit, watch, wait, ls, inspect, logs, cancel, retry."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Annotated, Any
 
 import typer
@@ -14,7 +14,9 @@ from nightpress.client.cli.models import send_model
 from nightpress.client.cli.recipes import read_recipe
 from nightpress.client.cli.session import Session, takes_session
 from nightpress.client.client import Client
+from nightpress.client.errors import ApiError
 from nightpress.client.gates import with_gates
+from nightpress.core.errors import ErrorCode
 from nightpress.core.recipes.gates import read_gate
 from nightpress.core.wire.jobs import JobFilter, JobView, LogView
 from nightpress.core.wire.trackers import TrackedView
@@ -159,7 +161,7 @@ def inspect(session: Session, job: JobArgument) -> None:
         view = client.jobs.get(job)
         history = list(client.jobs.past_events(job))
         artifacts = client.jobs.artifacts(job)
-        trackers = client.jobs.trackers(job)
+        trackers = trackers_of(client.jobs.trackers, job)
     if session.json:
         output.print_json({"job": view, "events": history, "artifacts": list(artifacts), "trackers": list(trackers)})
         return
@@ -267,6 +269,16 @@ def retry(
         if wait:
             _follow_to_end(client, view.id, json=session.json)
         output.print_json(view) if session.json else output.say(view.id)
+
+
+def trackers_of(ask: Callable[[str], list[TrackedView]], subject: str) -> list[TrackedView]:
+    """The runs in trackers of a job or study that exists; none from a service of a version before trackers."""
+    try:
+        return ask(subject)
+    except ApiError as error:
+        if error.code != ErrorCode.NOT_FOUND:
+            raise
+        return []
 
 
 def tracked_fields(trackers: Sequence[TrackedView]) -> list[tuple[str, object]]:

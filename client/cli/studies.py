@@ -7,7 +7,7 @@ import typer
 
 from nightpress.client.cli import output
 from nightpress.client.cli.exits import Exit
-from nightpress.client.cli.jobs import parse_labels, read_gates, tracked_fields
+from nightpress.client.cli.jobs import parse_labels, read_gates, tracked_fields, trackers_of
 from nightpress.client.cli.models import send_model
 from nightpress.client.cli.session import Session, takes_session
 from nightpress.client.cli.study_output import StudyProgress, print_report, print_study, print_trials
@@ -152,7 +152,7 @@ def show(session: Session, study: StudyArgument) -> None:
     with session.client() as client:
         found = client.studies.get(study)
         report = client.studies.report(study) if found.state == "succeeded" else None
-        trackers = client.studies.trackers(study)
+        trackers = trackers_of(client.studies.trackers, study)
     if session.json:
         output.print_json({"study": found, "report": report, "trackers": list(trackers)})
         return

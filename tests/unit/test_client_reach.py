@@ -227,7 +227,10 @@ def test_the_clients_make_every_call():
     methods = [method for kind in kinds for method in vars(kind).values()]
     used = {method.described.__name__ for method in methods if isinstance(method, Answering | Iterating)}
     used |= {
-        name for module in (resources, schedule_calls, studies, uploads, events) for code in _code_of(module) for name in code.co_names
+        name
+        for module in (resources, schedule_calls, studies, uploads, events)
+        for code in _code_of(module)
+        for name in code.co_names
     }
     assert not MAKERS.keys() - used
 
