@@ -50,7 +50,7 @@ def _same(value: Any, other: Any) -> bool:
     if isinstance(value, Call):
         return _same(value.args, other.args) and _same(value.kwargs, other.kwargs)
     if isinstance(value, Mapping):
-        return value.keys() == other.public_keys() and all(_same(part, other[key]) for key, part in value.items())
+        return value.keys() == other.keys() and all(_same(part, other[key]) for key, part in value.items())
     if isinstance(value, list | tuple):
         return len(value) == len(other) and all(_same(a, b) for a, b in zip(value, other, strict=True))
     return bool(value == other)
