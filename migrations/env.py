@@ -1,23 +1,19 @@
 """Alembic's environment: one connection and one transaction, and on PostgreSQL no long wait for a lock."""
 
+import importlib
+import pkgutil
 from typing import Any
 
 from alembic import context
 from sqlalchemy import text
 from sqlalchemy.engine import Connection
 
-import nightpress.core.service.tables.access
-import nightpress.core.service.tables.deliveries
-import nightpress.core.service.tables.jobs
-import nightpress.core.service.tables.promotions
-import nightpress.core.service.tables.registry
-import nightpress.core.service.tables.schedules
-import nightpress.core.service.tables.signing
-import nightpress.core.service.tables.studies
-import nightpress.core.service.tables.trackers
-import nightpress.core.service.tables.webhooks  # noqa: F401 - importing a module of tables adds them to the metadata
 from nightpress.core.database import make_engine, metadata
+from nightpress.core.service import tables
 from nightpress.core.settings import load_settings
+
+for module in pkgutil.iter_modules(tables.__path__, f"{tables.__name__}."):
+    importlib.import_module(module.name)  # adds its tables to the metadata
 
 _LOCK_KEY = 7_126_001  #: key of the advisory lock that lets migrations wait for each other; the number is arbitrary
 

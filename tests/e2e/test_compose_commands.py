@@ -17,7 +17,8 @@ import yaml
 
 from nightpress.client import Client
 from nightpress.client.folders import read_model_folder
-from nightpress.core.handoff.manifest import describe_folder, digest_of
+from nightpress.core.handoff.manifest import digest_of
+from tests.face import pulled_files
 from tests.patience import slowness
 from tests.servers import S3, Postgres, Valkey, free_port
 
@@ -141,7 +142,7 @@ def test_a_model_goes_through_the_production_stack(
             assert answer.headers["location"].startswith(s3_server.endpoint)
 
             (folder,) = nightpress.jobs.download(job.id, tmp_path / "pulled")
-            assert digest_of(describe_folder(folder)) == artifact.digest
+            assert digest_of(pulled_files(folder)) == artifact.digest
             assert json.loads((folder / "config.json").read_text())["model_type"] == "bert"
             report = nightpress.jobs.report(job.id).report
             assert report["artifacts"][0]["verification"]["passed"] is True

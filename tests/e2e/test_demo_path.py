@@ -16,6 +16,7 @@ import pytest
 
 from nightpress.core.handoff.manifest import MANIFEST_FILE, Manifest, describe_folder
 from nightpress.core.handoff.report import Report
+from tests.face import pulled_files
 from tests.servers import free_port
 from tests.service import ROOT, eventually
 
@@ -78,7 +79,7 @@ def test_from_up_to_a_verified_artifact_on_disk(environment: dict[str, str], ber
 
         run(environment, tmp_path, "pull", job["id"], "--out", "pulled")
         artifacts = json.loads(run(environment, tmp_path, "inspect", job["id"], "--json"))["artifacts"]
-        assert [file.model_dump() for file in describe_folder(tmp_path / "pulled" / "onnx")] == artifacts[0]["files"]
+        assert [file.model_dump() for file in pulled_files(tmp_path / "pulled" / "onnx")] == artifacts[0]["files"]
         assert (tmp_path / "pulled" / "report.html").stat().st_size > 1000
 
         # The same model is not uploaded again. A missed gate is a verdict, not a failure of the job.
