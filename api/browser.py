@@ -11,19 +11,16 @@ Where PUBLIC_URL is https, all are Secure and have the prefix `__Host-`, so that
 
 import hashlib
 import hmac
-from typing import TYPE_CHECKING
+from collections.abc import Awaitable, Callable
 
 from starlette.requests import Request
 from starlette.responses import Response
 
 from nightpress.core.errors import ErrorCode, NightpressError
 from nightpress.core.service.access.keys import Principal
-from nightpress.core.service.access.oidc.sessions import digest_of
+from nightpress.core.service.access.oidc.sessions import SessionBook, digest_of
 from nightpress.core.service.compose import Resources
 from nightpress.core.settings import Settings
-
-if TYPE_CHECKING:
-    from nightpress.api.deps import Services
 
 SIGN_IN, SESSION, CSRF = "nightpress_sign_in", "nightpress_session", "nightpress_csrf"
 CSRF_HEADER = "x-csrf-token"
@@ -37,12 +34,16 @@ def session_of(request: Request, resources: Resources) -> str | None:
     return read(request, resources.settings, SESSION)
 
 
-async def signed_in(services: "Services", request: Request, cookie: str) -> Principal:
+async def signed_in(
+    sessions: SessionBook,
+    in_a_thread: Callable[[Callable[[str], Principal], str], Awaitable[Principal]],
+    request: Request,
+    cookie: str,
+) -> Principal:
     """The caller of a session. Raises NightpressError: unauthenticated, and forbidden for a forged request."""
-    sessions = services.resources.sessions
     caller = sessions.cached(cookie)
     if caller is None:
-        caller = await services.call(sessions.authenticate, cookie)
+        caller = await in_a_thread(sessions.authenticate, cookie)
     if request.method not in _READING:
         check_own_page(request, cookie)
     return caller

@@ -98,7 +98,7 @@ async def _caller_of(request: Request, *schemes: str) -> Principal:
     if scheme.lower() == "bearer" and plain:
         caller = await _bearer(services, request, plain.strip())
     elif (cookie := browser.session_of(request, services.resources)) is not None:
-        caller = await browser.signed_in(services, request, cookie)
+        caller = await browser.signed_in(services.resources.sessions, services.call, request, cookie)
     else:
         raise NightpressError(
             ErrorCode.UNAUTHENTICATED,

@@ -100,7 +100,7 @@ MUTANTS = (
     Mutant("queue deadline: still due when it is passed", EXPIRY, "                    _columns.id == job_id,\n                    is_due,\n", "                    _columns.id == job_id,\n"),
     Mutant("logs: a job's share and no more", ATTEMPTS, "                if seq <= MAX_LOG_LINES\n", ""),
     Mutant("end: the attempt is closed", ATTEMPTS, '            close_attempt(connection, job, "succeeded")\n', ""),
-    Mutant("end: a name's newest result is an accepted one", ATTEMPTS, '            if outcome.verdict == "accepted" and job.promote:\n', "            if job.promote:\n", (_ACCESS,)),
+    Mutant("end: only an accepted result is handed on", ATTEMPTS, '            if outcome.verdict == "accepted":\n', "            if True:\n", (_ACCESS,)),
     Mutant("release: no failure is counted", ATTEMPTS, "                run_after=db_now(),\n                **RESTING", "                run_after=db_now(),\n                failures=_columns.failures + 1,\n                **RESTING"),
     Mutant("fail: a failure is counted", TRANSITIONS, "else_=_columns.failures + 1),", "else_=_columns.failures),"),
     Mutant("end: nobody holds it any more", TRANSITIONS, '    "lease_id": null(),\n', ""),
