@@ -277,6 +277,8 @@ def _texts(ref: str, pieces: Iterable[bytes], window: Window) -> Iterator[str]:
         try:
             text: str = decoder.decode(piece, final)
         except UnicodeDecodeError as error:
+            if b"\0" in error.object[: error.start]:
+                raise _binary(ref, at) from error
             raise invalid(
                 ref,
                 f"it is not UTF-8 near byte {at} ({error.reason})",
@@ -284,10 +286,14 @@ def _texts(ref: str, pieces: Iterable[bytes], window: Window) -> Iterator[str]:
             ) from error
         at += len(piece)
         if "\0" in text:
-            raise invalid(ref, f"it has a NUL character near byte {at}", "Bring text, not a binary file.")
+            raise _binary(ref, at)
         yield text
         if window.cut:
             return
+
+
+def _binary(ref: str, at: int) -> NightpressError:
+    return invalid(ref, f"it has a NUL character near byte {at}", "Bring text, not a binary file.")
 
 
 def _bounded(pieces: Iterable[bytes]) -> Iterator[tuple[bytes, bool]]:
