@@ -52,5 +52,5 @@ def becomes(info: TensorInfo, rewrite: Rewrite | None) -> tuple[TensorInfo, ...]
 
 
 def tensor_bytes(tensor: Tensor) -> memoryview:
-    """The bytes of a contiguous tensor, without a copy."""
+    """The bytes of a tensor, without a copy if it is contiguous."""
     return memoryview(tensor.reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]  # an array is a buffer

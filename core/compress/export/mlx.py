@@ -1,6 +1,7 @@
 """A language model as mlx-lm reads it: safetensors with affine codes, ŵ = scale · q + bias, and config.json's `quantization`."""
 
 import json
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,9 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nightpress.core.compress.executors.rewrite import tensor_bytes
 from nightpress.core.compress.grids.packing import pack_bits
 from nightpress.core.compress.grids.pressed_weights import PressedWeights
 from nightpress.core.compress.model.checkpoint import (
+    TORCH_DTYPES,
     ShardWriter,
     read_shards,
     tensor_info,
@@ -62,8 +65,7 @@ def save(model_dir: Path, out_dir: Path) -> None:
         with ShardWriter(out_dir / name, infos, {"format": "mlx"}) as writer:
             for part in shard:
                 for info, tensor in zip(part.infos, _tensors(pressed, stored, part), strict=True):
-                    data = tensor.contiguous().view(-1).view(torch.uint8).numpy()
-                    writer.write(info.name, 0, memoryview(data))  # type: ignore[arg-type]  # as in checkpoint.py
+                    writer.write(info.name, 0, tensor_bytes(tensor))
             writer.commit()
     write_index(out_dir)
     _describe(out_dir, parts)
@@ -92,11 +94,13 @@ def _part(pressed: PressedWeights, stored: SourceTensors, name: str) -> _Part:
 def _shards(parts: Sequence[_Part]) -> Iterator[list[_Part]]:
     """Divide the parts, in their order, into files of a few gigabytes."""
     shard: list[_Part] = []
+    size = 0
     for part in parts:
-        if shard and sum(other.size for other in shard) + part.size > _SHARD_BYTES:
+        if shard and size + part.size > _SHARD_BYTES:
             yield shard
-            shard = []
+            shard, size = [], 0
         shard.append(part)
+        size += part.size
     yield shard
 
 
@@ -104,16 +108,16 @@ def _tensors(pressed: PressedWeights, stored: SourceTensors, part: _Part) -> tup
     if not part.bits:
         return (stored.read(part.name),)
     codes = pressed.codes(part.name).in_blocks(part.group_size)
-    scale = stored.read(f"{part.name}_scale")
+    dtype = TORCH_DTYPES[part.infos[1].dtype]
     # MLX's q is 0 … 2^bits − 1, and ours − 2^(bits−1): ŵ = scale · (code − zero) = scale · q − scale · (zero + 2^(bits−1)).
-    least = torch.full_like(torch.from_numpy(codes.scale), 2 ** (part.bits - 1))
+    scales = torch.from_numpy(codes.scale)
+    least = torch.full_like(scales, 2 ** (part.bits - 1))
     if codes.zero_point is not None:
         least += torch.from_numpy(codes.zero_point)
-    scales = torch.from_numpy(codes.scale)
     return (
         pack_bits(torch.from_numpy(codes.codes), part.bits),
-        scales.to(scale.dtype),
-        (-scales * least).to(scale.dtype),
+        scales.to(dtype),
+        (-scales * least).to(dtype),
     )
 
 
@@ -145,5 +149,6 @@ def _older_keys(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _quantization(grids: Mapping[str, Mapping[str, int]]) -> dict[str, object]:
-    common = max(grids.values(), key=lambda grid: list(grids.values()).count(grid))
+    [(pairs, _)] = Counter(tuple(grid.items()) for grid in grids.values()).most_common(1)
+    common = dict(pairs)
     return {**common, "mode": "affine"} | {module: dict(grid) for module, grid in grids.items() if grid != common}

@@ -222,9 +222,8 @@ def _run_set(
             merged["reference"] = logp
         else:
             theirs = reference[f"{name}.reference"]
-            known = (
-                logp[:1].min(axis=0, initial=0) > _CUT
-            )  # tokens that this model has: the source's distribution over the others is left out
+            # Tokens that this model has. The source's distribution over the others is left out.
+            known = logp[:1].min(axis=0, initial=0) > _CUT
             if not known.all():
                 logp, theirs = logp[:, known], theirs[:, known]
                 theirs = theirs - _log_sum_exp(theirs)[:, None]

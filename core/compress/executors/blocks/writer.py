@@ -5,13 +5,12 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from types import TracebackType
 
-import torch
 from torch import Tensor
 
 from nightpress.core.compress.context import PassContext
 from nightpress.core.compress.executors.blocks.resume import BlockRecord, RunFiles, record_of
 from nightpress.core.compress.executors.blocks.settle import BlockOutcome
-from nightpress.core.compress.executors.rewrite import Effect, Rewrite, becomes
+from nightpress.core.compress.executors.rewrite import Effect, Rewrite, becomes, tensor_bytes
 from nightpress.core.compress.grids.workspace import Workspace
 from nightpress.core.compress.model.checkpoint import SAFETENSORS_DTYPES, ShardWriter, tensor_info
 from nightpress.core.compress.model.source import SourceTensors
@@ -76,7 +75,7 @@ def write_block(files: RunFiles, output: BlockOutput) -> None:
     ]
     with ShardWriter(files.block(output.index), infos, {"format": "pt"}) as shard:
         for name, tensor in output.tensors:
-            shard.write(name, 0, _bytes(tensor.cpu()))
+            shard.write(name, 0, tensor_bytes(tensor.cpu()))
         shard.commit()
     files.write_record(output.index, output.record)
 
@@ -89,7 +88,7 @@ def _write_rest(
     with ShardWriter(files.rest(), infos, {"format": "pt"}) as shard:
 
         def put(part: str, at: int, tensor: Tensor) -> None:
-            shard.write(part, at, _bytes(tensor))
+            shard.write(part, at, tensor_bytes(tensor))
 
         for name in names:
             if name in rewrites:
@@ -99,7 +98,3 @@ def _write_rest(
                 shard.write(name, at, piece)
         shard.commit()
     return effects
-
-
-def _bytes(tensor: Tensor) -> memoryview:
-    return memoryview(tensor.contiguous().view(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
