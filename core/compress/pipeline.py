@@ -14,6 +14,8 @@ from nightpress.core.compress import environment, report
 from nightpress.core.compress.data.tokenized import BUILTIN_LICENSE, builtin_digest
 from nightpress.core.compress.evaluate import gates, quality
 from nightpress.core.compress.evaluate.finite import check_weights
+from nightpress.core.compress.export import nursery
+from nightpress.core.compress.export.consumer_environment import runner_environment
 from nightpress.core.compress.lineage import read_lineage
 from nightpress.core.compress.model.checkpoint import disk_errors, write_file
 from nightpress.core.compress.stages import folder, graph, measure, screen, serve, source
@@ -80,6 +82,9 @@ def _empty(folder: Path) -> None:
 def _begin(job: PressJob) -> State:
     """Validate the model, read the data, and measure the source."""
     job.clock.at(0.0, "checking the model's files")
+    if (device := job.device_of(None)) == "cuda":
+        job.scratch.mkdir(parents=True, exist_ok=True)
+        nursery.begin(runner_environment(device, job.spec.threads, job.scratch))
     header = inspect_model(FolderFiles(job.source))
     for warning in make_plan(job.recipe, header).warnings:
         job.warn(warning)

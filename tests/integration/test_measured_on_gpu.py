@@ -1,6 +1,7 @@
 """A job on a GPU measures there what transformers loads, and on the processor what only runs there. Every figure says where."""
 
 import json
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from nightpress.core.compress.export import nursery
+from nightpress.core.compress.export.consumer_environment import runner_environment
 from nightpress.core.compress.runners import measure, transformers_runner
 from nightpress.core.handoff.report import Report
 from nightpress.core.handoff.spec import SPEC_FILE
@@ -71,6 +74,26 @@ def test_what_runs_on_the_processor_alone_is_measured_there_beside_the_source(tm
     assert any("run on the processor" in note for note in report.notes)
 
 
+def test_processes_on_the_gpu_are_forked(tmp_path: Path):
+    """Importing transformers starts no CUDA, which could not be used in a fork."""
+    environment = runner_environment("cuda", 1, tmp_path)
+    runner = tmp_path / "runner.py"
+    runner.write_text("import os, torch; print(os.getppid(), int(torch.ones(1, device='cuda')), flush=True)")
+    with tempfile.TemporaryFile() as errors:
+        forks = [
+            nursery.start(runner, tmp_path / "request", cwd=tmp_path, errors=errors, environment=environment)
+            for _ in range(2)
+        ]
+        said = [fork.stdout.readline().split() for fork in forks]
+        assert [fork.wait() for fork in forks] == [0, 0]
+        errors.seek(0)
+        assert errors.read() == b""
+        assert said[0] == said[1] == [said[0][0], b"1"]
+        for fork in forks:
+            fork.stdin.close()
+            fork.stdout.close()
+
+
 @pytest.mark.parametrize("evaluate_on", ["cpu", "auto"])
 def test_the_processor_may_be_asked_for(evaluate_on: str, tmp_path: Path):
     """`auto` comes to the same where nothing that is exported runs on a GPU."""
@@ -87,7 +110,7 @@ def test_what_is_kept_of_the_logits_is_the_same_on_both(tmp_path: Path, monkeypa
     """In float32, the GPU's figures are the processor's but for the order of sums."""
     save_family("llama", tmp_path / "model")
     monkeypatch.chdir(tmp_path)
-    request = {"folder": "model", "task": "causal-lm", "threads": 1}
+    request = {"folder": "model", "task": "causal-lm", "model_class": "AutoModelForCausalLM", "threads": 1}
     here, there = (transformers_runner.load({**request, "device": device})[0] for device in ("cpu", "cuda"))
     random = np.random.default_rng(0)
     ids = random.integers(5, 60, (3, 12))

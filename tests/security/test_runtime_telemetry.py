@@ -8,7 +8,7 @@ import onnx
 import pytest
 from onnx import TensorProto, helper
 
-from nightpress.core.compress.export.consumer import consumer_environment
+from nightpress.core.compress.export.consumer_environment import consumer_environment
 from nightpress.worker.sandbox import child_environment
 from tests.service import ROOT
 

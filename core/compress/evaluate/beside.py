@@ -4,7 +4,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from nightpress.core.compress.environment import free_gpu_memory
-from nightpress.core.compress.export.consumer import Consumer, Device
+from nightpress.core.compress.export.consumer import Consumer
+from nightpress.core.compress.export.consumer_environment import Device
 from nightpress.core.compress.export.task import Task
 
 _SPARE = 0.9  #: share of the job's memory limit that may be planned; the rest is for memory that no peak shows

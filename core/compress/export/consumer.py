@@ -17,12 +17,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from nightpress.core.compress.export import nursery
+from nightpress.core.compress.export.consumer_environment import Device, consumer_environment, runner_environment
 from nightpress.core.compress.export.consumer_faults import check_finite, failed
 from nightpress.core.compress.export.task import Task, TimedGeneration, TimedServing, TimedShape
 from nightpress.core.compress.model.checkpoint import disk_errors
@@ -34,7 +35,6 @@ _FEWEST = 5  #: runs of a shape, even if they take longer than _SHAPE_SECONDS
 _WRITING_SECONDS = 20.0  #: longest time for one kind of decoding and one model
 _FEWEST_WRITINGS = 3  #: runs of decoding, even if they take longer than _WRITING_SECONDS
 _TELL_EVERY_S = 3.0
-Device = Literal["cpu", "cuda"]
 Timed = TimedShape | TimedGeneration | TimedServing
 
 
@@ -133,11 +133,13 @@ class Consumer:
                 )
             )
         self._errors = tempfile.TemporaryFile()  # noqa: SIM115 - the process writes into it as long as it lives
-        environment = consumer_environment(task.threads, scratch) | dict(variables or {})
-        if runner.name in nursery.RUNNERS and device == "cpu":
-            # Not on a GPU: a process that has looked for one can't be forked.
+        if runner.name in nursery.RUNNERS:
             self._process: subprocess.Popen[bytes] | nursery.Fork = nursery.start(
-                runner, request.resolve(), cwd=folder.parent, errors=self._errors, environment=environment
+                runner,
+                request.resolve(),
+                cwd=folder.parent,
+                errors=self._errors,
+                environment=runner_environment(device, task.threads, scratch),
             )
         else:
             self._process = subprocess.Popen(
@@ -145,7 +147,7 @@ class Consumer:
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=self._errors,
-                env=environment,
+                env=consumer_environment(task.threads, scratch) | dict(variables or {}),
                 cwd=folder.parent,
             )
 
@@ -374,21 +376,3 @@ def consumer_name(versions: Mapping[str, str]) -> str:
     """E.g. `onnxruntime 1.32.0`: the last library in a runner's versions."""
     library, version = list(versions.items())[-1]
     return f"{library} {version}"
-
-
-def consumer_environment(threads: int, scratch: Path) -> dict[str, str]:
-    """The environment variables of a consumer's process: this process's without Python settings, and no network or telemetry."""
-    kept = {key: value for key, value in os.environ.items() if not key.startswith("PYTHON")}
-    return kept | {
-        "OMP_NUM_THREADS": str(threads),
-        # OpenMP threads spin at a barrier. If they spin long, they take the processor from a thread that they wait for: on a busy machine,
-        # torch became ten times slower. If they don't spin at all, a quiet machine is a third slower. This number avoids both.
-        "GOMP_SPINCOUNT": "3000",
-        "TOKENIZERS_PARALLELISM": "false",
-        "HF_MODULES_CACHE": str((scratch / "modules").resolve()),  # where transformers copies a folder's own code
-        "HF_HUB_OFFLINE": "1",
-        "TRANSFORMERS_OFFLINE": "1",
-        "HF_HUB_DISABLE_TELEMETRY": "1",
-        "ORT_DISABLE_TELEMETRY": "1",
-        "TMPDIR": str(scratch.resolve()),
-    }

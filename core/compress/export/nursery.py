@@ -1,6 +1,7 @@
 """The process that runners of transformers are forked from, as their starter sees it. See runners/nursery.py.
 
-A process has one, begun with its first runner. It ends with its starter.
+A process has one, begun with its first runner or by `begin`; a job that measures on both devices has one for each at a time. It ends with
+its starter.
 """
 
 import atexit
@@ -11,6 +12,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 from collections.abc import Mapping
 from pathlib import Path
@@ -64,8 +66,7 @@ class _Nursery:
                 stdout=subprocess.DEVNULL,
                 stderr=errors,
                 pass_fds=(theirs.fileno(),),
-                # A process that has looked for GPUs can't be forked, and these runners use none.
-                env={**environment, "CUDA_VISIBLE_DEVICES": ""},
+                env=dict(environment),
             )
 
     def serves(self, environment: Mapping[str, str]) -> bool:
@@ -104,6 +105,14 @@ _nurseries: list[_Nursery] = []
 def _end_all() -> None:
     for nursery in _nurseries:
         nursery.end()
+
+
+def begin(environment: Mapping[str, str]) -> None:
+    """Begin to import the libraries, for runners with this environment that will be started later."""
+    with _lock:
+        if not any(nursery.serves(environment) for nursery in _nurseries):
+            with tempfile.TemporaryFile() as unread:
+                _nurseries.append(_Nursery(environment, unread))
 
 
 def start(runner: Path, request: Path, *, cwd: Path, errors: IO[bytes], environment: Mapping[str, str]) -> Fork:

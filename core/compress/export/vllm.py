@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 
 from nightpress.core.compress.data import tokenized
 from nightpress.core.compress.export import safetensors
-from nightpress.core.compress.export.consumer import Consumer, Device, Observed, run_consumer
+from nightpress.core.compress.export.consumer import Consumer, Observed, run_consumer
+from nightpress.core.compress.export.consumer_environment import Device
 from nightpress.core.compress.export.task import Task, TimedServing, TokenSet
 from nightpress.core.compress.grids.dequantized import write_dequantized
 from nightpress.core.processor import cpu_features

@@ -1,6 +1,7 @@
 """Starts runners of transformers as forks of one process: `python -I -B nursery.py FD`. Importing transformers takes seconds each time.
 
-This process imports the libraries and does nothing else, so a fork of it is as fresh as a new interpreter after its imports. FD is a
+This process imports the libraries and does nothing else, so a fork of it is as fresh as a new interpreter after its imports. CUDA can't be
+used in a fork of a process that it has run in; if an import has started it, a runner for a GPU becomes a new interpreter. FD is a
 socket of whole messages. Each message is JSON (`runner`, `request`, `cwd` and `env`) and carries four file descriptors: the fork's
 standard input, output and error, and a socket for its end. Its status is written there, as of `subprocess.Popen.returncode`. If the other
 side closes that socket first, the fork is killed. When FD's other side is closed, all forks are killed, and this process ends.
@@ -81,6 +82,8 @@ def _become(message: dict[str, Any], standard: list[int], parent: int) -> NoRetu
         os.closerange(3, os.sysconf("SC_OPEN_MAX"))
         os.chdir(message["cwd"])
         os.environ.update(message["env"])
+        if os.environ.get("CUDA_VISIBLE_DEVICES") != "" and _can_use_no_gpu():
+            os.execv(sys.executable, [sys.executable, "-I", "-B", message["runner"], message["request"]])  # noqa: S606 - it is this interpreter
         sys.argv = [message["runner"], message["request"]]
         runpy.run_path(message["runner"], run_name="__main__")
         status = 0
@@ -92,6 +95,13 @@ def _become(message: dict[str, Any], standard: list[int], parent: int) -> NoRetu
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)
+
+
+def _can_use_no_gpu() -> bool:
+    """Whether CUDA ran in the process that this one was forked from: a library has looked for GPUs while it was imported."""
+    import torch
+
+    return torch.cuda._is_in_bad_fork()
 
 
 def _die_with(parent: int) -> None:

@@ -12,7 +12,8 @@ from nightpress.core.compress.evaluate import quality, speed
 from nightpress.core.compress.evaluate.beside import ConsumerBeside
 from nightpress.core.compress.evaluate.quality import Trial
 from nightpress.core.compress.export import safetensors
-from nightpress.core.compress.export.consumer import Beside, Device, ModelRuns, Observed, consumer_name, run_consumer
+from nightpress.core.compress.export.consumer import Beside, ModelRuns, Observed, consumer_name, run_consumer
+from nightpress.core.compress.export.consumer_environment import Device
 from nightpress.core.compress.export.task import Task
 from nightpress.core.compress.stages import kept_source
 from nightpress.core.compress.stages.job import PressJob, folder_bytes

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from nightpress.core.compress.context import Judge, PassContext
-from nightpress.core.compress.export.consumer import Device
+from nightpress.core.compress.export.consumer_environment import Device
 from nightpress.core.compress.stages.clock import Clock, Emit, Report
 from nightpress.core.errors import ErrorCode, NightpressError
 from nightpress.core.handoff.frames import Checkpoint, Log, Metric, Span

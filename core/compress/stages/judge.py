@@ -9,7 +9,8 @@ from pathlib import Path
 from nightpress.core.compress.context import Judged
 from nightpress.core.compress.evaluate import gates, quality
 from nightpress.core.compress.export import onnx, safetensors
-from nightpress.core.compress.export.consumer import Device, run_consumer
+from nightpress.core.compress.export.consumer import run_consumer
+from nightpress.core.compress.export.consumer_environment import Device
 from nightpress.core.compress.graph import tracing
 from nightpress.core.compress.stages.job import PressJob
 from nightpress.core.compress.stages.state import State

@@ -8,7 +8,8 @@ from typing import Any
 from nightpress.core.compress.evaluate import served
 from nightpress.core.compress.evaluate.beside import room_for
 from nightpress.core.compress.export import vllm
-from nightpress.core.compress.export.consumer import Consumer, Device, Observed, timed_rounds
+from nightpress.core.compress.export.consumer import Consumer, Observed, timed_rounds
+from nightpress.core.compress.export.consumer_environment import Device
 from nightpress.core.compress.export.task import Task, TimedServing
 from nightpress.core.compress.stages.baseline import measured_on
 from nightpress.core.compress.stages.clock import parts

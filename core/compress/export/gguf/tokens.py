@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 
 from nightpress.core.compress.data.tokenized import open_tokenizer
-from nightpress.core.compress.export.consumer import consumer_environment
+from nightpress.core.compress.export.consumer_environment import consumer_environment
 from nightpress.core.compress.export.gguf.file import FILE_NAME
 from nightpress.core.errors import ErrorCode, NightpressError
 
