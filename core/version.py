@@ -8,7 +8,7 @@ VERSION = importlib.metadata.version("nightpress")
 
 #: Besides model, recipe, data and device, this decides the bytes of an artifact. The number after the slash is raised whenever the bytes
 #: that come out change within a version.
-ENGINE = f"{VERSION}/2"
+ENGINE = f"{VERSION}/3"
 
 
 def engine_with(engine: str, packages: Iterable[object]) -> str:

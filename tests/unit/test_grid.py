@@ -89,21 +89,30 @@ def test_a_row_of_zeros_and_a_row_of_tiny_numbers_have_finite_scales(dtype: torc
     source[1] = torch.finfo(dtype).smallest_normal
     rounded = round_to_grid(source, Grid(4))
     assert torch.isfinite(rounded.scale).all()
-    assert (rounded.scale > 0).all()
+    assert (rounded.scale != 0).all()
     assert torch.equal(dequantize(rounded.codes, rounded.scale)[0], torch.zeros(source.shape[1], dtype=dtype).float())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(
     ("source", "code", "step"),
-    [([-4.0, 1.0], -8, 0.5), ([-4.0, 3.75], -8, 0.5), ([3.75, -1.0], 7, 0.5), ([4.0, -4.0], 7, 4 / 7.5)],
+    [([-4.0, 1.0], -8, 0.5), ([-4.0, 3.75], -8, 0.5), ([4.0, -1.0], -8, -0.5), ([4.0, -4.0], 7, 4 / 7.5)],
 )
-def test_the_lowest_weight_is_the_lowest_code_and_the_highest_half_a_step_above_the_highest(
+def test_the_largest_weight_is_the_lowest_code_whatever_its_sign(
     source: list[float], code: int, step: float, dtype: torch.dtype
 ):
     rounded = round_to_grid(torch.tensor([source], dtype=dtype), Grid(4))
     assert int(rounded.codes[0, 0]) == code
     assert float(rounded.scale) == pytest.approx(step, rel=float(torch.finfo(dtype).eps))
+
+
+@pytest.mark.parametrize(("source", "code", "step"), [([-4.0, 1.0], -128, 1 / 32), ([4.0, -1.0], 127, 4 / 127.5)])
+def test_with_eight_bits_the_highest_weight_is_half_a_step_above_the_highest_code(
+    source: list[float], code: int, step: float
+):
+    rounded = round_to_grid(torch.tensor([source]), Grid(8))
+    assert int(rounded.codes[0, 0]) == code
+    assert float(rounded.scale) == pytest.approx(step, rel=1e-6)
 
 
 @pytest.mark.parametrize("bits", [4, 8])

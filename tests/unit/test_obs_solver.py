@@ -26,20 +26,27 @@ def _damped(gram: Tensor, damping: float = 0.01) -> Tensor:
     return gram + damping * gram.diagonal().mean() * torch.eye(len(gram), dtype=gram.dtype)
 
 
+def _step(values: Tensor, bits: int) -> Tensor:
+    """The step of a symmetric grid for weights [..., g]. Up to 4 bits it is negative where the largest of them is positive."""
+    top = 2 ** (bits - 1)
+    low, high = values.amin(-1).clamp(max=0), values.amax(-1).clamp(min=0)
+    turned = (high > -low) if bits <= 4 else torch.zeros_like(low, dtype=torch.bool)
+    below, above = torch.where(turned, high, -low), torch.where(turned, -low, high)
+    size = torch.maximum(below / top, above / (top - 0.5))
+    return torch.where(turned, -size, size)
+
+
 def _plain_gptq(weight: Tensor, gram: Tensor, group_size: int, bits: int, order: Tensor) -> Tensor:
     """Equations 2 and 3 of GPTQ: quantize column j, change the others by −(w − q)/[H⁻¹]_jj · H⁻¹_j, eliminate j from H⁻¹."""
     w, inverse = weight.clone(), torch.linalg.inv(_damped(gram))
     natural = bool((order == torch.arange(len(order))).all())
     top = 2 ** (bits - 1)
 
-    def scale_of(values: Tensor) -> Tensor:
-        return torch.maximum(-values.amin(1).clamp(max=0) / top, values.amax(1).clamp(min=0) / (top - 0.5))
-
-    scales = {first: scale_of(weight[:, first : first + group_size]) for first in range(0, len(order), group_size)}
+    scales = {first: _step(weight[:, first : first + group_size], bits) for first in range(0, len(order), group_size)}
     for j in order.tolist():
         first = j // group_size * group_size
         if natural and j == first:
-            scales[first] = scale_of(w[:, first : first + group_size])
+            scales[first] = _step(w[:, first : first + group_size], bits)
         q = (w[:, j] / scales[first]).round().clamp(-top, top - 1) * scales[first]
         w -= ((w[:, j] - q) / inverse[j, j])[:, None] * inverse[j]
         w[:, j] = q
@@ -75,11 +82,11 @@ def _plain_sparsegpt(weight: Tensor, gram: Tensor, sparsity: float, pattern: tup
 
 
 def test_two_columns_by_hand():
-    # H = [[2, 1], [1, 2]], steps of 1: w₀ = 0.4 → 0, and w₁ moves by (w₀ − q₀)·H₀₁/H₁₁ = 0.2, from 0.4 to 0.6 → 1.
-    weight, gram = torch.tensor([[0.4, 0.4, 7.5]]).double(), torch.diag(torch.tensor([2.0, 2.0, 1.0])).double()
+    # H = [[2, 1], [1, 2]], steps of −1: w₀ = 0.4 → 0, and w₁ moves by (w₀ − q₀)·H₀₁/H₁₁ = 0.2, from 0.4 to 0.6 → 1.
+    weight, gram = torch.tensor([[0.4, 0.4, 8.0]]).double(), torch.diag(torch.tensor([2.0, 2.0, 1.0])).double()
     gram[0, 1] = gram[1, 0] = 1.0
     solved = solve(weight, factorize(gram, damping=1e-12), Quantize(Grid(4), torch.float64))
-    assert solved.weight.tolist() == [[0.0, 1.0, 7.0]]
+    assert solved.weight.tolist() == [[0.0, 1.0, 8.0]]
 
 
 def test_uncorrelated_inputs_are_rounded_to_nearest():
@@ -87,7 +94,7 @@ def test_uncorrelated_inputs_are_rounded_to_nearest():
     solved = solve(weight, factorize(torch.eye(64).double()), Quantize(Grid(4, 32), torch.float64))
     assert solved.codes is not None
     grouped = weight.view(8, 2, 32)
-    step = torch.maximum(-grouped.amin(2, keepdim=True) / 8, grouped.amax(2, keepdim=True) / 7.5)
+    step = _step(grouped, 4)[..., None]
     assert torch.equal(solved.codes.view(8, 2, 32), (weight.view(8, 2, 32) / step).round().clamp(-8, 7).to(torch.int8))
 
 

@@ -1,8 +1,8 @@
 """A grid: the set of codes, and the size of the step between two of them.
 
 An integer grid of b bits has the codes −2^(b−1) … 2^(b−1)−1. The code q stands for scale · (q − zero_point). A grid of floats has the
-numbers of e4m3 (8 bits) or e2m1 (4 bits) as codes, and no zero points. Scales are rounded *up* to the dtype in which they are stored, so
-that clipping costs no more than rounding: |w − ŵ| ≤ scale/2 for every finite weight.
+numbers of e4m3 (8 bits) or e2m1 (4 bits) as codes, and no zero points. Scales are rounded *up* in size to the dtype in which they are stored,
+so that clipping costs no more than rounding: |w − ŵ| ≤ |scale|/2 for every finite weight.
 """
 
 from dataclasses import dataclass
@@ -15,6 +15,7 @@ from torch import Tensor
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 LARGEST_FLOAT = {8: 448.0, 4: 6.0}  #: bits → largest number of e4m3 and of e2m1
 SMALLEST_SCALE = 2.0**-100  #: its reciprocal is still finite in float32
+_MIRRORED = 4  #: the most bits with which a scale may be negative: with more, the extra code is worth nothing
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -37,8 +38,21 @@ class Grid:
         """The largest magnitude in steps that a symmetric grid can round: half a step above the largest code, or the largest float."""
         return self.top - 0.5 if self.kind == "int" else LARGEST_FLOAT[self.bits]
 
+    @property
+    def mirrors(self) -> bool:
+        """Whether a scale may be negative: a symmetric grid of few integers then gives the extra code to the side of the largest weight."""
+        return self.kind == "int" and self.symmetric and self.bits <= _MIRRORED
+
+    def signed_step(self, low: Tensor, high: Tensor, stored: torch.dtype) -> Tensor:
+        """The scale of a symmetric grid as it is stored, in the dtype `stored`. See `step` and `mirrors`."""
+        if not self.mirrors:
+            return round_up(self.step(low, high), stored)
+        turned = high > -low
+        held = round_up(self.step(torch.where(turned, -high, low), torch.where(turned, -low, high)), stored)
+        return torch.where(turned, -held, held)
+
     def step(self, low: Tensor, high: Tensor) -> Tensor:
-        """The scale of a symmetric grid for weights from low ≤ 0 to high ≥ 0.
+        """The size of the step of a symmetric grid for weights from low ≤ 0 to high ≥ 0.
 
         Integers have one more code below zero than above it. So the lowest weight may be the lowest code, without an error, and the highest
         weight may be half a step above the highest code. If both extremes were treated alike, the lowest weight would also be half a step

@@ -68,7 +68,7 @@ def search(weight: Tensor, grid: Grid, stored: torch.dtype, importance: Tensor |
 
 def _grid_over(low: Tensor, high: Tensor, grid: Grid, stored: torch.dtype) -> tuple[Tensor, Tensor]:
     if grid.symmetric:
-        scale = round_up(grid.step(low, high), stored).to(low.dtype)
+        scale = grid.signed_step(low, high, stored).to(low.dtype)
         return scale, torch.zeros_like(scale)
     scale = round_up((high - low) / (2 * grid.top - 1), stored).to(low.dtype)
     return scale, torch.round(-grid.top - low / scale).clamp_(-grid.top, grid.top - 1)
@@ -119,7 +119,7 @@ def half_quadratic(
     for _ in range(rounds):
         codes = (grouped / scale[..., None]).round_().add_(zero_point[..., None]).clamp_(-grid.top, grid.top - 1)
         error = grouped / scale[..., None] - (codes - zero_point[..., None])  # in steps
-        loss = error.abs().pow_(norm).sum(2) * scale**norm
+        loss = error.abs().pow_(norm).sum(2) * scale.abs() ** norm
         better = loss < least
         least = torch.where(better, loss, least)
         best = torch.where(better, scale, best[0]), torch.where(better, zero_point, best[1])
@@ -141,7 +141,7 @@ def _fit(
     else:
         centred = codes - codes.mean(2, keepdim=True)
         fitted = (centred * meant).sum(2) / centred.square().sum(2).clamp(min=1e-6)
-    fitted = torch.where(fitted > SMALLEST_SCALE, fitted, scale)
+    fitted = torch.where(fitted * scale.sign() > SMALLEST_SCALE, fitted, scale)
     if not grid.symmetric:
         zero_point = torch.round((codes - meant / fitted[..., None]).mean(2)).clamp_(-grid.top, grid.top - 1)
         steps = codes - zero_point[..., None]

@@ -46,6 +46,7 @@ def launch(
             columns,
             TOP=grid.top,
             SYMMETRIC=grid.symmetric,
+            MIRRORS=grid.mirrors,
             TRIES=len(shrinks),
             COUNT=count,
             WIDTH=width,
@@ -79,6 +80,7 @@ def _kernel(
     columns,
     TOP: tl.constexpr,
     SYMMETRIC: tl.constexpr,
+    MIRRORS: tl.constexpr,
     TRIES: tl.constexpr,
     COUNT: tl.constexpr,
     WIDTH: tl.constexpr,
@@ -100,9 +102,13 @@ def _kernel(
     for at in range(TRIES):
         shrink = tl.load(shrinks + at)
         if SYMMETRIC:
-            below = tl.div_rn(-low * shrink, tl.full([COUNT], TOP * 1.0, tl.float32))
-            above = tl.div_rn(high * shrink, tl.full([COUNT], TOP - 0.5, tl.float32))
-            scale = _round_up(tl.maximum(below, above), HELD, WORD)
+            turned = (high > -low) & MIRRORS
+            lowest = tl.where(turned, -high, low)
+            highest = tl.where(turned, -low, high)
+            below = tl.div_rn(-lowest * shrink, tl.full([COUNT], TOP * 1.0, tl.float32))
+            above = tl.div_rn(highest * shrink, tl.full([COUNT], TOP - 0.5, tl.float32))
+            size_of_step = _round_up(tl.maximum(below, above), HELD, WORD)
+            scale = tl.where(turned, -size_of_step, size_of_step)
             zero = tl.zeros([COUNT], tl.float32)
         else:
             spread = high * shrink - low * shrink

@@ -11,7 +11,7 @@ def fit_scales(
 
     weight [..., out, in] float32. gram [..., in, in]; H is gram with `damping` [...] added to its diagonal. steps [..., out, in]: codes
     minus zero points, in the weight's dtype. scale [..., out, groups]: the scales to start from. A scale changes only if that lowers
-    (w − ŵ)H(w − ŵ)ᵀ, and only to a number that the dtype `stored` can hold.
+    (w − ŵ)H(w − ŵ)ᵀ, and only to a number of the same sign that the dtype `stored` can hold.
     """
     groups = scale.shape[-1]
     width = weight.shape[-1] // groups
@@ -29,7 +29,11 @@ def fit_scales(
             slope = (pulled[..., here] * step).sum(-1)
             best = (scale[..., group] + slope / curve.clamp(min=1e-30)).to(stored).to(scale.dtype)
             moved = best - scale[..., group]
-            moved = torch.where((best > 0) & (moved * (moved * curve - 2 * slope) < 0), moved, torch.zeros_like(moved))
+            moved = torch.where(
+                (best * scale[..., group] > 0) & (moved * (moved * curve - 2 * slope) < 0),
+                moved,
+                torch.zeros_like(moved),
+            )
             scale[..., group] += moved
             pulled -= spread.mul_(moved[..., None])
     return scale

@@ -114,7 +114,7 @@ def _symmetric_scale(grouped: Tensor, grid: Grid, workspace: Workspace) -> Tenso
     torch.bitwise_xor(bits, torch.iinfo(bits.dtype).max, out=flipped)  # puts the negative floats in order
     highest = bits.amax(dim=1).clamp_(min=0).view(grouped.dtype)
     lowest = flipped.amin(dim=1).clamp_(max=-1).bitwise_xor_(torch.iinfo(bits.dtype).max).view(grouped.dtype)
-    return round_up(grid.step(widen(lowest), widen(highest)), grouped.dtype)
+    return grid.signed_step(widen(lowest), widen(highest), grouped.dtype)
 
 
 def _asymmetric_range(grouped: Tensor, grid: Grid, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

@@ -67,7 +67,7 @@ class LearnedWeight:
             2
         ) / scale  # ∂/∂s [out, groups], but for z
         if zero_point is None:
-            self._move(0, slope, rate)
+            self._move(0, slope * scale, rate)
         else:
             total = gradient.sum(2)
             slope -= total * zero_point
@@ -78,6 +78,7 @@ class LearnedWeight:
             width = 2 * self._grid.top - 1
             self._move(0, (-by_scale / width - shift / scale) * low, rate)
             self._move(1, by_scale / width * high, rate)
+        inside *= scale[..., None]  # which may be negative
         self.offset.sub_(inside.sign_(), alpha=rate).clamp_(-0.5, 0.5)
 
     def _move(self, number: int, slope: Tensor, rate: float) -> None:
@@ -111,7 +112,7 @@ class LearnedWeight:
         """The scales in the dtype in which they are stored. A scale that would become zero stays as it was."""
         total = 1.0 if self._start.global_scale is None else self._start.global_scale
         held = (self._wanted_scale() * total).to(self._start.scale.dtype)
-        return torch.where(held.float() > 0, held, self._start.scale)
+        return torch.where(held.float() != 0, held, self._start.scale)
 
     def _range(self) -> tuple[Tensor, Tensor | None]:
         """The present scales and zero points in float32, [out, groups]."""
