@@ -231,7 +231,16 @@ class Settings(BaseSettings):
     worker_memory: int = Field(
         0, description="Memory a worker offers to jobs; 0: 80% of what the machine or cgroup has."
     )
-    worker_threads: int = Field(0, description="CPU threads a job's child may use; 0: the cores this process may use.")
+    worker_threads: int = Field(
+        0,
+        description="CPU threads a worker offers; 0: the cores this process may use. Jobs that run at a time share them, by their GPUs.",
+    )
+    worker_cpu_jobs: int = Field(
+        0,
+        ge=0,
+        le=64,
+        description="Jobs of the queue cpu that a worker of the queue gpu runs beside those on its GPUs.",
+    )
     worker_spare: bool = Field(True, description="Keep one child with torch imported, waiting for the next job.")
     cache_bytes: int = Field(50 * 1024**3, description="Bound of the worker's content-addressed cache.")
     checkpoint_bytes: int = Field(

@@ -229,7 +229,6 @@ class Service:
             Stager(self.engine, self.objects, cache),
             CheckpointIndex(self.engine),
             WorkerFolder(settings.data_dir / "work", worker_id).path,
-            memory=memory,
             threads=1,
             child_command=behaving(behaviour) if behaviour else CHILD_COMMAND,
         )
