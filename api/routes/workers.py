@@ -28,6 +28,9 @@ async def list_workers(caller: WorkersReader, services: ServicesDep) -> Response
 def _view(worker: Worker, shown: set[str]) -> WorkerView:
     """shown: the jobs whose ids the caller may see."""
     job_ids = [job_id for job_id in worker.job_ids if job_id in shown]
-    gpus = [{**gpu, "job_id": gpu["job_id"] if gpu["job_id"] in shown else None} for gpu in worker.gpus or ()]
+    gpus = [
+        {**gpu, "held": gpu["job_id"] is not None, "job_id": gpu["job_id"] if gpu["job_id"] in shown else None}
+        for gpu in worker.gpus or ()
+    ]
     told = {**asdict(worker), "job_ids": job_ids, "job_id": next(iter(job_ids), None), "gpus": gpus}
     return WorkerView.model_validate(told)

@@ -43,7 +43,7 @@ def count_gpus(
     """
     largest = largest_host(fleet)
     if asked != "auto":
-        return GpuCount(asked, "" if asked == 1 else f"the recipe says `gpus: {asked}`{_waits(asked, largest)}.")
+        return GpuCount(asked, "" if asked == 1 else f"`gpus: {asked}`, as the recipe says{_waits(asked, largest)}.")
     if not time.passes:
         return GpuCount(1, "`gpus: auto` comes to 1: several GPUs speed up passes by blocks alone, and it has none.")
     if largest < 2:

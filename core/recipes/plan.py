@@ -200,7 +200,7 @@ def _queue_without_model(recipe: Recipe) -> Placement:
     if recipe.device != "auto":
         return Placement(recipe.device, f"the recipe says `device: {recipe.device}`.")
     if recipe.wants_several_gpus:
-        return Placement("gpu", f"the recipe says `gpus: {recipe.gpus}`.")
+        return Placement("gpu", "the recipe asks for several GPUs.")
     if recipe.evaluate_on == "gpu":
         return Placement("gpu", "the recipe says `evaluate_on: gpu`.")
     return Placement("cpu", "`device: auto` looks at the model, and none is named.")

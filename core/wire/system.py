@@ -18,7 +18,8 @@ class GpuView(View):
     name: str
     memory: int
     memory_used: int | None = None  #: as of the last beat, by whoever uses it
-    job_id: str | None = None  #: the job that holds it; of other tenants, only an administrator sees it
+    held: bool = Field(False, description="Whether a job holds it.")
+    job_id: str | None = Field(None, description="The job that holds it, if the caller may see it.")
 
 
 class WorkerView(View):

@@ -330,12 +330,12 @@ class _Resolved:
 def _planned(plan: Plan) -> dict[str, Any]:
     """The columns of a job that its plan decides."""
     assert plan.estimate is not None
-    known_before = plan.recipe.gpus == 1  # a worker from before recipes had `gpus` can read the recipe
+    new_field = plan.queue == "gpu" and plan.recipe.gpus != 1  # a worker from before recipes had `gpus` can't read it
     return {
         "queue": plan.queue,
         "queue_reason": " ".join(filter(None, (plan.queue_reason, plan.gpus_reason))),
         "needs_memory": plan.estimate.memory_bytes,
-        "needs_gpu_memory": plan.estimate.gpu_bytes + (0 if known_before else NOT_FOR_OLD_WORKERS),
+        "needs_gpu_memory": plan.estimate.gpu_bytes + (NOT_FOR_OLD_WORKERS if new_field else 0),
         "needs_gpus": max(1, plan.gpus),
     }
 
