@@ -103,14 +103,14 @@ class Settings(BaseSettings):
         0, description="Bytes that one tenant's models, data and artifacts may take; 0: no bound."
     )
     max_gpu_seconds_month: int = Field(
-        0, description="GPU time one tenant may use in a calendar month (UTC); 0: no bound."
+        0, description="GPU time one tenant may use in a calendar month (UTC), counted for each GPU; 0: no bound."
     )
     rate_limit_per_minute: int = Field(0, description="Requests one key may make a minute; 0 switches the limit off.")
     schedule_min_interval_s: float = Field(300.0, description="The least time between two fires of a schedule.")
 
     prices: dict[str, Annotated[float, Field(ge=0, allow_inf_nan=False)]] = Field(
         default_factory=dict,
-        description='What an hour of a worker costs, by queue and by a part of a GPU\'s name, as JSON, e.g. {"cpu": 0.4, "gpu": 2.5, "gpu:H200": 4.1}. API and control process need the same. Empty: no costs are shown.',
+        description='What an hour of a CPU worker or of a GPU costs, by queue and by a part of a GPU\'s name, as JSON, e.g. {"cpu": 0.4, "gpu": 2.5, "gpu:H200": 4.1}. API and control process need the same. Empty: no costs are shown.',
     )
     currency: str = Field("EUR", pattern=r"^[A-Za-z]{1,8}$", description="The name of the currency of prices.")
     max_cost_day: int = Field(

@@ -16,7 +16,7 @@ from nightpress.worker.offer import introduce
 from tests.api import RunningApi, serve
 from tests.jobs import GB, age, host
 
-RECIPE = {"name": "on-gpus", "passes": [{"pass": "weight-only"}], "exports": ["safetensors"]}
+RECIPE = {"name": "on-gpus", "passes": [{"pass": "magnitude"}], "exports": ["safetensors"]}
 SOON = {"model": "tiny", "recipe": "int8-encoder"}
 
 

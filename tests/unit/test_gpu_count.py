@@ -1,5 +1,6 @@
 """How many GPUs a plan gives a job, and what it says about it."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import pytest
@@ -16,9 +17,9 @@ MODEL = decoder(8192, 28672, 80, 8, 64, vocabulary=128256)
 HOST = Seat("gpu", 1500 * GB, 16, 140 * GB, gpus=8)
 
 
-def recipe(gpus: object = "auto", *, passes: object = ({"pass": "gptq"},), **more: object) -> Recipe:
-    given = {"name": "r", "passes": list(passes), "exports": ["compressed-tensors"], "gpus": gpus}  # type: ignore[call-overload]
-    return parse_recipe(given | {"calibration": {"samples": 2048, "length": 4096}} | more)
+def recipe(gpus: object = "auto", *, passes: Sequence[object] = ({"pass": "gptq"},), **more: object) -> Recipe:
+    given = {"name": "r", "passes": list(passes), "exports": ["compressed-tensors"], "gpus": gpus, "evaluate": []}
+    return parse_recipe(given | {"calibration": {"samples": 1024, "length": 4096}} | more)
 
 
 def planned(asked: Recipe, *fleet: Seat) -> Plan:
@@ -62,7 +63,7 @@ def test_auto_comes_to_one_where_more_would_not_help_and_says_why():
     assert "no GPU worker has been seen lately" in planned(recipe()).gpus_reason
     quick = recipe(calibration={"samples": 16, "length": 128}, device="gpu")
     assert " would save " in planned(quick, HOST).gpus_reason
-    small_host = replace(HOST, memory=20 * GB)
+    small_host = replace(HOST, memory=10 * GB)
     assert "no host with 2 seen lately has the memory" in planned(recipe(device="gpu"), small_host).gpus_reason
     for asked, fleet in ((only_streams, [HOST]), (recipe(), []), (quick, [HOST])):
         assert planned(asked, *fleet).gpus == 1
