@@ -40,7 +40,7 @@ def run_worker(settings: Settings, *, child_command: Sequence[str] = CHILD_COMMA
     log.log(logging.WARNING if standing.down else logging.INFO, "From jobs here, this is %s", standing)
     configure_tracing(settings.otlp_endpoint, "worker")
     offer = make_offer(settings, worker_id)
-    engine = make_engine(settings.sql_url)
+    engine = make_engine(settings.sql_url, pool_size=5 + offer.shares)
     resources = Resources(settings, engine)
     cache = BlobCache(settings.data_dir / "cache", settings.cache_bytes)
     supervisor = Supervisor(

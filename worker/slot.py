@@ -103,7 +103,7 @@ class Slot:
             self._free -= claimed.share.size
             self._gpus_in_use |= {gpu.uuid for gpu in claimed.share.gpus}
             self._claim_again = True
-        threading.Thread(target=self._run, args=(claimed, asked), name=f"job-{claimed.job.id}").start()
+        threading.Thread(target=self._run, args=(claimed, asked), name=f"job-{claimed.job.id}", daemon=True).start()
 
     def _run(self, claimed: Claimed, asked: float) -> None:
         try:

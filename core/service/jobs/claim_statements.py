@@ -61,9 +61,12 @@ _DUE = (
 )
 
 
+_HAS_MEMORY = _columns.needs_memory <= bindparam("offered_memory", type_=BigInteger)
+
+
 def _fits(kinds: int, *, oldest: bool) -> tuple[ColumnElement[bool], ...]:
     """The jobs that the worker can take now. On a host that holds GPUs back for a job, only that job and those before it."""
-    free = (*_DUE, _columns.needs_memory <= bindparam("offered_memory", type_=BigInteger))
+    free = (*_DUE, _HAS_MEMORY)
     if not kinds:
         return free
     no_younger = _columns.created_at <= bindparam("held_created_at", type_=UtcDateTime())
@@ -158,15 +161,14 @@ def hold_back(kinds: int) -> Update:
     """
     tenants = _waiting_tenants()
     mine = _columns.held_by == bindparam("claimed_by", type_=String)
-    fits_now = and_(
-        _columns.needs_memory <= bindparam("offered_memory", type_=BigInteger), _on_some_kind(kinds, "free_gpus")
-    )
+    of_nobody_else = or_(_columns.held_until.is_(None), _columns.held_until < db_now(), mine)
+    fits_now = and_(_HAS_MEMORY, _on_some_kind(kinds, "free_gpus"))
     conditions = [
         *_DUE,
         _columns.needs_memory <= bindparam("host_memory", type_=BigInteger),
         _on_some_kind(kinds, "host_gpus"),
         or_(not_(fits_now), mine),
-        or_(_columns.held_until.is_(None), _columns.held_until < db_now(), mine),
+        of_nobody_else,
     ]
     candidate = jobs.alias("candidate")
     first = (
@@ -176,10 +178,9 @@ def hold_back(kinds: int) -> Update:
         .limit(literal_column("1"))
         .scalar_subquery()
     )
-    still_free = or_(_columns.held_until.is_(None), _columns.held_until < db_now(), mine)
     return (
         update(jobs)
-        .where(IS_QUEUED, _columns.id == first, still_free)
+        .where(IS_QUEUED, _columns.id == first, of_nobody_else)
         .values(held_by=bindparam("claimed_by", type_=String), held_until=db_now(HELD_BACK_S))
         .returning(_columns.priority, _columns.created_at)
     )
