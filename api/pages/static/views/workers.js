@@ -51,7 +51,9 @@ function memory(worker) {
   return worker.gpu_memory ? bar(worker.gpu_memory_used, worker.gpu_memory, "") : bytes(worker.memory);
 }
 
+/** used: null where NVML did not say it. */
 function bar(used, memory, uuid) {
+  if (used === null) return h("div", { title: uuid }, `${bytes(memory)} on the GPU`);
   return h("div", { class: "progress", title: uuid },
     h("progress", { max: memory, value: used, "aria-label": `${bytes(used)} of ${bytes(memory)} of GPU memory in use` }),
     h("small", {}, `${bytes(used)} of ${bytes(memory)} on the GPU`));
