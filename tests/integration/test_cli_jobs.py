@@ -382,9 +382,7 @@ def test_workers_queues_and_plans_show_gpus(face: Face, model_id: str, tmp_path:
         assert "gpu + 2 cpu" in shown
         assert "1 of 4 free, 80.0 GB" in shown
         assert jobs[0].id in shown
-        told = next(
-            line for line in map(json.loads, run(face, "workers", "--json").stdout.splitlines()) if line["gpus"]
-        )
+        told = next(worker for worker in json.loads(run(face, "workers", "--json").stdout) if worker["gpus"])
         assert [gpu["job_id"] for gpu in told["gpus"]] == [jobs[0].id] * 3 + [None]
         assert "3 needed, 3 held" in run(face, "queues").stdout
         plan = run(face, "recipes", "validate", str(tmp_path / "wide.json"), "-m", model_id).stdout
