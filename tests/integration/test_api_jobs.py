@@ -12,11 +12,9 @@ from nightpress.core.errors import ErrorCode, NightpressError
 from nightpress.core.service.jobs.records import Worker
 from nightpress.core.service.jobs.retention import JobRetention
 from nightpress.core.settings import Settings
-from nightpress.worker.offer import introduce
 from tests.api import RunningApi, serve
-from tests.jobs import GB, age, host
+from tests.jobs import age
 
-RECIPE = {"name": "on-gpus", "passes": [{"pass": "magnitude"}], "exports": ["safetensors"]}
 SOON = {"model": "tiny", "recipe": "int8-encoder"}
 
 
@@ -344,38 +342,6 @@ def test_workers_are_listed_with_what_they_do(api: RunningApi, client: httpx.Cli
     with api.client(tenant_id="other") as stranger:
         (seen,) = stranger.get("/v1/workers").json()["items"]
         assert (seen["state"], seen["job_id"]) == ("busy", None)
-
-
-def test_gpus_are_listed_with_their_jobs_and_counted(api: RunningApi, client: httpx.Client):
-    store = api.services.resources.store
-    offer = host("a-host", 3, memory=1 << 40, cpu_jobs=2)
-    store.roster.heartbeat_worker(introduce(offer, draining=False))
-    job_ids = [submit(client, recipe={**RECIPE, "device": "gpu", "gpus": count}) for count in (2, 3)]
-    assert store.claims.claim(offer, ttl_s=600) is not None
-    seen = next(worker for worker in client.get("/v1/workers").json()["items"] if worker["id"] == "a-host")
-    assert (seen["state"], seen["cpu_jobs"], seen["job_ids"]) == ("busy", 2, job_ids[:1])
-    assert [(gpu["uuid"], gpu["memory"], gpu["held"], gpu["job_id"]) for gpu in seen["gpus"]] == [
-        ("GPU-HBM3-0", 80 * GB, True, job_ids[0]),
-        ("GPU-HBM3-1", 80 * GB, True, job_ids[0]),
-        ("GPU-HBM3-2", 80 * GB, False, None),
-    ]
-    with api.client(tenant_id="other") as stranger:
-        seen = next(worker for worker in stranger.get("/v1/workers").json()["items"] if worker["id"] == "a-host")
-        assert (seen["job_ids"], [gpu["held"] for gpu in seen["gpus"]]) == ([], [True, True, False])
-        assert {gpu["job_id"] for gpu in seen["gpus"]} == {None}
-    queue = next(queue for queue in client.get("/v1/queues").json()["items"] if queue["name"] == "gpu")
-    assert (queue["queued_gpus"], queue["running_gpus"]) == (3, 2)
-    assert [client.get(f"/v1/jobs/{job_id}").json()["gpus"] for job_id in job_ids] == [2, 3]
-    assert client.get("/v1/me").json()["usage"]["running_gpus"] == 2
-    text = client.get("/metrics").text
-    for line in (
-        'nightpress_gpus{state="queued"} 3.0',
-        'nightpress_gpus{state="running"} 2.0',
-        'nightpress_worker_gpus{state="busy"} 2.0',
-        'nightpress_worker_gpus{state="free"} 1.0',
-    ):
-        assert line in text
-    store.roster.remove_worker("a-host")
 
 
 def test_recipes_are_listed_described_and_checked_against_a_model(client: httpx.Client):
