@@ -15,7 +15,7 @@ from nightpress.core.service.costs.prices import MICROS
 from nightpress.core.service.jobs.queries import QUEUES
 from nightpress.core.service.jobs.records import JobStatistics, Worker
 from nightpress.core.service.jobs.roster import Fleet
-from nightpress.core.service.jobs.states import ALL_STATES
+from nightpress.core.service.jobs.states import ALL_STATES, CANCELLING, QUEUED, RUNNING
 
 _BUCKETS = (0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 10.0)
 _METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "DELETE", "OPTIONS", "PATCH"})
@@ -102,6 +102,15 @@ class _QueueFigures(Collector):
                 jobs.add_metric((queue, state), self._statistics.jobs.get((queue, state), 0))
             depth.add_metric((queue,), self._statistics.jobs.get((queue, "queued"), 0))
             age.add_metric((queue,), self._statistics.oldest_queued_s.get(queue, 0.0))
+        gpus = GaugeMetricFamily(
+            "nightpress_gpus", "GPUs that jobs need or hold, by the state of the jobs.", labels=("state",)
+        )
+        for state in (QUEUED, RUNNING, CANCELLING):
+            gpus.add_metric((state,), self._statistics.gpus.get(state, 0))
+        offered = GaugeMetricFamily("nightpress_worker_gpus", "GPUs that live workers offer.", labels=("state",))
+        there = [gpu for worker in self._workers if worker.state != "lost" for gpu in worker.gpus or ()]
+        offered.add_metric(("busy",), sum(gpu["job_id"] is not None for gpu in there))
+        offered.add_metric(("free",), sum(gpu["job_id"] is None for gpu in there))
         failures = CounterMetricFamily("nightpress_job_failures", "Failed jobs by error code.", labels=("code",))
         for code, count in sorted(self._statistics.failures.items()):
             failures.add_metric((code,), count)
@@ -115,4 +124,4 @@ class _QueueFigures(Collector):
         )
         for period, micros in () if self._spent is None else self._spent._asdict().items():
             spent.add_metric((period,), micros / MICROS)
-        return (jobs, depth, age, unserved, failures, workers, spent)
+        return (jobs, gpus, depth, age, unserved, failures, workers, offered, spent)

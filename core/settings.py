@@ -103,14 +103,14 @@ class Settings(BaseSettings):
         0, description="Bytes that one tenant's models, data and artifacts may take; 0: no bound."
     )
     max_gpu_seconds_month: int = Field(
-        0, description="GPU time one tenant may use in a calendar month (UTC); 0: no bound."
+        0, description="GPU time one tenant may use in a calendar month (UTC), counted for each GPU; 0: no bound."
     )
     rate_limit_per_minute: int = Field(0, description="Requests one key may make a minute; 0 switches the limit off.")
     schedule_min_interval_s: float = Field(300.0, description="The least time between two fires of a schedule.")
 
     prices: dict[str, Annotated[float, Field(ge=0, allow_inf_nan=False)]] = Field(
         default_factory=dict,
-        description='What an hour of a worker costs, by queue and by a part of a GPU\'s name, as JSON, e.g. {"cpu": 0.4, "gpu": 2.5, "gpu:H200": 4.1}. API and control process need the same. Empty: no costs are shown.',
+        description='What an hour of a CPU worker or of a GPU costs, by queue and by a part of a GPU\'s name, as JSON, e.g. {"cpu": 0.4, "gpu": 2.5, "gpu:H200": 4.1}. API and control process need the same. Empty: no costs are shown.',
     )
     currency: str = Field("EUR", pattern=r"^[A-Za-z]{1,8}$", description="The name of the currency of prices.")
     max_cost_day: int = Field(
@@ -231,7 +231,16 @@ class Settings(BaseSettings):
     worker_memory: int = Field(
         0, description="Memory a worker offers to jobs; 0: 80% of what the machine or cgroup has."
     )
-    worker_threads: int = Field(0, description="CPU threads a job's child may use; 0: the cores this process may use.")
+    worker_threads: int = Field(
+        0,
+        description="CPU threads a worker offers; 0: the cores this process may use. Jobs that run at a time share them, by their GPUs.",
+    )
+    worker_cpu_jobs: int = Field(
+        0,
+        ge=0,
+        le=64,
+        description="Jobs of the queue cpu that a worker of the queue gpu runs beside those on its GPUs.",
+    )
     worker_spare: bool = Field(True, description="Keep one child with torch imported, waiting for the next job.")
     cache_bytes: int = Field(50 * 1024**3, description="Bound of the worker's content-addressed cache.")
     checkpoint_bytes: int = Field(

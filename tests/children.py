@@ -62,6 +62,15 @@ def press(job_dir: Path, emit: Emit, source: Subject | None = None) -> Manifest:
     return manifest
 
 
+def tells_its_share(job_dir: Path, emit: Emit) -> Manifest:
+    """Log the GPUs, threads and memory that the job may use, and take so long that jobs overlap."""
+    spec = JobSpec.load(job_dir)
+    share = {"gpus": os.environ.get("CUDA_VISIBLE_DEVICES"), "threads": spec.threads, "memory": spec.memory_limit}
+    emit(Log(text=json.dumps(share)))
+    time.sleep(1.5)
+    return press(job_dir, emit)
+
+
 def measures(job_dir: Path, emit: Emit) -> Manifest:
     """Measure the source, as far as the worker can see: leave a file, or say in the report what the file of an earlier job holds."""
     spec = JobSpec.load(job_dir)
@@ -369,7 +378,7 @@ def long_file(job_dir: Path, emit: Emit) -> Manifest:
 BEHAVIOURS = {
     behaviour.__name__: behaviour
     for behaviour in (
-        press, slow, first_slow, endless, stepping, chaotic, pipeline_until, pipeline_until_said, telling, staying, wedged, segfault, nameless_signal, leave, killed_at_its_limit, killed_by_somebody, out_of_addresses, cuda_out_of_memory,
+        press, tells_its_share, slow, first_slow, endless, stepping, chaotic, pipeline_until, pipeline_until_said, telling, staying, wedged, segfault, nameless_signal, leave, killed_at_its_limit, killed_by_somebody, out_of_addresses, cuda_out_of_memory,
         measures, measures_and_fails, measures_a_link, measures_a_pipe, measures_too_much,
         fills_the_gpu, killed_on_the_gpu, full_disk, hog, smuggle, tamper, babble, spy, hides_memory, long_file
     )

@@ -26,6 +26,8 @@ UNTOUCHED: dict[str, Any] = {
     "failures": 0,
     "error": None,
     "error_code": None,
+    "held_by": None,
+    "held_until": None,
     "worker_id": None,
     "lease_id": None,
     "lease_expires_at": None,
@@ -36,7 +38,7 @@ UNTOUCHED: dict[str, Any] = {
     "log_seq": 0,
 }
 #: columns that may have another column's value: small numbers and times
-JOB_ALIKE = frozenset({"event_seq", "attempt", "failures", "log_seq", "progress"})
+JOB_ALIKE = frozenset({"event_seq", "attempt", "failures", "log_seq", "progress", "needs_gpus"})
 
 
 class Chosen:

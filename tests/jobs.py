@@ -7,7 +7,16 @@ from sqlalchemy import Engine, insert, select, update
 
 from nightpress.core.database import db_now, transaction
 from nightpress.core.handoff.manifest import ArtifactEntry, FileEntry, Manifest
-from nightpress.core.service.jobs.records import Claimed, Job, Lease, MetricRow, NewJob, Succeeded, WorkerOffer
+from nightpress.core.service.jobs.records import (
+    Claimed,
+    Job,
+    Lease,
+    MetricRow,
+    NewJob,
+    OfferedGpu,
+    Succeeded,
+    WorkerOffer,
+)
 from nightpress.core.service.jobs.store import JobStore
 from nightpress.core.service.tables.jobs import jobs
 from nightpress.core.service.tables.registry import models
@@ -51,6 +60,17 @@ def new_job(**changes: Any) -> NewJob:
 def offer(worker_id: str = "worker-1", **changes: Any) -> WorkerOffer:
     given: dict[str, Any] = {"worker_id": worker_id, "queue": "cpu", "device": "cpu", "memory": 8 * GB, "threads": 2}
     return WorkerOffer(**(given | changes))
+
+
+def gpus(count: int, memory: int = 80 * GB, name: str = "NVIDIA H100 80GB HBM3") -> tuple[OfferedGpu, ...]:
+    """GPUs that a worker offers."""
+    return tuple(OfferedGpu(f"GPU-{name.split()[-1]}-{number}", name, memory) for number in range(count))
+
+
+def host(worker_id: str = "host-1", count: int = 8, **changes: Any) -> WorkerOffer:
+    """The offer of a host with GPUs."""
+    given = {"queue": "gpu", "device": "NVIDIA H100 80GB HBM3", "memory": 64 * GB, "threads": 16, "gpus": gpus(count)}
+    return offer(worker_id, **(given | changes))
 
 
 def submit(store: JobStore, *, max_queued: int = 10_000, **changes: Any) -> str:

@@ -38,6 +38,7 @@ SESSIONS, SIGN_IN, TOKENS = (f"core/service/access/oidc/{name}.py" for name in (
 QUOTAS = "core/service/access/quotas.py"
 _SIGN_IN, _ATTACKS = "tests/integration/test_sign_in.py", "tests/security/test_sign_in.py"
 _COSTS = "tests/integration/test_costs.py"
+HOSTS, _HOSTS = "core/service/jobs/host_claims.py", "tests/integration/test_host_claims.py"
 _HANGS = "tests/faults/test_f06_storage.py::test_f6_"
 #: source file → the tests that must fail for its mutants; if all of them pass, the mutant has survived
 TESTS = {
@@ -46,6 +47,7 @@ TESTS = {
         (_TRANSITIONS, _EXPIRY, _CLAIMS, "tests/integration/test_store_reads.py"),
     ),
     CLAIMS: (_CLAIMS, _TRANSITIONS, _EXPIRY),
+    HOSTS: (_HOSTS,),
     SUBMISSION: ("tests/integration/test_store_submissions.py",),
     CHECKPOINTS: ("tests/integration/test_checkpoint_index.py",),
     SERVICE: (_API,),
@@ -78,6 +80,13 @@ MUTANTS = (
     Mutant("claim: the oldest of every priority is seen", CLAIMS, "tenants = _waiting_levels() if oldest else _waiting_tenants()\n    of_them = [_columns.tenant_id == tenants.c.id]\n    if oldest:", "tenants = _waiting_tenants()\n    of_them = [_columns.tenant_id == tenants.c.id]\n    if False:"),
     Mutant("claim: a tenant's bound on running jobs", CLAIMS, "running < most_running", "running < most_running + 1000", (_ACCESS,)),
     Mutant("claim: a tenant's bound on GPU time", CLAIMS, '< most_gpu,\n', '< most_gpu + 10**9,\n', (_ACCESS,)),
+    Mutant("host: a GPU that an attempt holds is not free", HOSTS, "if gpu.uuid not in held)", "if gpu.uuid not in in_use)"),
+    Mutant("host: memory that an attempt holds is not free", HOSTS, "memory -= row.memory_limit or row.needs_memory", "memory -= 0"),
+    Mutant("host: no two instances of divided GPUs for one job", HOSTS, "return len(gpus) if all(gpu.whole for gpu in gpus) else 1", "return len(gpus)"),
+    Mutant("host: enough GPUs are free", CLAIMS, 'return (*free, _on_some_kind(kinds, "free_gpus"), ', 'return (*free, _on_some_kind(kinds, "host_gpus"), ', (_HOSTS,)),
+    Mutant("hold: what is younger waits", CLAIMS, "no_younger if oldest else before)", "no_younger | ~no_younger)", (_HOSTS,)),
+    Mutant("hold: only one host for a job", CLAIMS, "of_nobody_else = or_(_columns", "of_nobody_else = or_(IS_QUEUED, _columns", (_HOSTS,)),
+    Mutant("hold: until the job has started", CLAIMS, "or_(not_(fits_now), mine)", "not_(fits_now)", (_HOSTS,)),
     Mutant("claim: a lease of its own", CLAIMS, '"lease_id": bindparam("new_lease", type_=String)', '"lease_id": literal_column("\'lease_one\'")'),
     Mutant("the table: nothing leads out of an end", STATES, "Trigger.REUSE: {QUEUED: frozenset({SUCCEEDED})}", "Trigger.REUSE: {QUEUED: frozenset({SUCCEEDED}), FAILED: frozenset({SUCCEEDED})}"),
     Mutant("the table: only a cancelling job is confirmed cancelled", STATES, "Trigger.CONFIRM_CANCELLED: {CANCELLING: frozenset({CANCELLED})}", "Trigger.CONFIRM_CANCELLED: {RUNNING: frozenset({CANCELLED}), CANCELLING: frozenset({CANCELLED})}"),

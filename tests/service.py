@@ -124,7 +124,7 @@ class Service:
         return model_id, digest_of(files)
 
     def submit(self, recipe: dict[str, Any] | None = None, **more: Any) -> str:
-        new = {"run_limit_s": 600.0, "stall_s": 30.0, "max_failures": 2, "needs_memory": 1} | more
+        new = {"queue": "cpu", "run_limit_s": 600.0, "stall_s": 30.0, "max_failures": 2, "needs_memory": 1} | more
         job, _ = self.store.submission.submit(
             NewJob(
                 tenant_id=more.pop("tenant_id", TENANT),
@@ -132,7 +132,6 @@ class Service:
                 model_name="m",
                 model_digest=self.model_digest,
                 recipe=recipe or RECIPE,
-                queue="cpu",
                 **{key: value for key, value in new.items() if key != "tenant_id"},
             ),
             max_queued=1000,
@@ -229,7 +228,6 @@ class Service:
             Stager(self.engine, self.objects, cache),
             CheckpointIndex(self.engine),
             WorkerFolder(settings.data_dir / "work", worker_id).path,
-            memory=memory,
             threads=1,
             child_command=behaving(behaviour) if behaviour else CHILD_COMMAND,
         )

@@ -1,4 +1,4 @@
-"""The Celery worker: one process, one slot, one queue."""
+"""The Celery worker: one process for one host."""
 
 import logging
 import os
@@ -40,7 +40,7 @@ def run_worker(settings: Settings, *, child_command: Sequence[str] = CHILD_COMMA
     log.log(logging.WARNING if standing.down else logging.INFO, "From jobs here, this is %s", standing)
     configure_tracing(settings.otlp_endpoint, "worker")
     offer = make_offer(settings, worker_id)
-    engine = make_engine(settings.sql_url)
+    engine = make_engine(settings.sql_url, pool_size=5 + offer.shares)
     resources = Resources(settings, engine)
     cache = BlobCache(settings.data_dir / "cache", settings.cache_bytes)
     supervisor = Supervisor(
@@ -50,9 +50,7 @@ def run_worker(settings: Settings, *, child_command: Sequence[str] = CHILD_COMMA
         Stager(engine, resources.objects, cache),
         resources.checkpoints,
         folder.path,
-        memory=offer.memory,
-        threads=offer.threads,
-        gpu=offer.device if offer.queue == "gpu" else "",
+        threads=offer.threads_of(1),
         child_command=child_command,
     )
     slot = Slot(resources.store, supervisor, offer, ttl_s=settings.lease_ttl_s)
@@ -60,7 +58,9 @@ def run_worker(settings: Settings, *, child_command: Sequence[str] = CHILD_COMMA
     add_tasks(app, slot)
     # Celery calls this within a signal handler, so it only sets a flag. Celery's default weak references would be collected before.
     signals.worker_shutting_down.connect(lambda **_: supervisor.draining.set(), weak=False)
-    signals.worker_ready.connect(lambda **_: log.info("Worker %s serves %s.", offer.worker_id, offer.queue), weak=False)
+    signals.worker_ready.connect(
+        lambda **_: log.info("Worker %s serves %s.", offer.worker_id, " and ".join(offer.queues)), weak=False
+    )
     serve_metrics(settings.metrics_port)
     _drain_before_celery_listens(supervisor)
     slot.open()
@@ -94,7 +94,7 @@ def _listen(app: Celery, offer: WorkerOffer, settings: Settings) -> None:
     """Receive rings until a signal or a fault ends Celery."""
     celery: CeleryWorker = app.Worker(
         hostname=f"{offer.worker_id}@nightpress",
-        queues=[offer.queue],
+        queues=list(offer.queues),
         pool="threads",
         concurrency=1,
         loglevel=settings.log_level,

@@ -141,6 +141,10 @@ def _run(job_dir: Path, press: Press) -> None:
         spec = JobSpec.load(job_dir)
         if spec.file_limit:
             sandbox.limit_file_size(spec.file_limit)
+        if (
+            spec.gpus is not None
+        ):  # the child may have started before its GPUs were known; CUDA reads this when it is first used
+            os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(spec.gpus)
         press(job_dir, emit)
     except BaseException as error:
         traceback.print_exc()  # the supervisor copies standard error to the job's log

@@ -5,21 +5,23 @@ the job goes to another worker, and this worker claims no jobs until the probe p
 """
 
 import logging
+import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from nightpress.core.artifacts.storage import ObjectStore
 from nightpress.core.errors import ErrorCode, NightpressError
+from nightpress.core.service.jobs.records import OfferedGpu
 from nightpress.core.settings import Settings
 
 _ROOM_BYTES = 1024**3  #: free bytes that a disk must have; for a small disk, a tenth of its size
 _PROBE_S = 60.0
 _LIBRARIES = "import numpy, safetensors, torch, transformers"
-_GPU = "import torch; torch.zeros(1, device='cuda').item()"
+_GPUS = "import torch; [torch.zeros(1, device=f'cuda:{at}').item() for at in range({count})]"
 _IMPORT_ERRORS = ("ImportError:", "ModuleNotFoundError:")
 
 log = logging.getLogger(__name__)
@@ -52,8 +54,7 @@ class Fitness:
             disk,
             storage,
             Probe(_is_import_error, lambda: _fails("Python lacks a library", _LIBRARIES)),
-            *([Probe(_is_crash, lambda: _fails("the GPU does not answer", _GPU))] if settings.worker_queue == "gpu" else []),
-        )  # fmt: skip
+        )
         self._failing: Probe | None = None
         self.reason = ""  #: the fault for which the worker claims no jobs; empty: the machine is fit
 
@@ -61,9 +62,10 @@ class Fitness:
         """Probe the machine at the worker's start. Returns its fault, or an empty text."""
         return self._probe(*self._at_start)
 
-    def fault_behind(self, error: NightpressError) -> str:
-        """The machine's fault, if it may have caused a job's failure. Empty: the failure is the job's own."""
-        return self._probe(*(probe for probe in self._probes if probe.suspects(error)))
+    def fault_behind(self, error: NightpressError, gpus: Sequence[OfferedGpu] = ()) -> str:
+        """The machine's fault, if it may have caused a job's failure. Empty: the failure is the job's own. gpus: those that the job had."""
+        probes = [*self._probes, *([_gpu_probe(gpus)] if gpus else [])]
+        return self._probe(*(probe for probe in probes if probe.suspects(error)))
 
     def probe_again(self) -> None:
         """Repeat the probe that failed."""
@@ -119,10 +121,23 @@ def _is_crash(error: NightpressError) -> bool:
     return error.code in {ErrorCode.INTERNAL, ErrorCode.WORKER_LOST}
 
 
-def _fails(what: str, program: str) -> str:
+def _gpu_probe(gpus: Sequence[OfferedGpu]) -> Probe:
+    """Probe these GPUs alone: others may be full of the jobs that run on them."""
+    uuids = [gpu.uuid for gpu in gpus]
+    program = _GPUS.replace("{count}", str(len(gpus)))
+    what = (
+        f"the GPU {uuids[0]} does not answer"
+        if len(gpus) == 1
+        else f"one of the GPUs {', '.join(uuids)} does not answer"
+    )
+    return Probe(_is_crash, lambda: _fails(what, program, CUDA_VISIBLE_DEVICES=",".join(uuids)))
+
+
+def _fails(what: str, program: str, **env: str) -> str:
     """Run `program` in a new Python process, as a job's child would. Returns the fault, or an empty text if it succeeds."""
+    command = [sys.executable, "-P", "-c", program]
     try:
-        ran = subprocess.run([sys.executable, "-P", "-c", program], capture_output=True, text=True, timeout=_PROBE_S)
+        ran = subprocess.run(command, capture_output=True, text=True, timeout=_PROBE_S, env={**os.environ, **env})
     except subprocess.TimeoutExpired:
         return f"{what}: no answer within {_PROBE_S:g} s"
     if ran.returncode == 0:

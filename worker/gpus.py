@@ -22,8 +22,19 @@ class Gpu:
     instances: tuple["Gpu", ...] = ()  #: its instances, if it is divided
 
 
+def offered_gpus(gpus: Sequence[Gpu], asked: str | None) -> list[Gpu]:
+    """The GPUs that a worker with this value of CUDA_VISIBLE_DEVICES offers to jobs: those that CUDA would show to it.
+
+    asked: None if the variable is not set. Then all GPUs are offered, and all instances of divided GPUs: CUDA would show one instance of
+    each, but every job sees only the instance that it is given.
+    """
+    if asked is not None:
+        return visible_gpus(gpus, asked)
+    return [usable for gpu in gpus for usable in gpu.instances or (gpu,)]
+
+
 def visible_gpus(gpus: Sequence[Gpu], asked: str | None) -> list[Gpu]:
-    """The GPUs that CUDA shows to a process with this value of CUDA_VISIBLE_DEVICES, in its order. A job runs on the first.
+    """The GPUs that CUDA shows to a process with this value of CUDA_VISIBLE_DEVICES, in its order.
 
     gpus: in the order of their PCI buses, which the indices refer to. asked: None if the variable is not set, which hides no GPU; else
     indices, UUIDs or prefixes of UUIDs, separated by commas. As in CUDA, an entry that matches no GPU or several GPUs hides itself and all
@@ -66,10 +77,11 @@ def list_gpus() -> list[Gpu]:
         return [_gpu(handle, _instances(handle)) for handle in handles]
 
 
-def memory_used(uuid: str) -> int:
-    """Bytes of a GPU's memory that all processes use. Raises GpuError."""
+def memory_used(uuids: Sequence[str]) -> list[int]:
+    """Bytes of each GPU's memory that all processes use. Raises GpuError."""
     with _nvml():
-        return int(pynvml.nvmlDeviceGetMemoryInfo(pynvml.nvmlDeviceGetHandleByUUID(uuid)).used)
+        handles = [pynvml.nvmlDeviceGetHandleByUUID(uuid) for uuid in uuids]
+        return [int(pynvml.nvmlDeviceGetMemoryInfo(handle).used) for handle in handles]
 
 
 @contextmanager

@@ -16,7 +16,9 @@ LEASES_EXPIRED = Counter("nightpress_leases_expired", "Jobs that were taken from
 PHASES = Histogram(
     "nightpress_phase_seconds", "How long a phase of a job took.", ("phase",), buckets=_PHASE_BUCKETS, registry=REGISTRY
 )
-GPU_SECONDS = Counter("nightpress_gpu_seconds", "Time that attempts held a GPU.", registry=REGISTRY)
+GPU_SECONDS = Counter(
+    "nightpress_gpu_seconds", "Time that attempts held GPUs; an attempt on n GPUs counts n times.", registry=REGISTRY
+)
 BYTES_MOVED = Counter("nightpress_transfer_bytes", "Bytes from and to storage.", ("direction",), registry=REGISTRY)
 SECONDS_MOVING = Counter(
     "nightpress_transfer_seconds", "Time that moving them took.", ("direction",), registry=REGISTRY

@@ -62,7 +62,7 @@ class DrainedError(Exception):
 
 
 class Supervisor:
-    """Runs claimed jobs, one at a time. `child_command` starts a child; its options and folder are appended."""
+    """Runs claimed jobs; `run` may be called in several threads. `child_command` starts a child; its options and folder are appended."""
 
     def __init__(
         self,
@@ -73,23 +73,21 @@ class Supervisor:
         checkpoints: CheckpointIndex,
         root: Path,
         *,
-        memory: int,
         threads: int,
-        gpu: str = "",
         child_command: Sequence[str] = CHILD_COMMAND,
     ) -> None:
-        """gpu: the name of the GPU that jobs of the queue `gpu` run on."""
+        """threads: CPU threads of a job with one share of the host; the spare child has as many."""
         self.settings = settings
         self.store = store
         self.objects = objects
         self.stager = stager
         self.checkpoints = checkpoints
         self._root = root
-        self.memory = memory
-        self.threads = threads
-        self.gpu = gpu
+        self._threads = threads
         self._child_command = child_command
+        self._children = threading.Lock()
         self._spare: ChildProcess | None = None
+        self._folders: set[Path] = set()  #: of children that are in use
         self.draining = threading.Event()
         self.storage_threads = StorageThreads()
         self.fitness = Fitness(settings, objects)
@@ -98,31 +96,43 @@ class Supervisor:
 
     def warm_up(self) -> None:
         """Start a spare child that imports torch and waits, so that a small job does not wait for the import."""
-        if self.settings.worker_spare and not self.draining.is_set() and self._spare is None:
-            self._spare = self._spawn()
+        with self._children:
+            if self.settings.worker_spare and not self.draining.is_set() and self._spare is None:
+                self._spare = self._spawn(self._threads)
 
     def close(self) -> None:
-        if self._spare is not None:
-            self._end(self._spare)
-            self._spare = None
+        with self._children:
+            if self._spare is not None:
+                self._end(self._spare)
+                self._spare = None
 
-    def _spawn(self) -> ChildProcess:
+    def _spawn(self, threads: int) -> ChildProcess:
         network = not self.settings.sandbox_network
         return ChildProcess(
             self._root,
-            threads=self.threads,
+            threads=threads,
             network=network,
             command=self._child_command,
             vllm_python=self.settings.vllm_python,
         )
 
-    def take_child(self) -> ChildProcess:
-        spare, self._spare = self._spare, None
-        if spare is not None and not spare.alive():
-            log.warning("The spare child ended with status %s before it was used.", spare.wait(0))
-            self._end(spare)
+    def take_child(self, threads: int) -> ChildProcess:
+        """A child for a job: the spare one if it has as many threads, else a new one. Its folder stays until `give_up_folder`."""
+        with self._children:
             spare = None
-        return spare or self._spawn()
+            if threads == self._threads:
+                spare, self._spare = self._spare, None
+            if spare is not None and not spare.alive():
+                log.warning("The spare child ended with status %s before it was used.", spare.wait(0))
+                self._end(spare)
+                spare = None
+            child = spare or self._spawn(threads)
+            self._folders.add(child.job_dir)
+        return child
+
+    def give_up_folder(self, child: ChildProcess) -> None:
+        with self._children:
+            self._folders.discard(child.job_dir)
 
     def _end(self, child: ChildProcess) -> None:
         child.kill()
@@ -149,10 +159,10 @@ class Supervisor:
 
     def _clear(self) -> None:
         """Remove folders of earlier attempts that could not be removed then, e.g. for lack of file handles."""
-        spare = self._spare.job_dir if self._spare is not None else None
-        with contextlib.suppress(OSError):
+        with self._children, contextlib.suppress(OSError):
+            kept = self._folders | ({self._spare.job_dir} if self._spare is not None else set())
             for folder in list(self._root.iterdir()):
-                if folder != spare:
+                if folder.resolve() not in kept:
                     shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -163,6 +173,7 @@ class _Attempt:
         self._store = supervisor.store
         self._job: Job = claimed.job
         self._lease = claimed.lease
+        self._share = claimed.share
         self._started = claimed_at
         self._child: ChildProcess | None = None
         self._depot: CheckpointDepot | None = None
@@ -213,18 +224,18 @@ class _Attempt:
             self._count(outcome)
             if self._child is not None:
                 self._child.remove()
+                self._supervisor.give_up_folder(self._child)
         return outcome
 
     def _count(self, outcome: str) -> None:
         ATTEMPTS.labels(self._job.queue, outcome).inc()
         if outcome == "lost":
             LEASES_LOST.inc()
-        if self._job.queue == "gpu":
-            GPU_SECONDS.inc(time.monotonic() - self._started)
+        GPU_SECONDS.inc(len(self._share.gpus) * (time.monotonic() - self._started))
 
     def _press(self) -> Callable[[], str]:
         """Stage the files, run the child, and upload its result. Returns the function that commits the result."""
-        self._child = child = self._supervisor.take_child()
+        self._child = child = self._supervisor.take_child(self._share.threads)
         with span("stage"):
             data = self._move(lambda: self._stage(child.job_dir))
         recipe = read_recipe(self._job)
@@ -252,8 +263,9 @@ class _Attempt:
             packages=catalog.providers_of(options.name for options in recipe.passes),
             data=data,
             device="cuda" if self._job.queue == "gpu" else "cpu",
-            threads=self._supervisor.threads,
-            memory_limit=self._supervisor.memory,
+            gpus=tuple(gpu.uuid for gpu in self._share.gpus) if self._settings.worker_queue == "gpu" else None,
+            threads=self._share.threads,
+            memory_limit=self._share.memory,
             source_measured_by=measured_by,
             keep_source=self._source is not None,
             file_limit=sandbox.file_limit(child.job_dir),
@@ -281,7 +293,7 @@ class _Attempt:
         """Bring what an earlier job has measured of the source. Returns that job's id; empty: there is none."""
         if not self._settings.keep_source_days:
             return ""
-        gpu = self._supervisor.gpu if self._job.queue == "gpu" and recipe.measured_on_gpu(None) else ""
+        gpu = self._share.gpus[0].name if self._share.gpus and recipe.measured_on_gpu(None) else ""
         self._source = SourceKeeper(self._store.sources, self._supervisor.objects, self._job, recipe, job_dir, gpu=gpu)
         return self._source.bring()
 
@@ -330,7 +342,9 @@ class _Attempt:
                 if isinstance(error, MachineFaultError):
                     reason = error.reason
                 else:
-                    reason = self._supervisor.fitness.fault_behind(error) if error.kind.retryable else ""
+                    reason = (
+                        self._supervisor.fitness.fault_behind(error, self._share.gpus) if error.kind.retryable else ""
+                    )
             if reason and self._store.reader.machine_faults(self._job.id) + 1 < self._job.max_failures:
                 details = error.details | {"machine": reason}
                 fault = NightpressError(error.code, error.message, hint=error.hint, **details)

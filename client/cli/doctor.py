@@ -156,7 +156,7 @@ def _check_key(client: Client, has_access: bool, source: str) -> Check:
 def _check_workers(client: Client) -> Check:
     try:
         alive = [worker for worker in client.workers() if worker.state != "lost"]
-        served = {worker.queue for worker in alive}
+        served = {worker.queue for worker in alive} | {"cpu" for worker in alive if worker.cpu_jobs}
         unserved = [queue for queue in client.queues() if queue.queued and queue.name not in served]
     except ApiError as error:
         return Check("workers", "warning", error.message, error.hint)

@@ -22,8 +22,9 @@ def queues(session: Session) -> None:
             queue.name,
             queue.queued,
             queue.running,
+            f"{queue.queued_gpus} needed, {queue.running_gpus} held" if queue.name == "gpu" else "",
             output.duration_text(queue.oldest_queued_s or 0) if queue.queued else "",
         )
         for queue in found
     ]
-    output.print_table(("queue", "queued", "running", "oldest waits"), rows, right=(1, 2, 3))
+    output.print_table(("queue", "queued", "running", "GPUs", "oldest waits"), rows, right=(1, 2, 3))

@@ -118,15 +118,21 @@ def validate_recipe(
 
 def _print_plan(plan: Plan) -> None:
     output.say(f"{plan.recipe.name} is valid; its jobs go to the queue {plan.queue}: {plan.queue_reason}", "green")
+    if plan.gpus_reason:
+        output.say(f"It holds {plan.gpus} GPU{'s' * (plan.gpus > 1)}: {plan.gpus_reason}")
     output.print_table(("", "step", ""), [(step.kind, step.name, step.detail) for step in plan.steps])
     if (estimate := plan.estimate) is not None:
         cores = "a core" if estimate.threads == 1 else f"{estimate.threads} cores"
-        device = f"{cores} with a GPU" if plan.queue == "gpu" else cores
+        gpus = "a GPU" if plan.gpus == 1 else f"{plan.gpus} GPUs"
+        device = f"{cores} with {gpus}" if plan.queue == "gpu" else cores
         sizes = ", ".join(f"{name} {output.size_text(size)}" for name, size in estimate.output_bytes.items())
         output.print_fields(
             [
                 ("memory", output.size_text(estimate.memory_bytes)),
-                ("GPU memory", output.size_text(estimate.gpu_bytes) if estimate.gpu_bytes else None),
+                (
+                    "memory of each GPU" if plan.gpus > 1 else "GPU memory",
+                    output.size_text(estimate.gpu_bytes) if estimate.gpu_bytes else None,
+                ),
                 ("disk", output.size_text(estimate.disk_bytes)),
                 ("time", f"about {output.duration_text(estimate.seconds)} on {device}"),
                 ("result", sizes),

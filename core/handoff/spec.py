@@ -31,6 +31,9 @@ class JobSpec(BaseModel):
     )
     data: dict[str, str] = Field(default_factory=dict, description="data set id → file below data/")
     device: Literal["cpu", "cuda"] = "cpu"
+    gpus: tuple[str, ...] | None = Field(
+        None, description="UUIDs of the GPUs that the job may use; null: those that the child's environment shows"
+    )
     threads: int = Field(1, ge=1, description="CPU threads of the child")
     memory_limit: int = Field(0, ge=0, description="bytes the job may use; 0: no limit")
     source_measured_by: str = Field(

@@ -29,8 +29,13 @@ def check_exports(recipe: Recipe) -> None:
     """Check that the exports and devices fit the passes, whatever the model is. Raises NightpressError: invalid_recipe."""
     for options in recipe.passes:
         _check_carriers(recipe, options, None)
-        if "gpu" in {recipe.device, recipe.evaluate_on} and "cuda" not in options.runs_on:
-            raise invalid(f"`{options.name}` runs on a CPU only.", "Leave `device` and `evaluate_on` at `auto`.")
+        on_gpu = recipe.wants_several_gpus or "gpu" in {recipe.device, recipe.evaluate_on}
+        if on_gpu and "cuda" not in options.runs_on:
+            raise invalid(
+                f"`{options.name}` runs on a CPU only.", "Leave `device` and `evaluate_on` at `auto`, and `gpus` out."
+            )
+    if recipe.wants_several_gpus and recipe.device == "cpu":
+        raise invalid(f"gpus: a job with `device: cpu` has no {recipe.gpus} GPUs.", "Leave `device` at `auto`.")
     if recipe.evaluate_on == "gpu":
         if recipe.device == "cpu":
             raise invalid("evaluate_on: a job with `device: cpu` has no GPU.", "Leave `device` at `auto`.")

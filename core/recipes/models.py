@@ -171,6 +171,11 @@ class Recipe(_Model):
         "auto",
         description="Where the passes run. `auto` is decided when a job is planned, by what they gain on a GPU, what the model needs, and which workers there have been lately; the plan and the job say why.",
     )
+    gpus: Literal["auto"] | Annotated[int, Field(ge=1, le=64)] = Field(
+        1,
+        exclude_if=lambda value: value == 1,  # workers of earlier versions refuse a field that they don't know
+        description="GPUs of one host that a job on the queue `gpu` holds. `auto` is decided when a job is planned, by what the passes gain and the largest host that there has been lately; the plan says what it comes to and why.",
+    )
     seed: int = Field(0, ge=0, le=2**31 - 1)
 
     @model_validator(mode="before")
@@ -219,6 +224,11 @@ class Recipe(_Model):
     def _gates_parse(self) -> "Recipe":
         self.parsed_gates()
         return self
+
+    @property
+    def wants_several_gpus(self) -> bool:
+        """Whether the recipe names a number of GPUs above one."""
+        return self.gpus != "auto" and self.gpus > 1
 
     def measured_on_gpu(self, export: Export | None) -> bool:
         """Return whether a job on a GPU measures this artifact there. export: None for the source, which is measured like most artifacts.

@@ -23,9 +23,12 @@ class Seat:
     gpu_memory: int | None = None  #: bytes; None: no GPU, or a GPU that does not report its memory
     seen_s: float = 0.0  #: seconds since it was last seen
     vllm: bool = False  #: whether its jobs also run artifacts in vLLM
+    gpus: int = 1  #: the most GPUs of this memory that one job can have; means nothing on the queue `cpu`
 
-    def holds(self, memory: int, gpu_memory: int) -> bool:
-        """Return whether a job with these needs in bytes fits."""
+    def holds(self, memory: int, gpu_memory: int, gpus: int = 1) -> bool:
+        """Return whether a job with these needs in bytes fits. gpu_memory: of each of its GPUs."""
+        if self.queue == "gpu" and gpus > self.gpus:
+            return False
         return memory <= self.memory and (self.gpu_memory is None or gpu_memory <= self.gpu_memory)
 
 
@@ -55,7 +58,7 @@ def place(on_cpu: Need, on_gpu: Need, fleet: Sequence[Seat]) -> Placement:
     """
     saved = on_cpu.seconds - on_gpu.seconds
     gains = saved >= _WORTH_S and saved >= _WORTH_SHARE * on_cpu.seconds
-    both = f"it takes about {_time(on_gpu.seconds)} on a GPU and {_time(on_cpu.seconds)} on a processor"
+    both = f"it takes about {time_text(on_gpu.seconds)} on a GPU and {time_text(on_cpu.seconds)} on a processor"
     cpus, gpus = ([seat for seat in fleet if seat.queue == queue] for queue in ("cpu", "gpu"))
     fits_cpu = any(seat.holds(on_cpu.memory_bytes, 0) for seat in cpus)
     fits_gpu = any(seat.holds(on_gpu.memory_bytes, on_gpu.gpu_bytes) for seat in gpus)
@@ -65,7 +68,11 @@ def place(on_cpu: Need, on_gpu: Need, fleet: Sequence[Seat]) -> Placement:
         if not fleet:
             return Placement("gpu", f"{both}; no worker has been seen lately.")
         return Placement("cpu", f"{_why_no_gpu(on_gpu, gpus)}; {both}.")
-    why = f"a GPU would save {_time(saved)} of {_time(on_cpu.seconds)}" if saved >= 1 else "it gains nothing by a GPU"
+    why = (
+        f"a GPU would save {time_text(saved)} of {time_text(on_cpu.seconds)}"
+        if saved >= 1
+        else "it gains nothing by a GPU"
+    )
     if fits_gpu and not fits_cpu:
         missing = "no processor's worker can hold it" if cpus else "no processor's worker has been seen lately"
         return Placement("gpu", f"{why}, but {missing}.")
@@ -86,7 +93,8 @@ def _why_no_gpu(need: Need, gpus: Sequence[Seat]) -> str:
     )
 
 
-def _time(seconds: float) -> str:
+def time_text(seconds: float) -> str:
+    """Return seconds in the unit that suits them."""
     if seconds < 90:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

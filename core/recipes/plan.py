@@ -8,6 +8,7 @@ from pydantic import BaseModel, ConfigDict
 from nightpress.core.recipes import measuring
 from nightpress.core.recipes.checks import check_exports, check_model, check_order
 from nightpress.core.recipes.costs import (
+    GPU_RATE,
     GPU_RUNTIME_BYTES,
     GPU_START_S,
     MODELLING_BYTES,
@@ -15,6 +16,7 @@ from nightpress.core.recipes.costs import (
     Cost,
 )
 from nightpress.core.recipes.exports import Export
+from nightpress.core.recipes.gpu_count import GpuCount, Spread, count_gpus
 from nightpress.core.recipes.header import ModelHeader
 from nightpress.core.recipes.models import Evaluation, GenerationSpeed, Latency, Quality, Recipe, aim
 from nightpress.core.recipes.placement import Need, Placement, Queue, Seat, place, threads_of
@@ -52,7 +54,7 @@ class Estimate(BaseModel):
     seconds: float
     threads: int  #: number of CPU threads for which `seconds` holds
     output_bytes: dict[str, int]  #: name of an export → bytes of its artifact
-    gpu_bytes: int = 0  #: memory of the GPU; 0 on a CPU
+    gpu_bytes: int = 0  #: memory of each GPU; 0 on a CPU
     leaner: tuple[Leaner, ...] = ()  #: changes that lower the memory, the smallest change first
 
 
@@ -62,6 +64,8 @@ class Plan(BaseModel):
     recipe: Recipe
     queue: Queue
     queue_reason: str  #: why this queue
+    gpus: int = 0  #: GPUs of one host that the job holds; 0 on the queue `cpu`
+    gpus_reason: str = ""  #: why so many; empty: the recipe asks for nothing
     steps: tuple[Step, ...]
     warnings: tuple[str, ...]
     estimate: Estimate | None  #: None where no model was named
@@ -85,9 +89,11 @@ def make_plan(recipe: Recipe, header: ModelHeader | None = None, fleet: Sequence
         vllm = any(seat.vllm for seat in fleet)
         costs = _costs(recipe, header, vllm=vllm)
         queue, reason = _placed(recipe, costs, fleet)
-        estimate = _estimate(recipe, header, costs, queue, fleet, vllm=vllm)
+        count = _counted(recipe, costs, fleet) if queue == "gpu" else GpuCount(0, "")
+        estimate = _estimate(recipe, header, costs, count.gpus, fleet, vllm=vllm)
     else:
         queue, reason = _queue_without_model(recipe)
+        count = GpuCount(0, "") if queue == "cpu" else _counted_without_model(recipe, fleet)
     warnings = dict.fromkeys(_warnings(recipe, header))
     steps = [Step(kind="pass", name=options.name, detail=options.describe()) for options in recipe.passes]
     steps += [
@@ -106,6 +112,8 @@ def make_plan(recipe: Recipe, header: ModelHeader | None = None, fleet: Sequence
         recipe=recipe,
         queue=queue,
         queue_reason=reason,
+        gpus=count.gpus,
+        gpus_reason=count.reason,
         steps=tuple(steps),
         warnings=tuple(warnings),
         estimate=estimate,
@@ -136,6 +144,8 @@ def _chain(recipe: Recipe, header: ModelHeader) -> tuple[list[ModelHeader], Mode
 def _warnings(recipe: Recipe, header: ModelHeader | None) -> Iterable[str]:
     if header is not None and header.brought is not None and not header.brought.weights:
         yield f"config.json says that the model is quantized ({header.brought.method or 'without a method'}), but its weights are floats: the `quantization_config` is left over, and passed over."
+    if recipe.wants_several_gpus and not any(options.scope == "blocks" for options in recipe.passes):
+        yield f"`gpus: {recipe.gpus}`: no pass of the recipe runs by blocks, so one GPU is as fast."
     if recipe.target == "auto" and header is None:
         yield "`target: auto` looks at the model: name one to see the passes and exports."
     for index, options in enumerate(recipe.passes):
@@ -189,6 +199,8 @@ def _output_bytes(recipe: Recipe, header: ModelHeader, export: Export) -> int:
 def _queue_without_model(recipe: Recipe) -> Placement:
     if recipe.device != "auto":
         return Placement(recipe.device, f"the recipe says `device: {recipe.device}`.")
+    if recipe.wants_several_gpus:
+        return Placement("gpu", "the recipe asks for several GPUs.")
     if recipe.evaluate_on == "gpu":
         return Placement("gpu", "the recipe says `evaluate_on: gpu`.")
     return Placement("cpu", "`device: auto` looks at the model, and none is named.")
@@ -196,28 +208,54 @@ def _queue_without_model(recipe: Recipe) -> Placement:
 
 def _placed(recipe: Recipe, costs: Sequence[Cost], fleet: Sequence[Seat]) -> Placement:
     """Return the queue, and the reason for it."""
-    if recipe.device != "auto" or recipe.evaluate_on == "gpu":
+    if recipe.device != "auto" or recipe.evaluate_on == "gpu" or recipe.wants_several_gpus:
         return _queue_without_model(recipe)
     here_alone = [options.name for options in recipe.passes if "cuda" not in options.runs_on]
     if here_alone:
         return Placement("cpu", f"`{here_alone[0]}` runs on a processor alone.")
     # Both estimates use the same number of threads: a GPU worker's larger number of threads is no reason to choose a GPU.
     threads = threads_of(fleet, "cpu" if any(seat.queue == "cpu" for seat in fleet) else "gpu")
-    return place(_need(recipe, costs, "cpu", threads), _need(recipe, costs, "gpu", threads), fleet)
+    return place(_need(recipe, costs, 0, threads), _need(recipe, costs, 1, threads), fleet)
 
 
-def _need(recipe: Recipe, costs: Sequence[Cost], queue: Queue, threads: int) -> Need:
-    seconds = sum(cost.lasts(queue, threads) for cost in costs)
-    gpu = GPU_RUNTIME_BYTES + max(cost.gpu_bytes for cost in costs) if queue == "gpu" else 0
-    return Need(_memory(recipe, costs, queue), gpu, seconds + GPU_START_S * (queue == "gpu"))
+def _counted(recipe: Recipe, costs: Sequence[Cost], fleet: Sequence[Seat]) -> GpuCount:
+    """Return the number of GPUs of a job on the queue `gpu`, and the reason for it."""
+    threads = threads_of(fleet, "gpu")
+    time = _spread(recipe, costs, threads)
+    return count_gpus(recipe.gpus, time, lambda gpus: _need(recipe, costs, gpus, threads), fleet)
+
+
+def _counted_without_model(recipe: Recipe, fleet: Sequence[Seat]) -> GpuCount:
+    if recipe.gpus == "auto":
+        return GpuCount(1, "`gpus: auto` looks at the model, and none is named.")
+    return count_gpus(recipe.gpus, Spread(0, 0, ()), lambda _: Need(0, 0, 0), fleet)
+
+
+def _spread(recipe: Recipe, costs: Sequence[Cost], threads: int) -> Spread:
+    """Return the time on one GPU, and what of it several GPUs share: the products of the passes by blocks."""
+    spread = [
+        (options.name, cost.work / GPU_RATE)
+        for options, cost in zip(recipe.passes, costs, strict=False)  # the last cost is that of measuring
+        if options.scope == "blocks" and options.gate_within is None  # the work of a search is mostly measuring
+    ]
+    seconds = sum(cost.lasts("gpu", threads) for cost in costs) + GPU_START_S
+    return Spread(seconds, sum(time for _, time in spread), tuple(name for name, _ in spread))
+
+
+def _need(recipe: Recipe, costs: Sequence[Cost], gpus: int, threads: int) -> Need:
+    """Return what a job needs on so many GPUs; 0: on a processor."""
+    if not gpus:
+        return Need(_memory(recipe, costs, 0), 0, sum(cost.lasts("cpu", threads) for cost in costs))
+    each = GPU_RUNTIME_BYTES + max(cost.gpu_bytes for cost in costs)
+    return Need(_memory(recipe, costs, gpus), each, _spread(recipe, costs, threads).on(gpus))
 
 
 def _estimate(
-    recipe: Recipe, header: ModelHeader, costs: Sequence[Cost], queue: Queue, fleet: Sequence[Seat], *, vllm: bool
+    recipe: Recipe, header: ModelHeader, costs: Sequence[Cost], gpus: int, fleet: Sequence[Seat], *, vllm: bool
 ) -> Estimate:
     outputs = _outputs(recipe, header)
-    threads = threads_of(fleet, queue)
-    need = _need(recipe, costs, queue, threads)
+    threads = threads_of(fleet, _queue(gpus))
+    need = _need(recipe, costs, gpus, threads)
     return Estimate(
         memory_bytes=need.memory_bytes,
         # A search keeps its best candidate beside the one that it tries.
@@ -229,7 +267,7 @@ def _estimate(
         output_bytes=outputs,
         gpu_bytes=need.gpu_bytes,
         leaner=tuple(
-            choice for choice in _leaner(recipe, header, queue, vllm=vllm) if choice.memory_bytes < need.memory_bytes
+            choice for choice in _leaner(recipe, header, gpus, vllm=vllm) if choice.memory_bytes < need.memory_bytes
         ),
     )
 
@@ -266,13 +304,24 @@ def _most(costs: Sequence[Cost]) -> int:
     return max((cost.memory_bytes for cost in costs), default=0)
 
 
-def _memory(recipe: Recipe, costs: Sequence[Cost], queue: Queue) -> int:
-    *passes, measuring = (cost.held(queue) for cost in costs)
-    if queue == "gpu" and _kept(
+def _queue(gpus: int) -> Queue:
+    return "gpu" if gpus else "cpu"
+
+
+def _memory(recipe: Recipe, costs: Sequence[Cost], gpus: int) -> int:
+    """Return the bytes of the host's memory on so many GPUs; 0: on a processor."""
+    *passes, measuring = (cost.held(_queue(gpus)) for cost in costs)
+    if gpus and _kept(
         recipe
     ):  # torch never frees pinned memory, so the child still holds it while artifacts are measured
-        return RUNTIME_BYTES + _kept(recipe) + max(passes) + measuring
+        return RUNTIME_BYTES + _kept(recipe) + max(passes) + measuring + (gpus - 1) * _another_process(recipe, passes)
     return RUNTIME_BYTES + _kept(recipe) + max([measuring, *passes])
+
+
+def _another_process(recipe: Recipe, passes: Sequence[int]) -> int:
+    """Return the bytes of each process beside the first, at most: what the first holds while a pass by blocks runs."""
+    blocks = [held for options, held in zip(recipe.passes, passes, strict=True) if options.scope == "blocks"]
+    return RUNTIME_BYTES + _kept(recipe) + max(blocks) if blocks else 0
 
 
 def _kept(recipe: Recipe) -> int:
@@ -280,25 +329,25 @@ def _kept(recipe: Recipe) -> int:
     return MODELLING_BYTES if {options.scope for options in recipe.passes} & {"blocks", "train"} else 0
 
 
-def _leaner(recipe: Recipe, header: ModelHeader, queue: Queue, *, vllm: bool) -> Iterable[Leaner]:
+def _leaner(recipe: Recipe, header: ModelHeader, gpus: int, *, vllm: bool) -> Iterable[Leaner]:
     """Yield recipes with less calibration text: first fewer samples, then also shorter samples. Options of the passes are not changed."""
     given = recipe.calibration
     for share in (2, 4, 8):
         if given.samples >= 8 * share:
             yield _with_calibration(
-                recipe, header, queue, samples=given.samples // share, length=given.length, vllm=vllm
+                recipe, header, gpus, samples=given.samples // share, length=given.length, vllm=vllm
             )
     for share in (2, 4):
         if given.samples >= 64 and given.length >= 128 * share:
             yield _with_calibration(
-                recipe, header, queue, samples=given.samples // 8, length=given.length // share, vllm=vllm
+                recipe, header, gpus, samples=given.samples // 8, length=given.length // share, vllm=vllm
             )
 
 
 def _with_calibration(
-    recipe: Recipe, header: ModelHeader, queue: Queue, *, samples: int, length: int, vllm: bool
+    recipe: Recipe, header: ModelHeader, gpus: int, *, samples: int, length: int, vllm: bool
 ) -> Leaner:
     calibration = recipe.calibration.model_copy(update={"samples": samples, "length": length})
     leaner = recipe.model_copy(update={"calibration": calibration})
-    memory = _memory(leaner, _costs(leaner, header, vllm=vllm), queue)
+    memory = _memory(leaner, _costs(leaner, header, vllm=vllm), gpus)
     return Leaner(change=f"`calibration: {{samples: {samples}, length: {length}}}`", memory_bytes=memory)

@@ -31,7 +31,10 @@ class UsageView(View):
     queued_jobs: int
     running_jobs: int
     storage_bytes: int
-    gpu_seconds_month: float  #: of attempts that have ended, this calendar month in UTC
+    running_gpus: int = 0  #: GPUs that the running jobs hold
+    gpu_seconds_month: (
+        float  #: of attempts that have ended, this calendar month in UTC; an attempt on n GPUs counts n times
+    )
     cost_day: float = 0.0  #: today in UTC, in the operator's currency, attempts that run included
     cost_month: float = 0.0
     currency: str = ""  #: empty where the operator has set no prices

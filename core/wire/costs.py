@@ -17,7 +17,8 @@ class CostView(View):
 class AttemptCostView(View):
     number: int
     worker_id: str
-    device: str | None  #: the GPU's name, if its worker is still known
+    device: str | None  #: the name of its GPUs, if it is known
+    gpus: int = 0  #: the GPUs that it held; 0 on the queue `cpu`. Each costs its price for all of `seconds`
     seconds: float
     amount: float
     ended: bool

@@ -64,7 +64,8 @@ class JobView(View):
     priority: int
     labels: dict[str, str]
     queue: Literal["cpu", "gpu"]
-    queue_reason: str = ""  #: why this queue
+    queue_reason: str = ""  #: why this queue, and why so many GPUs
+    gpus: int = 0  #: GPUs of one host that it holds while it runs; 0 on the queue `cpu`
     notice: str | None = None  #: of a queued job: that no worker could have taken it for an hour, and what to do
     model_id: str
     model_name: str

@@ -1,6 +1,7 @@
 """The web page in a real browser, with a real API: jobs, schedules, models and comparisons. The tests act as the worker."""
 
 import re
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,10 @@ from nightpress.core.errors import ErrorCode, NightpressError
 from nightpress.core.handoff.frames import Progress
 from nightpress.core.service.jobs.records import Worker
 from nightpress.core.service.trackers.store import TrackerStore
+from nightpress.worker.offer import introduce
 from tests.browser import DESKTOP, Browser, overflows, signed_in, violations
 from tests.face import RECIPE, Face
-from tests.jobs import GB
+from tests.jobs import GB, host
 from tests.studies import StudyWorld
 
 HOSTILE = "<img src=x onerror=\"document.title='taken'\"> nightly"
@@ -119,7 +121,18 @@ def test_a_worker_shows_how_much_of_its_gpus_memory_is_in_use(browser: Browser, 
         assert memory.get_attribute("aria-label") == "31.0 GB of 85.0 GB of GPU memory in use"
         assert page.inner_text("tr:has-text('cpu-host') td[data-of=Memory]") == "20.0 GB"
         assert violations(page) == []
-    for worker in ("wkr_gpu", "wkr_cpu"):
+    offer = host("wkr_host", 3, cpu_jobs=1)
+    told = [{**asdict(gpu), "memory_used": used} for gpu, used in zip(offer.gpus, (GB, 2 * GB, None), strict=True)]
+    face.store.roster.heartbeat_worker(replace(introduce(offer, draining=False), host="big-host", gpus=told))
+    with signed_in(browser, face, "/workers") as seen:
+        page = seen.page
+        page.wait_for_selector("tr:has-text('big-host')")
+        assert page.locator("tr:has-text('big-host') progress").count() == 2, "a bar for each GPU that says it"
+        assert "80.0 GB on the GPU" in page.inner_text("tr:has-text('big-host') td[data-of=Memory]")
+        assert "3 of 3 free" in page.inner_text("tr:has-text('big-host') td[data-of=Device]")
+        assert page.inner_text("tr:has-text('big-host') td[data-of=Queue]") == "gpu + 1 cpu"
+        assert violations(page) == []
+    for worker in ("wkr_gpu", "wkr_cpu", "wkr_host"):
         face.store.roster.remove_worker(worker)
 
 

@@ -22,7 +22,7 @@ from nightpress.core.service.tables.access import audit_log
 from nightpress.core.settings import Settings
 from nightpress.core.wire.access import QuotaChange
 from tests.api import RunningApi, serve
-from tests.jobs import add_model, claim, submit, succeeded
+from tests.jobs import add_model, claim, host, submit, succeeded
 from tests.servers import Valkey
 
 JOB = {"model": "tiny", "recipe": "int8-encoder"}
@@ -196,15 +196,16 @@ def test_gpu_time_is_counted_when_an_attempt_ends_and_bounds_the_next(sql_url: s
     try:
         add_model(engine)
         store, book = JobStore(engine), QuotaBook(engine, Settings())
-        gpu = WorkerOffer("g", "gpu", "H100", 1 << 40, 1)
+        gpu = host(count=2)
         for _ in range(2):
-            submit(store, queue="gpu")
+            submit(store, queue="gpu", needs_gpus=2)
         first = store.claims.claim(gpu, ttl_s=60)
         assert first is not None
+        assert book.usage("default").running_gpus == 2
         assert store.attempts.finish(first.lease, succeeded(first.lease))
         assert 0 <= book.usage("default").gpu_seconds_month < 60
         with transaction(engine) as connection:
-            add_gpu_time(connection, "default", read_now(connection) - dt.timedelta(hours=1))
+            add_gpu_time(connection, "default", read_now(connection) - dt.timedelta(minutes=30), 2)
         book.change("default", QuotaChange(max_gpu_seconds_month=3600))
         assert store.claims.claim(gpu, ttl_s=60) is None
         book.change("default", QuotaChange(max_gpu_seconds_month=4000))

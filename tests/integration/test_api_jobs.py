@@ -332,8 +332,9 @@ def test_downloads_resume_where_they_stopped(api: RunningApi, client: httpx.Clie
 
 
 def test_workers_are_listed_with_what_they_do(api: RunningApi, client: httpx.Client):
+    store = api.services.resources.store
     worker = Worker(id="test-worker", host="h", queue="cpu", device="cpu", memory=1 << 40, threads=1, version="1")
-    api.services.resources.store.roster.heartbeat_worker(worker)
+    store.roster.heartbeat_worker(worker)
     job_id = submit(client)
     api.claim()
     (seen,) = client.get("/v1/workers").json()["items"]

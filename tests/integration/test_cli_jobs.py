@@ -20,9 +20,10 @@ from nightpress.core.errors import ErrorCode, NightpressError
 from nightpress.core.handoff.frames import Progress
 from nightpress.core.handoff.manifest import describe_folder
 from nightpress.core.wire.jobs import JobView
+from nightpress.worker.offer import introduce
 from tests.command import run
 from tests.face import OFFER, RECIPE, Face, pulled_files
-from tests.jobs import age
+from tests.jobs import age, host
 from tests.patience import slowness
 from tests.service import eventually
 
@@ -366,3 +367,27 @@ def test_a_job_that_no_worker_will_take_is_listed_and_waited_for_with_a_notice(f
     inspected = run(face, "inspect", job.id)
     assert job.queue_reason in inspected.stdout
     face.store.requests.request_cancel("default", job.id)
+
+
+def test_workers_queues_and_plans_show_gpus(face: Face, model_id: str, tmp_path: Path):
+    offer = host("host-of-four", 4, cpu_jobs=2)
+    face.store.roster.heartbeat_worker(introduce(offer, draining=False))
+    recipe = {"name": "wide", "passes": [{"pass": "magnitude"}], "exports": ["safetensors"], "gpus": 3}
+    (tmp_path / "wide.json").write_text(json.dumps(recipe))
+    with face.client() as client:
+        jobs = [client.jobs.submit(model_id, recipe) for _ in range(2)]
+        assert face.store.claims.claim(offer, ttl_s=600) is not None
+        lines = run(face, "workers").stdout.splitlines()
+        shown = next(line for line in lines if "host-of-four" in line)
+        assert "gpu + 2 cpu" in shown
+        assert "1 of 4 free, 80.0 GB" in shown
+        assert jobs[0].id in shown
+        told = next(worker for worker in json.loads(run(face, "workers", "--json").stdout) if worker["gpus"])
+        assert [gpu["job_id"] for gpu in told["gpus"]] == [jobs[0].id] * 3 + [None]
+        assert "3 needed, 3 held" in run(face, "queues").stdout
+        plan = run(face, "recipes", "validate", str(tmp_path / "wide.json"), "-m", model_id).stdout
+        assert "It holds 3 GPUs: `gpus: 3`, as the recipe says." in plan
+        assert "with 3 GPUs" in plan
+        for job in jobs:
+            client.jobs.cancel(job.id)
+    face.store.roster.remove_worker("host-of-four")

@@ -17,6 +17,7 @@ from nightpress.core.handoff.frames import Progress
 from nightpress.core.handoff.manifest import ArtifactEntry, FileEntry, Manifest
 from nightpress.core.service.costs.ledger import CostLedger
 from nightpress.core.service.costs.prices import PriceList
+from nightpress.core.service.jobs.claim_statements import HELD_BACK_S
 from nightpress.core.service.jobs.queries import JOB_COLUMNS
 from nightpress.core.service.jobs.records import Claimed, Idempotency, Job, MetricRow, NewJob, Succeeded, WorkerOffer
 from nightpress.core.service.jobs.store import JobStore
@@ -33,7 +34,7 @@ from nightpress.core.service.tables.jobs import (
 from nightpress.core.service.tables.promotions import promotions
 from nightpress.core.version import ENGINE
 from tests.columns import JOB_ALIKE, UNTOUCHED, Chosen, Rows, identifier
-from tests.jobs import MODEL_ID, new_job, submit
+from tests.jobs import MODEL_ID, gpus, new_job, submit
 
 COVERED = {
     jobs,
@@ -58,6 +59,7 @@ GIVEN: dict[str, Any] = {
     "queue_reason": "why this queue",
     "needs_memory": 11,
     "needs_gpu_memory": 17,
+    "needs_gpus": 6,
     "run_limit_s": 12.5,
     "stall_s": 13.5,
     "max_failures": 14,
@@ -75,6 +77,9 @@ GIVEN: dict[str, Any] = {
     "destinations": ["hf://acme/of-the-job"],
     "traceparent": "00-" + "4" * 32 + "-" + "5" * 16 + "-01",
 }
+
+
+SIX_GPUS = [{"uuid": f"GPU-device-42-{number}", "name": "device-42", "memory": 41} for number in range(6)]
 
 
 def given(store: JobStore) -> NewJob:
@@ -129,7 +134,8 @@ def test_an_uncounted_job_is_written_as_a_counted_one(store: JobStore, rows: Row
 def started(store: JobStore, rows: Rows, new: NewJob) -> tuple[Claimed, dict[str, Any]]:
     """A running job that has reported progress, log lines and an event; and its expected row."""
     job = store.submission.submit(replace(new, run_after=None), max_queued=10)[0]
-    claimed = store.claims.claim(WorkerOffer("worker-7", new.queue, "device-8", 1 << 40, 9), ttl_s=600)
+    offer = WorkerOffer("worker-7", new.queue, "device-8", 1 << 40, 9, gpus(8, memory=41, name="device-42"))
+    claimed = store.claims.claim(offer, ttl_s=600)
     assert claimed is not None
     assert claimed.job.id == job.id
     told = Progress(phase="pressing", fraction=0.25, pass_index=21, message="layer 3 of 12", eta_s=22.5)
@@ -181,6 +187,8 @@ def test_from_the_queue_to_a_result_that_another_job_is_given(store: JobStore, r
         "outcome": None,
         "error": None,
         "swept": False,
+        "gpus": SIX_GPUS,
+        "memory_limit": (1 << 40) * 6 // 8,
         "cost_micros": None,
     }
     rows.check(job_attempts, attempt, job_attempts.c.job_id == job_id)
@@ -277,12 +285,14 @@ def test_a_job_that_fails(store: JobStore, rows: Rows, engine: Engine) -> None:
         "outcome": "failed",
         "error": error.as_dict(),
         "swept": False,
+        "gpus": SIX_GPUS,
+        "memory_limit": (1 << 40) * 6 // 8,
         "cost_micros": None,
     }
     rows.check(job_attempts, attempt, job_attempts.c.job_id == claimed.job.id)
     with transaction(engine) as connection:
         connection.execute(update(job_attempts).values(started_at=db_now(-1000)))
-    assert CostLedger(engine, PriceList({"gpu": 3600.0}, "EUR")).count_ended() == 1
+    assert CostLedger(engine, PriceList({"gpu": 600.0}, "EUR")).count_ended() == 1
     cost = Chosen("<about 1e9>", lambda value: 940_000_000 < value <= 1_000_000_000)
     counted = attempt | {"started_at": rows.after(-1000), "cost_micros": cost}
     rows.check(job_attempts, counted, job_attempts.c.job_id == claimed.job.id)
@@ -293,9 +303,21 @@ def test_a_job_that_fails(store: JobStore, rows: Rows, engine: Engine) -> None:
     rows.all_seen(spending, job_attempts)
 
 
+def test_a_job_that_gpus_are_held_back_for(store: JobStore, rows: Rows) -> None:
+    new = replace(given(store), run_after=None, queue_limit_s=None, priority=1)
+    offer = WorkerOffer("worker-7", "gpu", "device-8", 1 << 40, 9, gpus(8, memory=41))
+    submit(store, queue="gpu", needs_gpus=3, priority=2)
+    assert store.claims.claim(offer, ttl_s=600) is not None
+    job = store.submission.submit(new, max_queued=10)[0]
+    assert store.claims.claim(offer, ttl_s=600) is None
+    held = {"run_after": rows.now, "start_before": None, "held_by": "worker-7", "held_until": rows.after(HELD_BACK_S)}
+    rows.check(jobs, queued(new, rows) | held, jobs.c.id == job.id, alike=JOB_ALIKE | {"priority"})
+
+
 def test_every_column_of_a_job_has_been_seen_with_a_value() -> None:
     """The tests above compare a job when it is submitted, while it runs, and at its end: together they cover all columns."""
     told = {name for name, value in UNTOUCHED.items() if value is not None} | set(GIVEN)
     running = {"phase", "pass_index", "eta_s", "worker_id", "lease_id", "lease_expires_at", "started_at"}
     ended = {"progressed_at", "finished_at", "verdict", "engine", "reused_from", "error", "error_code"}
-    assert told | running | ended | {"id", "created_at", "start_before"} == set(jobs.c.keys())
+    held = {"held_by", "held_until"}
+    assert told | running | ended | held | {"id", "created_at", "start_before"} == set(jobs.c.keys())

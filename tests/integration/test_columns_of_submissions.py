@@ -53,6 +53,7 @@ def resolved(world: World, rows: Rows, **more: Any) -> dict[str, Any]:
         "queue_reason": new.queue_reason,
         "needs_memory": new.needs_memory,
         "needs_gpu_memory": new.needs_gpu_memory,
+        "needs_gpus": new.needs_gpus,
         "model_id": model.id,
         "model_name": "tiny",
         "model_digest": model.digest,

@@ -18,7 +18,7 @@ from nightpress.core.service.access.oidc.people import PeopleBook
 from nightpress.core.service.access.oidc.sessions import Confirmed, SessionBook, digest_of
 from nightpress.core.service.access.quotas import QuotaBook
 from nightpress.core.service.jobs.checkpoints import CheckpointIndex, StoredFile
-from nightpress.core.service.jobs.records import Worker, WorkerOffer
+from nightpress.core.service.jobs.records import Worker
 from nightpress.core.service.jobs.source_figures import KeptSource
 from nightpress.core.service.jobs.store import JobStore
 from nightpress.core.service.tables.access import api_keys, audit_log, gpu_usage, people, sessions, tenants
@@ -44,7 +44,7 @@ from tests.integration import (
     test_deliveries,
 )
 from tests.integration.test_schedules import TENANT, World, utc
-from tests.jobs import age, claim, submit
+from tests.jobs import age, claim, host, submit
 from tests.racing import all_at_once
 
 COVERED = {
@@ -166,14 +166,14 @@ def test_tenants_keys_audit_and_gpu_time(engine: Engine, rows: Rows, store: JobS
     AuditLog(engine).note(**line)
     rows.check(audit_log, {**line, "id": identifier("aud"), "at": rows.now})
 
-    job_id = submit(store, tenant_id="tenant-b", queue="gpu")
-    claimed = store.claims.claim(WorkerOffer("worker-1", "gpu", "cuda:0", 1 << 40, 1), ttl_s=600)
+    job_id = submit(store, tenant_id="tenant-b", queue="gpu", needs_gpus=2)
+    claimed = store.claims.claim(host(count=2), ttl_s=600)
     assert claimed is not None
     age(engine, job_id, 100, "started_at")
     assert store.attempts.release(claimed.lease)
     with transaction(engine, read_only=True) as connection:
         month = connection.execute(select(db_month())).scalar_one()
-    seconds = Chosen("<about 100>", lambda value: 100 <= value < 160)
+    seconds = Chosen("<about 100 on each of two GPUs>", lambda value: 200 <= value < 320)
     rows.check(gpu_usage, {"tenant_id": "tenant-b", "month": month, "seconds": seconds})
     rows.all_seen(tenants, api_keys, audit_log, gpu_usage, people, sessions)
 
@@ -217,6 +217,9 @@ def test_workers(engine: Engine, rows: Rows, store: JobStore) -> None:
         unfit="the disk is full",
         gpu_memory=17,
         gpu_memory_used=18,
+        gpus=[{"uuid": "GPU-8", "name": "device-9", "memory": 19, "memory_used": 20}],
+        gpu_kinds=[[21, 22]],
+        cpu_jobs=23,
         vllm=True,
     )
     told = {column.name: getattr(worker, column.name) for column in workers.c if not column.name.endswith("_at")}

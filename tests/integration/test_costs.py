@@ -5,18 +5,19 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from sqlalchemy import Engine, func, select, update
+from sqlalchemy import Engine, delete, func, select, update
 
 from nightpress import migrations
 from nightpress.core.database import db_now, transaction
 from nightpress.core.errors import ErrorCode, NightpressError
+from nightpress.core.recipes.placement import Queue
 from nightpress.core.service.access.quotas import QuotaBook
 from nightpress.core.service.costs.ledger import CostLedger
 from nightpress.core.service.costs.prices import MICROS, PriceList
 from nightpress.core.service.jobs.records import Claimed, Worker, WorkerOffer
 from nightpress.core.service.jobs.store import JobStore
 from nightpress.core.service.tables.costs import spending
-from nightpress.core.service.tables.jobs import job_attempts
+from nightpress.core.service.tables.jobs import job_attempts, workers
 from nightpress.core.service.tables.schedules import schedule_runs
 from nightpress.core.settings import Settings
 from nightpress.core.wire.access import QuotaChange
@@ -24,7 +25,7 @@ from nightpress.core.wire.jobs import JobCreate
 from tests.api import serve
 from tests.command import run
 from tests.face import Face, make_report
-from tests.jobs import submit, succeeded
+from tests.jobs import gpus, submit, succeeded
 from tests.racing import all_at_once
 from tests.studies import SPACE, TENANT, StudyWorld
 
@@ -36,9 +37,9 @@ def ledger(engine: Engine) -> CostLedger:
     return CostLedger(engine, PriceList(PRICES, "EUR"))
 
 
-def take(store: JobStore, queue: str = "cpu", device: str = "cpu", worker: str = "w") -> Claimed:
-    store.roster.heartbeat_worker(Worker(worker, "host", queue, device, 1 << 40, 1, "1"))  # type: ignore[arg-type]
-    claimed = store.claims.claim(WorkerOffer(worker, queue, device, 1 << 40, 1), ttl_s=600)  # type: ignore[arg-type]
+def take(store: JobStore, queue: Queue = "cpu", device: str = "cpu", worker: str = "w") -> Claimed:
+    store.roster.heartbeat_worker(Worker(worker, "host", queue, device, 1 << 40, 1, "1"))
+    claimed = store.claims.claim(WorkerOffer(worker, queue, device, 1 << 40, 1, gpus(4, name=device)), ttl_s=600)
     assert claimed is not None
     return claimed
 
@@ -61,7 +62,7 @@ def test_every_attempt_costs_by_its_queue_and_gpu_and_is_counted_once(
     second = take(store)
     began(engine, second, 50)
     assert store.attempts.finish(second.lease, succeeded(second.lease))
-    plain, special = submit(store, queue="gpu"), submit(store, queue="gpu")
+    plain, special = submit(store, queue="gpu"), submit(store, queue="gpu", needs_gpus=3)
     for device, worker in (("NVIDIA L4", "g1"), ("NVIDIA H200", "g2")):
         claimed = take(store, "gpu", device, worker)
         began(engine, claimed, 10)
@@ -74,13 +75,16 @@ def test_every_attempt_costs_by_its_queue_and_gpu_and_is_counted_once(
         assert found is not None
         return [round(found[name], 2) for name in (job_id, plain, special, running)]
 
-    assert costs() == pytest.approx([0.15, 0.1, 0.2, 1.0], abs=0.02)
+    assert costs() == pytest.approx([0.15, 0.1, 0.6, 1.0], abs=0.1)
     assert sum(all_at_once(engine, select(job_attempts), CostLedger(engine, ledger.prices).count_ended)) == 4
     assert ledger.count_ended() == 0
+    with transaction(engine) as connection:
+        connection.execute(delete(workers))
+    assert [(cost.gpus, cost.device) for cost in ledger.attempts(special)] == [(3, "NVIDIA H200")], "without its worker"
     with transaction(engine, read_only=True) as connection:
         rows = connection.execute(select(spending.c.tenant_id, func.sum(spending.c.micros)).group_by("tenant_id")).all()
-    assert [tuple(row) for row in rows] == [("default", pytest.approx(450_000, abs=30_000))]
-    assert costs() == pytest.approx([0.15, 0.1, 0.2, 1.0], abs=0.02)
+    assert [tuple(row) for row in rows] == [("default", pytest.approx(850_000, abs=150_000))]
+    assert costs() == pytest.approx([0.15, 0.1, 0.6, 1.0], abs=0.1)
     spent = ledger.spent("default")
     assert spent.day == spent.month == rows[0][1]
     assert ledger.spent("other").day == pytest.approx(1_000_000, abs=20_000), "an attempt that runs costs, too"

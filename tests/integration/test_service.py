@@ -24,7 +24,7 @@ from nightpress.core.service.tables.jobs import workers
 from nightpress.core.settings import Settings
 from nightpress.core.wire.jobs import JobCreate
 from nightpress.core.wire.models import DataSetCreate, FileAnnouncement, ModelCreate
-from tests.jobs import GB, age, claim, offer, succeeded
+from tests.jobs import GB, age, claim, host, succeeded
 
 TENANT = "default"
 RECIPE: dict[str, Any] = {"name": "half", "passes": [{"pass": "magnitude"}], "exports": ["safetensors"]}
@@ -189,10 +189,10 @@ def test_the_quota_of_the_settings_holds(world: World):
 
 
 def announce(
-    world: World, worker_id: str, queue: Any, *, memory: int = 100 * GB, gpu_memory: int | None = None
+    world: World, worker_id: str, queue: Any, *, memory: int = 100 * GB, gpu_memory: int | None = None, **more: Any
 ) -> None:
     world.store.roster.heartbeat_worker(
-        Worker(worker_id, "host", queue, "a device", memory, 2, "0.1", gpu_memory=gpu_memory)
+        Worker(worker_id, "host", queue, "a device", memory, 2, "0.1", gpu_memory=gpu_memory, **more)
     )
 
 
@@ -246,7 +246,7 @@ def test_a_gpu_too_small_for_a_job_is_refused_where_the_recipe_insists_on_one(wo
 def test_a_result_is_reused_wherever_it_was_made_unless_the_recipe_names_a_device(world: World):
     announce(world, "gpu", "gpu", gpu_memory=80 * GB)
     first, _ = world.service.submit(TENANT, wanted())
-    claimed = world.store.claims.claim(offer(queue="gpu", gpu_memory=80 * GB), ttl_s=60)
+    claimed = world.store.claims.claim(host(), ttl_s=60)
     assert claimed is not None
     world.store.attempts.finish(claimed.lease, succeeded(claimed.lease))
     announce(world, "cpu", "cpu")
@@ -273,6 +273,40 @@ def test_a_queued_job_says_that_no_worker_has_been_there_for_an_hour(world: Worl
     assert "No cpu worker that could hold it" in notice
     announce(world, "gone", "cpu")
     assert world.store.roster.fleet().notice(job) is None
+
+
+def test_a_job_that_wants_more_gpus_than_any_host_has_waits_and_says_so(world: World):
+    announce(world, "one", "gpu", gpu_memory=80 * GB)  # as workers of earlier versions say it
+    announce(world, "four", "gpu", gpu_memory=80 * GB, gpu_kinds=[[24 * GB, 1], [80 * GB, 4]])
+    job, _ = world.service.submit(TENANT, wanted(recipe={**RECIPE, "gpus": 8}))
+    assert (job.queue, job.gpus, job.state) == ("gpu", 8, "queued")
+    assert "the largest host seen lately has 4, so it waits for a larger one" in job.queue_reason
+    assert job.gpu_bytes < 80 * GB < job.needs_gpu_memory, "a worker of an earlier version sees no GPU as large as that"
+    age(world.engine, job.id, 3700, "created_at", "run_after")
+    waiting = world.store.reader.get(TENANT, job.id)
+    assert waiting is not None
+    notice = str(world.store.roster.fleet().notice(waiting))
+    assert "No gpu worker with 8 GPUs (the largest has 4) has been seen lately." in notice
+    announce(world, "eight", "gpu", gpu_memory=80 * GB, gpu_kinds=[[80 * GB, 8]])
+    assert world.store.roster.fleet().notice(waiting) is None
+    fits, _ = world.fresh().submit(TENANT, wanted(recipe={**RECIPE, "gpus": 4}))
+    assert fits.queue_reason == "the recipe asks for several GPUs. `gpus: 4`, as the recipe says."
+
+
+def test_workers_that_run_cpu_jobs_beside_serve_the_queue_cpu_too(world: World):
+    announce(world, "host", "gpu", gpu_memory=80 * GB, gpu_kinds=[[80 * GB, 8]], cpu_jobs=2)
+    assert world.fresh().submit(TENANT, wanted())[0].queue == "cpu"
+
+
+def test_a_result_is_reused_by_the_number_of_gpus_that_the_recipe_names(world: World):
+    announce(world, "gpus", "gpu", gpu_memory=80 * GB, gpu_kinds=[[80 * GB, 8]])
+    first, _ = world.service.submit(TENANT, wanted(recipe={**RECIPE, "gpus": 2}))
+    claimed = world.store.claims.claim(host(), ttl_s=60)
+    assert claimed is not None
+    world.store.attempts.finish(claimed.lease, succeeded(claimed.lease))
+    asked = {count: wanted(reuse=True, recipe={**RECIPE, "gpus": count}) for count in (2, 3, "auto")}
+    found = {count: world.fresh().submit(TENANT, job)[0].reused_from for count, job in asked.items()}
+    assert found == {2: first.id, 3: None, "auto": first.id}
 
 
 def test_a_job_older_than_an_hour_says_that_no_worker_ever_came(world: World):

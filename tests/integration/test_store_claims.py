@@ -11,7 +11,7 @@ from sqlalchemy import Engine
 from nightpress.core.service.jobs.claim_statements import Caps
 from nightpress.core.service.jobs.records import Lease
 from nightpress.core.service.jobs.store import JobStore
-from tests.jobs import GB, claim, offer, submit, succeeded
+from tests.jobs import GB, claim, gpus, host, offer, submit, succeeded
 
 pytestmark = pytest.mark.usefixtures("store")  # tests that make their own store need its model too
 
@@ -92,7 +92,7 @@ def test_a_job_that_does_not_fit_holds_up_no_other(store: JobStore):
 def test_a_worker_takes_from_its_own_queue_alone(store: JobStore):
     submit(store, queue="gpu")
     assert store.claims.claim(offer(), ttl_s=60) is None
-    assert store.claims.claim(offer(queue="gpu"), ttl_s=60) is not None
+    assert store.claims.claim(host(), ttl_s=60) is not None
 
 
 def test_a_job_for_later_waits(store: JobStore):
@@ -167,13 +167,13 @@ def test_two_racing_ends_of_one_attempt_have_one_winner(store: JobStore):
 def test_a_gpu_takes_no_job_that_needs_more_memory_than_it_has(store: JobStore):
     large = submit(store, queue="gpu", needs_gpu_memory=40 * GB)
     small = submit(store, queue="gpu", needs_gpu_memory=10 * GB)
-    taken = store.claims.claim(offer(queue="gpu", gpu_memory=24 * GB), ttl_s=60)
+    taken = store.claims.claim(host(gpus=gpus(1, 24 * GB)), ttl_s=60)
     assert taken is not None
     assert taken.job.id == small
-    assert store.claims.claim(offer(queue="gpu", gpu_memory=24 * GB), ttl_s=60) is None
-    unsaid = store.claims.claim(offer(queue="gpu", gpu_memory=None), ttl_s=60)
-    assert unsaid is not None
-    assert unsaid.job.id == large
+    assert store.claims.claim(host("host-2", gpus=gpus(1, 24 * GB)), ttl_s=60) is None
+    larger = store.claims.claim(host("host-3", gpus=gpus(1, 48 * GB)), ttl_s=60)
+    assert larger is not None
+    assert larger.job.id == large
 
 
 def test_a_claim_asks_once_whether_claims_must_go_one_after_another(store: JobStore, monkeypatch: pytest.MonkeyPatch):

@@ -149,11 +149,11 @@ def test_workers_are_idle_busy_draining_or_lost(store: JobStore, engine: Engine)
     announce("c", draining=True)
     with transaction(engine) as connection:
         connection.execute(update(workers).where(workers.c.id == "d").values(last_seen_at=db_now(-100)))
-    assert [(worker.id, worker.state, worker.job_id) for worker in store.roster.workers()] == [
-        ("a", "idle", None),
-        ("b", "busy", job_id),
-        ("c", "draining", None),
-        ("d", "lost", None),
+    assert [(worker.id, worker.state, worker.job_ids) for worker in store.roster.workers()] == [
+        ("a", "idle", []),
+        ("b", "busy", [job_id]),
+        ("c", "draining", []),
+        ("d", "lost", []),
     ]
     started = store.roster.workers()[0].started_at
     announce("a")

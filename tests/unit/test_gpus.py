@@ -8,10 +8,11 @@ from pathlib import Path
 import pytest
 
 from nightpress.core.errors import NightpressError
+from nightpress.core.service.jobs.records import OfferedGpu, WorkerOffer
 from nightpress.core.settings import Settings
 from nightpress.worker import sandbox
-from nightpress.worker.gpus import Gpu, GpuError, list_gpus, visible_gpus
-from nightpress.worker.offer import make_offer
+from nightpress.worker.gpus import Gpu, GpuError, list_gpus, offered_gpus, visible_gpus
+from nightpress.worker.offer import introduce, make_offer
 
 GIB = 2**30
 FIRST = Gpu("GPU-1a2b0000-0000", "NVIDIA L4", 24 * GIB)
@@ -52,6 +53,24 @@ def test_what_the_variable_shows(asked: str | None, visible: list[Gpu]):
     assert visible_gpus(HOST, asked) == visible
 
 
+def test_a_worker_offers_what_the_variable_shows_or_everything():
+    assert offered_gpus(HOST, None) == [FIRST, SECOND, *HALVES], "all instances of a divided GPU"
+    for asked in ("", "1", "2,0", "MIG-6000", "GPU-1a2b"):
+        assert offered_gpus(HOST, asked) == visible_gpus(HOST, asked)
+
+
+def test_a_worker_tells_its_gpus_by_kind():
+    offered = tuple(OfferedGpu(gpu.uuid, gpu.name, gpu.memory) for gpu in (SECOND, *HALVES, FIRST, SECOND))
+    offer = WorkerOffer("wkr", "gpu", "several", 512 * GIB, 60, offered, cpu_jobs=1)
+    told = introduce(offer, draining=False)
+    assert told.gpu_kinds == [[24 * GIB, 1], [40 * GIB, 1], [80 * GIB, 2]], "two instances are not two GPUs for a job"
+    assert told.gpu_memory == 80 * GIB
+    assert [gpu["uuid"] for gpu in told.gpus or ()] == [gpu.uuid for gpu in offered]
+    assert (told.threads, told.cpu_jobs, offer.shares) == (10, 1, 6)
+    alone = introduce(WorkerOffer("wkr", "cpu", "cpu", GIB, 4), draining=False)
+    assert (alone.threads, alone.gpus, alone.gpu_kinds, alone.gpu_memory) == (4, None, None, None)
+
+
 def test_a_host_without_gpus_has_none_to_show():
     assert visible_gpus((), None) == []
     assert visible_gpus((), "0") == []
@@ -86,7 +105,8 @@ def test_the_gpu_that_is_offered_is_the_one_that_torch_sees(monkeypatch: pytest.
         ask = "import torch; one = torch.cuda.get_device_properties(0); print(one.uuid, one.name, sep='|')"
         said = subprocess.run([sys.executable, "-c", ask], env=os.environ, capture_output=True, text=True, check=True)
         uuid, name = said.stdout.strip().split("|")
-        assert str(offer.gpu_uuid).endswith(uuid)
+        assert [offered.uuid for offered in offer.gpus] == [gpu.uuid]
+        assert gpu.uuid.endswith(uuid)
         assert offer.device == name
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     with pytest.raises(NightpressError, match="CUDA_VISIBLE_DEVICES= leaves it none of GPU-"):

@@ -131,7 +131,8 @@ def test_the_chart_makes_what_the_plain_manifests_have(folder: str, values: tupl
 POOLS = json.dumps(
     {
         "queue": "gpu",
-        "workersPerPod": 8,
+        "gpus": 4,
+        "workersPerPod": 2,
         "drainSeconds": 15,
         "nodeSelector": {"cloud.google.com/gke-spot": "true"},
         "tolerations": [{"key": "cloud.google.com/gke-spot", "operator": "Exists", "effect": "NoSchedule"}],
@@ -175,13 +176,13 @@ def test_a_pool_of_spot_nodes_fills_its_machines_and_drains_in_time():
     assert pod["terminationGracePeriodSeconds"] == 75
     assert pod["nodeSelector"] == {"cloud.google.com/gke-spot": "true"}
     assert [entry["key"] for entry in pod["tolerations"]] == ["cloud.google.com/gke-spot"]
-    assert len(pod["containers"]) == 8
+    assert len(pod["containers"]) == 2
     ports, mounts = set(), []
     for container in pod["containers"]:
         environment = {variable["name"]: variable["value"] for variable in container["env"]}
         assert (environment["NIGHTPRESS_WORKER_QUEUE"], environment["NIGHTPRESS_DRAIN_S"]) == ("gpu", "15")
         assert environment["NIGHTPRESS_CHECKPOINT_AFTER_S"] == "10"
-        assert container["resources"]["limits"]["nvidia.com/gpu"] == "1"
+        assert container["resources"]["limits"]["nvidia.com/gpu"] == "4"
         assert container["resources"]["limits"]["memory"] == "64Gi", "taken from the pool `gpu`"
         (port,) = container["ports"]
         assert str(port["containerPort"]) == environment["NIGHTPRESS_METRICS_PORT"]
@@ -190,11 +191,12 @@ def test_a_pool_of_spot_nodes_fills_its_machines_and_drains_in_time():
         Settings(
             _env_file=None, **{name.removeprefix("NIGHTPRESS_").lower(): value for name, value in environment.items()}
         )
-    assert ports == set(range(9100, 9108))
-    assert len(set(mounts)) == len(mounts) == 16, "no two workers share a disk"
+    assert ports == set(range(9100, 9102))
+    assert len(set(mounts)) == len(mounts) == 4, "no two workers share a disk"
     assert {volume["name"] for volume in pod["volumes"]} == {*mounts, "models"}
     scaler = named(documents, "ScaledObject", "worker-gpu-spot")["spec"]
-    assert scaler["triggers"][0]["metadata"]["threshold"] == "8", "a pod for eight jobs"
+    assert scaler["triggers"][0]["metadata"]["threshold"] == "8", "a pod for eight GPUs"
+    assert "nightpress_gpus" in scaler["triggers"][0]["metadata"]["query"]
     metrics = named(documents, "NetworkPolicy", "metrics")["spec"]
     assert "worker-gpu-spot" in metrics["podSelector"]["matchExpressions"][0]["values"]
     assert {port["port"] for port in metrics["ingress"][0]["ports"]} == ports
@@ -204,7 +206,7 @@ def test_a_pool_of_spot_nodes_fills_its_machines_and_drains_in_time():
     ("value", "says"),
     [
         ("api.replica=2", "additional properties 'replica' not allowed"),
-        ("workers.gpu.gpus=4", "workers/gpu"),
+        ("workers.gpu.gpus=-1", "workers/gpu"),
         ('workers.other={"replicas": 1}', "give its queue"),
         ('workers={"gpu": null, "gpu-spot": {"queue": "gpu"}}', "workers.gpu"),
         ('config.NIGHTPRESS_SECRET_KEY="x"', "NIGHTPRESS_SECRET_KEY"),

@@ -194,6 +194,7 @@ class QuotaBook:
         return UsageView(
             queued_jobs=count(IS_QUEUED),
             running_jobs=count(IS_LEASED),
+            running_gpus=_running_gpus(connection, tenant_id),
             storage_bytes=_stored(connection, tenant_id),
             gpu_seconds_month=_gpu_seconds(connection, tenant_id),
             cost_day=spent.day / MICROS,
@@ -206,13 +207,13 @@ class QuotaBook:
         return replace(self._default, **{name: own[name] for name in _NAMES if own.get(name) is not None})
 
 
-def add_gpu_time(connection: Connection, tenant_id: str, started_at: dt.datetime | None) -> None:
-    """Add the time since `started_at` to the tenant's GPU time of this month, in the transaction that ends the attempt."""
+def add_gpu_time(connection: Connection, tenant_id: str, started_at: dt.datetime | None, gpus: int) -> None:
+    """Add the time since `started_at`, of each of its GPUs, to the tenant's GPU time of this month, in the transaction that ends the attempt."""
     if started_at is None:
         return
     mine = (gpu_usage.c.tenant_id == tenant_id, gpu_usage.c.month == db_month())
     month, now = connection.execute(select(db_month(), db_now())).one()
-    seconds = max(0.0, (now - started_at).total_seconds())
+    seconds = gpus * max(0.0, (now - started_at).total_seconds())
     more = update(gpu_usage).where(*mine).values(seconds=gpu_usage.c.seconds + seconds)
     if connection.execute(more).rowcount:
         return
@@ -227,6 +228,11 @@ def add_gpu_time(connection: Connection, tenant_id: str, started_at: dt.datetime
 def _gpu_seconds(connection: Connection, tenant_id: str) -> float:
     query = select(gpu_usage.c.seconds).where(gpu_usage.c.tenant_id == tenant_id, gpu_usage.c.month == db_month())
     return float(connection.execute(query).scalar_one_or_none() or 0.0)
+
+
+def _running_gpus(connection: Connection, tenant_id: str) -> int:
+    held = (IS_LEASED, jobs.c.tenant_id == tenant_id, jobs.c.queue == "gpu")
+    return int(connection.execute(select(func.coalesce(func.sum(jobs.c.needs_gpus), 0)).where(*held)).scalar_one())
 
 
 def _stored(connection: Connection, tenant_id: str) -> int:

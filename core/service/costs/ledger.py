@@ -38,11 +38,12 @@ class Spent(NamedTuple):
 
 @dataclass(frozen=True)
 class AttemptCost:
-    """An attempt of a job. `device`: the GPU's name, if its worker is still known."""
+    """An attempt of a job. `device`: the name of its GPUs, if it or its worker is still known. `gpus`: their number."""
 
     number: int
     worker_id: str
     device: str | None
+    gpus: int
     seconds: float
     micros: int
     ended: bool
@@ -126,7 +127,13 @@ class CostLedger:
             rows = connection.execute(query).all()
         return [
             AttemptCost(
-                row.number, row.worker_id, row.device, _seconds(row), self._micros(row), row.finished_at is not None
+                row.number,
+                row.worker_id,
+                _device(row),
+                _gpus(row),
+                _seconds(row),
+                self._micros(row),
+                row.finished_at is not None,
             )
             for row in rows
         ]
@@ -175,9 +182,11 @@ def _priced() -> Select[Any]:
             _attempts.started_at,
             _attempts.finished_at,
             _attempts.cost_micros,
+            _attempts.gpus,
             _ENDS.label("ends"),
             jobs.c.tenant_id,
             jobs.c.queue,
+            jobs.c.needs_gpus,
             workers.c.device,
         )
         .join_from(job_attempts, jobs, jobs.c.id == _attempts.job_id)
@@ -196,7 +205,16 @@ def _micros(prices: PriceList, row: Row[Any]) -> int:
     """What was written, or else what the attempt costs until now."""
     if row.cost_micros is not None:
         return int(row.cost_micros)
-    return prices.micros(row.queue, row.device, _seconds(row))
+    return prices.micros(row.queue, _device(row), _seconds(row) * max(1, _gpus(row)))
+
+
+def _gpus(row: Row[Any]) -> int:
+    return int(row.needs_gpus) if row.queue == "gpu" else 0
+
+
+def _device(row: Row[Any]) -> str | None:
+    """The name of the attempt's GPUs; of an attempt that did not write it down, what its worker says."""
+    return str(row.gpus[0]["name"]) if row.gpus else row.device
 
 
 def _seconds(row: Row[Any]) -> float:

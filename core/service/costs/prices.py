@@ -1,4 +1,4 @@
-"""The operator's prices: what an hour of a worker costs, by queue and by kind of GPU."""
+"""The operator's prices: what an hour of a CPU worker or of a GPU costs, by queue and by kind of GPU."""
 
 from collections.abc import Mapping
 

@@ -1,7 +1,7 @@
 """The statements that choose the job for a worker: by priority, then the tenant with the fewest running jobs, then age.
 
 A claim for the oldest job ignores priorities and fairness, but not quotas. So no job waits forever, even if jobs of a higher priority
-keep coming. Each statement is built once.
+keep coming. Each statement is built once for each number of kinds of GPUs that a host may have; `kinds`: 0 for the queue `cpu`.
 """
 
 from dataclasses import dataclass
@@ -12,15 +12,18 @@ from sqlalchemy import (
     CTE,
     Column,
     ColumnElement,
+    Integer,
     ScalarSelect,
     Select,
     String,
     Update,
+    and_,
     bindparam,
     exists,
     func,
     insert,
     literal_column,
+    not_,
     null,
     or_,
     select,
@@ -29,10 +32,10 @@ from sqlalchemy import (
 )
 from sqlalchemy.types import BigInteger, Float
 
-from nightpress.core.database import JsonType, db_day, db_month, db_now
+from nightpress.core.database import JsonType, UtcDateTime, db_day, db_month, db_now
 from nightpress.core.service.costs.prices import MICROS
 from nightpress.core.service.jobs.queries import JOB_COLUMNS
-from nightpress.core.service.jobs.records import WorkerOffer
+from nightpress.core.service.jobs.records import NOT_FOR_OLD_WORKERS, WorkerOffer
 from nightpress.core.service.jobs.states import RUNNING
 from nightpress.core.service.tables.access import gpu_usage
 from nightpress.core.service.tables.access import tenants as tenants_table
@@ -40,7 +43,7 @@ from nightpress.core.service.tables.costs import spending
 from nightpress.core.service.tables.jobs import IS_LEASED, IS_QUEUED, job_attempts, job_events, jobs
 
 _columns = jobs.c
-_UNKNOWN = 2**63 - 1  #: offered memory of a GPU that does not report its size: any job may try
+HELD_BACK_S = 60.0  #: seconds for which a worker holds GPUs back for a job; it renews this while it has some free
 _IN_QUEUE = (IS_QUEUED, _columns.queue == bindparam("offered_queue", type_=String))
 _AVOIDED_S = 600.0  #: seconds for which a job is not offered again to a worker whose machine failed during it
 _failed_it = job_attempts.alias("failed_it")
@@ -51,13 +54,39 @@ _WAS_FAILED_HERE = exists().where(
     _failed_it.c.error.is_not(None),
     _failed_it.c.finished_at > db_now(-_AVOIDED_S),
 )
-_FITS = (
+_DUE = (
     *_IN_QUEUE,
-    _columns.needs_memory <= bindparam("offered_memory", type_=BigInteger),
-    _columns.needs_gpu_memory <= bindparam("offered_gpu_memory", type_=BigInteger),
     _columns.run_after <= db_now(),
     ~_WAS_FAILED_HERE,
 )
+
+
+_HAS_MEMORY = _columns.needs_memory <= bindparam("offered_memory", type_=BigInteger)
+
+
+def _fits(kinds: int, *, oldest: bool) -> tuple[ColumnElement[bool], ...]:
+    """The jobs that the worker can take now. On a host that holds GPUs back for a job, only that job and those before it."""
+    free = (*_DUE, _HAS_MEMORY)
+    if not kinds:
+        return free
+    no_younger = _columns.created_at <= bindparam("held_created_at", type_=UtcDateTime())
+    held_priority = bindparam("held_priority", type_=Integer)
+    before = or_(_columns.priority > held_priority, and_(_columns.priority == held_priority, no_younger))
+    return (*free, _on_some_kind(kinds, "free_gpus"), no_younger if oldest else before)
+
+
+def _on_some_kind(kinds: int, counts: str) -> ColumnElement[bool]:
+    """Whether one kind of GPU has the memory and the number that a job needs. counts: the name of the parameters with the numbers."""
+    memory = _columns.needs_gpu_memory % literal_column(str(NOT_FOR_OLD_WORKERS))
+    return or_(
+        *(
+            and_(
+                memory <= bindparam(f"kind_memory_{kind}", type_=BigInteger),
+                _columns.needs_gpus <= bindparam(f"{counts}_{kind}", type_=Integer),
+            )
+            for kind in range(kinds)
+        )
+    )
 
 
 @dataclass(frozen=True)
@@ -79,7 +108,6 @@ def claim_values(offer: WorkerOffer, lease_id: str, ttl_s: float, caps: Caps) ->
         "default_cost_month": caps.cost_month,
         "offered_queue": offer.queue,
         "offered_memory": offer.memory,
-        "offered_gpu_memory": _UNKNOWN if offer.gpu_memory is None else offer.gpu_memory,
         "claimed_by": offer.worker_id,
         "new_lease": lease_id,
         "ttl_s": ttl_s,
@@ -107,28 +135,68 @@ def _waiting_levels() -> CTE:
 
 
 @cache
-def whose_turn(*, oldest: bool) -> Select[Any]:
+def whose_turn(*, oldest: bool, kinds: int = 0) -> Select[Any]:
     """The tenant whose turn it is, and the priority. Costs a few index lookups per tenant, independent of the number of jobs."""
     tenants = _waiting_levels() if oldest else _waiting_tenants()
     of_them = [_columns.tenant_id == tenants.c.id]
     if oldest:
         of_them.append(_columns.priority == tenants.c.priority)
+    candidate = jobs.alias("candidate")
+    running = _running_of(tenants)
+    by_age = (candidate.c.created_at, candidate.c.id)
+    return (
+        _best_of_each(tenants, candidate, [*_fits(kinds, oldest=oldest), *of_them])
+        .with_only_columns(candidate.c.tenant_id, candidate.c.priority)
+        .order_by(*by_age if oldest else (candidate.c.priority.desc(), running, *by_age))
+        .limit(literal_column("1"))
+    )
+
+
+@cache
+def hold_back(kinds: int) -> Update:
+    """Let the worker hold its free GPUs and memory back for the oldest job, of the highest priority, that only the whole host could take.
+
+    Returns the job's priority and time; no row: nothing is held back. Only one worker holds back for a job. It goes on after the job fits,
+    so that nothing younger gets in between.
+    """
+    tenants = _waiting_tenants()
+    mine = _columns.held_by == bindparam("claimed_by", type_=String)
+    of_nobody_else = or_(_columns.held_until.is_(None), _columns.held_until < db_now(), mine)
+    fits_now = and_(_HAS_MEMORY, _on_some_kind(kinds, "free_gpus"))
+    conditions = [
+        *_DUE,
+        _columns.needs_memory <= bindparam("host_memory", type_=BigInteger),
+        _on_some_kind(kinds, "host_gpus"),
+        or_(not_(fits_now), mine),
+        of_nobody_else,
+    ]
+    candidate = jobs.alias("candidate")
+    first = (
+        _best_of_each(tenants, candidate, [*conditions, _columns.tenant_id == tenants.c.id])
+        .with_only_columns(candidate.c.id)
+        .order_by(candidate.c.priority.desc(), candidate.c.created_at, candidate.c.id)
+        .limit(literal_column("1"))
+        .scalar_subquery()
+    )
+    return (
+        update(jobs)
+        .where(IS_QUEUED, _columns.id == first, of_nobody_else)
+        .values(held_by=bindparam("claimed_by", type_=String), held_until=db_now(HELD_BACK_S))
+        .returning(_columns.priority, _columns.created_at)
+    )
+
+
+def _best_of_each(tenants: CTE, candidate: Any, conditions: list[ColumnElement[bool]]) -> Select[Any]:
+    """Each tenant's best job that meets the conditions, as `candidate`, of the tenants that are within their quotas."""
     best_of = (
         select(_columns.id)
-        .where(*_FITS, *of_them)
+        .where(*conditions)
         .order_by(_columns.priority.desc(), _columns.created_at, _columns.id)
         .limit(literal_column("1"))
         .correlate(tenants)
         .scalar_subquery()
     )
-    running = (
-        select(func.count())
-        .select_from(jobs)
-        .where(IS_LEASED, _columns.tenant_id == tenants.c.id)
-        .correlate(tenants)
-        .scalar_subquery()
-    )
-    candidate = jobs.alias("candidate")
+    running = _running_of(tenants)
     most_running = _cap(tenants_table.c.max_running_jobs, "default_running", tenants)
     most_gpu = _cap(tenants_table.c.max_gpu_seconds_month, "default_gpu_seconds", tenants)
     used = (
@@ -137,9 +205,8 @@ def whose_turn(*, oldest: bool) -> Select[Any]:
         .correlate(tenants)
         .scalar_subquery()
     )
-    by_age = (candidate.c.created_at, candidate.c.id)
     return (
-        select(candidate.c.tenant_id, candidate.c.priority)
+        select(candidate.c.id)
         .join_from(tenants, candidate, candidate.c.id == best_of)
         .where(
             or_(most_running == literal_column("0"), running < most_running),
@@ -151,8 +218,17 @@ def whose_turn(*, oldest: bool) -> Select[Any]:
             _within_budget(tenants_table.c.max_cost_day, "default_cost_day", tenants, since=db_day()),
             _within_budget(tenants_table.c.max_cost_month, "default_cost_month", tenants, since=db_month()),
         )
-        .order_by(*by_age if oldest else (candidate.c.priority.desc(), running, *by_age))
-        .limit(literal_column("1"))
+    )
+
+
+def _running_of(tenants: CTE) -> ScalarSelect[Any]:
+    """The number of a tenant's running jobs."""
+    return (
+        select(func.count())
+        .select_from(jobs)
+        .where(IS_LEASED, _columns.tenant_id == tenants.c.id)
+        .correlate(tenants)
+        .scalar_subquery()
     )
 
 
@@ -176,11 +252,12 @@ def some_have_caps() -> Select[Any]:
     return select(exists().where(tenants_table.c.max_running_jobs > 0))
 
 
-def _best_job(*, oldest: bool) -> ScalarSelect[Any]:
+def _best_job(*, oldest: bool, kinds: int) -> ScalarSelect[Any]:
     """The tenant's oldest job of that priority whose row no other worker has locked."""
+    turn = whose_turn(oldest=oldest, kinds=kinds).scalar_subquery()
     return (
         select(_columns.id)
-        .where(*_FITS, tuple_(_columns.tenant_id, _columns.priority) == whose_turn(oldest=oldest).scalar_subquery())
+        .where(*_fits(kinds, oldest=oldest), tuple_(_columns.tenant_id, _columns.priority) == turn)
         .order_by(_columns.created_at, _columns.id)
         .limit(literal_column("1"))
         .with_for_update(skip_locked=True)
@@ -189,7 +266,7 @@ def _best_job(*, oldest: bool) -> ScalarSelect[Any]:
 
 
 @cache
-def claim_job(*, oldest: bool) -> Update:
+def claim_job(*, oldest: bool, kinds: int = 0) -> Update:
     """queued → running, in one UPDATE. Returns the job and the number of the event."""
     values: dict[str, Any] = {
         "state": literal_column(f"'{RUNNING}'"),
@@ -201,13 +278,15 @@ def claim_job(*, oldest: bool) -> Update:
         "started_at": db_now(),
         "progressed_at": db_now(),
         "start_before": null(),
+        "held_by": null(),
+        "held_until": null(),
         "phase": literal_column("'fetching'"),
         "progress": literal_column("0"),
         "pass_index": null(),
         "eta_s": null(),
         "message": literal_column("''"),
     }
-    guarded = update(jobs).where(IS_QUEUED, _columns.id == _best_job(oldest=oldest)).values(values)
+    guarded = update(jobs).where(IS_QUEUED, _columns.id == _best_job(oldest=oldest, kinds=kinds)).values(values)
     return guarded.returning(*JOB_COLUMNS, _columns.event_seq)
 
 

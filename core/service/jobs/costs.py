@@ -15,6 +15,7 @@ def cost_of(ledger: CostLedger, reader: JobReader, job_id: str) -> JobCostView:
             number=attempt.number,
             worker_id=attempt.worker_id,
             device=attempt.device,
+            gpus=attempt.gpus,
             seconds=attempt.seconds,
             amount=attempt.micros / MICROS,
             ended=attempt.ended,

@@ -162,19 +162,27 @@ class JobReader:
         """The number of queued and running jobs of each queue. Reads only partial indexes."""
         now = db_now()
         queued = (
-            select(jobs.c.queue, func.count(), func.min(case((jobs.c.run_after <= now, jobs.c.created_at))), now)
+            select(
+                jobs.c.queue,
+                func.count(),
+                func.sum(jobs.c.needs_gpus),
+                func.min(case((jobs.c.run_after <= now, jobs.c.created_at))),
+                now,
+            )
             .where(IS_QUEUED)
             .group_by(jobs.c.queue)
         )
-        leased = select(jobs.c.queue, func.count().label("running")).where(IS_LEASED).group_by(jobs.c.queue)
+        leased = select(jobs.c.queue, func.count(), func.sum(jobs.c.needs_gpus)).where(IS_LEASED).group_by(jobs.c.queue)
         with transaction(self._engine, read_only=True) as connection:
-            waiting = {queue: (count, oldest, at) for queue, count, oldest, at in connection.execute(queued)}
-            running = {row.queue: row.running for row in connection.execute(leased)}
+            waiting = {queue: rest for queue, *rest in connection.execute(queued)}
+            running = {queue: rest for queue, *rest in connection.execute(leased)}
         loads = []
-        for queue in ("cpu", "gpu"):
-            count, oldest, at = waiting.get(queue, (0, None, None))
+        for queue in QUEUES:
+            count, gpus, oldest, at = waiting.get(queue, (0, 0, None, None))
+            busy, busy_gpus = running.get(queue, (0, 0))
             age = None if oldest is None else max(0.0, (at - oldest).total_seconds())
-            loads.append(QueueLoad(queue, count, running.get(queue, 0), age))
+            held = {"queued_gpus": int(gpus), "running_gpus": int(busy_gpus)} if queue == "gpu" else {}
+            loads.append(QueueLoad(queue, count, busy, age, **held))
         return loads
 
     def statistics(self) -> JobStatistics:
@@ -184,13 +192,18 @@ class JobReader:
             select(
                 jobs.c.queue,
                 func.count(),
+                func.sum(jobs.c.needs_gpus),
                 func.min(case((jobs.c.run_after <= now, jobs.c.created_at))).label("oldest"),
                 now,
             )
             .where(IS_QUEUED)
             .group_by(jobs.c.queue)
         )
-        leased = select(jobs.c.queue, jobs.c.state, func.count()).where(IS_LEASED).group_by(jobs.c.queue, jobs.c.state)
+        leased = (
+            select(jobs.c.queue, jobs.c.state, func.count(), func.sum(jobs.c.needs_gpus))
+            .where(IS_LEASED)
+            .group_by(jobs.c.queue, jobs.c.state)
+        )
         done = (
             select(jobs.c.queue, jobs.c.state, jobs.c.error_code, func.count())
             .where(jobs.c.finished_at.is_not(None))
@@ -199,15 +212,20 @@ class JobReader:
         counts: dict[tuple[Queue, JobState], int] = {}
         ages: dict[Queue, float] = {}
         failures: dict[str, int] = {}
+        gpus: dict[JobState, int] = {}
         with transaction(self._engine, read_only=True) as connection:
-            for queue, count, oldest, moment in connection.execute(queued):
+            for queue, count, needed, oldest, moment in connection.execute(queued):
                 counts[queue, QUEUED] = count
+                if queue == "gpu":
+                    gpus[QUEUED] = int(needed)
                 if oldest is not None:
                     ages[queue] = max(0.0, (moment - oldest).total_seconds())
-            for queue, state, count in connection.execute(leased):
+            for queue, state, count, needed in connection.execute(leased):
                 counts[queue, state] = count
+                if queue == "gpu":
+                    gpus[state] = int(needed)
             for queue, state, code, count in connection.execute(done):
                 counts[queue, state] = counts.get((queue, state), 0) + count
                 if code is not None:
                     failures[code] = failures.get(code, 0) + count
-        return JobStatistics(jobs=counts, oldest_queued_s=ages, failures=failures)
+        return JobStatistics(jobs=counts, oldest_queued_s=ages, failures=failures, gpus=gpus)

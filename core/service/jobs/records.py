@@ -9,6 +9,9 @@ from nightpress.core.recipes.placement import Queue
 from nightpress.core.wire.jobs import JobState
 
 WorkerState = Literal["idle", "busy", "draining", "unfit", "lost"]
+#: Added to `needs_gpu_memory` of a job whose recipe says `gpus`. A worker from before that field reads it as bytes, which no GPU has, and
+#: so never claims the job.
+NOT_FOR_OLD_WORKERS = 2**62
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,7 +28,8 @@ class NewJob:
     run_limit_s: float
     stall_s: float
     max_failures: int
-    needs_gpu_memory: int = 0  #: bytes of GPU memory, with the same rule
+    needs_gpu_memory: int = 0  #: bytes of each GPU, with the same rule; may contain NOT_FOR_OLD_WORKERS
+    needs_gpus: int = 1  #: GPUs of one host, if the queue is `gpu`
     queue_reason: str = ""  #: why the plan chose this queue
     name: str = ""
     priority: int = 0
@@ -71,6 +75,7 @@ class Job:
     queue_reason: str
     needs_memory: int
     needs_gpu_memory: int
+    needs_gpus: int
     model_id: str
     model_name: str
     model_digest: str
@@ -100,6 +105,16 @@ class Job:
     progressed_at: dt.datetime | None
     finished_at: dt.datetime | None
 
+    @property
+    def gpus(self) -> int:
+        """The GPUs that it holds while it runs; 0 on the queue `cpu`."""
+        return self.needs_gpus if self.queue == "gpu" else 0
+
+    @property
+    def gpu_bytes(self) -> int:
+        """The bytes of memory that each of its GPUs must have."""
+        return self.needs_gpu_memory % NOT_FOR_OLD_WORKERS
+
     def told(self) -> dict[str, Any]:
         """The fields that a webhook's receiver gets."""
         return {
@@ -117,16 +132,62 @@ class Job:
 
 
 @dataclass(frozen=True, slots=True)
+class OfferedGpu:
+    """A GPU, or an instance of a divided GPU, that jobs may use."""
+
+    uuid: str  #: `GPU-…` or `MIG-…`
+    name: str
+    memory: int  #: bytes
+
+    @property
+    def whole(self) -> bool:
+        """Whether it may be one of several GPUs of a job: instances of divided GPUs can't work together."""
+        return not self.uuid.startswith("MIG-")
+
+
+@dataclass(frozen=True, slots=True)
 class WorkerOffer:
-    """The resources that a worker offers now. Memory in bytes."""
+    """The resources of a host that a worker offers to jobs. Memory in bytes.
+
+    On the queue `gpu`, as many jobs run at a time as there are free GPUs and memory for them, and `cpu_jobs` jobs of the queue `cpu` beside
+    them. On the queue `cpu`, one job has the whole host.
+    """
 
     worker_id: str
     queue: Queue
     device: str
     memory: int
     threads: int
-    gpu_memory: int | None = None  #: bytes; None: no GPU, or a GPU that does not report its memory
-    gpu_uuid: str | None = None
+    gpus: tuple[OfferedGpu, ...] = ()
+    cpu_jobs: int = 0
+
+    @property
+    def shares(self) -> int:
+        """The most jobs that run at a time. Each has a share of the memory and threads; a job of several GPUs has several."""
+        return 1 if self.queue == "cpu" else len(self.gpus) + self.cpu_jobs
+
+    @property
+    def queues(self) -> tuple[Queue, ...]:
+        """The queues that it takes jobs from, in this order."""
+        return (self.queue, "cpu") if self.cpu_jobs else (self.queue,)
+
+    def threads_of(self, shares: int) -> int:
+        """The CPU threads of a job with so many shares."""
+        return max(1, self.threads * shares // max(1, self.shares))
+
+
+@dataclass(frozen=True, slots=True)
+class Share:
+    """The part of a host that one attempt has."""
+
+    memory: int  #: bytes
+    threads: int
+    gpus: tuple[OfferedGpu, ...] = ()
+
+    @property
+    def size(self) -> int:
+        """How many of its worker's `shares` it is."""
+        return max(1, len(self.gpus))
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,6 +203,7 @@ class Lease:
 class Claimed(NamedTuple):
     job: Job
     lease: Lease
+    share: Share
 
 
 class Renewal(NamedTuple):
@@ -204,7 +266,7 @@ class Artifact:
 
 @dataclass(frozen=True, slots=True)
 class Worker:
-    """A worker as it announces itself. State, job and times are filled in when the roster is read."""
+    """A worker as it announces itself. State, jobs and times are filled in when the roster is read."""
 
     id: str
     host: str
@@ -215,11 +277,14 @@ class Worker:
     version: str
     draining: bool = False
     unfit: str | None = None  #: the fault of its machine; while there is one, the worker claims no jobs
-    gpu_memory: int | None = None  #: bytes; None if there is no GPU
-    gpu_memory_used: int | None = None  #: bytes used by all processes, at the last heartbeat
+    gpu_memory: int | None = None  #: bytes of its largest GPU; None if there is no GPU
+    gpu_memory_used: int | None = None  #: bytes of that GPU used by all processes, at the last heartbeat
+    gpus: list[dict[str, Any]] | None = None  #: uuid, name, memory and memory_used of each GPU; when read, also job_id
+    gpu_kinds: list[list[int]] | None = None  #: [memory, count] of each kind: the most GPUs of it that one job can have
+    cpu_jobs: int = 0  #: jobs of the queue `cpu` that run beside those of the queue `gpu`
     vllm: bool = False  #: whether its jobs also run artifacts in vLLM
     state: WorkerState = "idle"
-    job_id: str | None = None
+    job_ids: list[str] = field(default_factory=list)  #: the jobs that it runs
     started_at: dt.datetime | None = None
     last_seen_at: dt.datetime | None = None
 
@@ -232,6 +297,8 @@ class QueueLoad:
     queued: int
     running: int
     oldest_queued_s: float | None  #: age of the oldest job that could run now
+    queued_gpus: int = 0  #: GPUs that the queued jobs need
+    running_gpus: int = 0  #: GPUs that the running jobs hold
 
 
 @dataclass(frozen=True, slots=True)
@@ -241,3 +308,4 @@ class JobStatistics:
     jobs: dict[tuple[Queue, JobState], int]
     oldest_queued_s: dict[Queue, float]  #: age of the oldest job that could run now
     failures: dict[str, int]  #: failed jobs by error code
+    gpus: dict[JobState, int] = field(default_factory=dict)  #: GPUs of the jobs of the queue `gpu` that have not ended

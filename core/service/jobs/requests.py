@@ -74,7 +74,8 @@ class JobRequests:
         """queued → succeeded with the result of an identical job of the same tenant, if there is one. Returns the job afterwards.
 
         The job shares the files of the other job's artifacts, and gets copies of its report and its metrics. If the recipe names a device,
-        only a result from that device is reused; with `device: auto`, from either. If a worker claims the job first, it simply runs.
+        only a result from that device is reused; with `device: auto`, from either. Likewise for `gpus`: with a number, only a result from as
+        many GPUs. If a worker claims the job first, it simply runs.
         """
         if job.fingerprint is None:
             return job  # without a fingerprint, no identical job can be found
@@ -85,6 +86,7 @@ class JobRequests:
             .where(made.c.tenant_id == job.tenant_id, made.c.fingerprint == job.fingerprint)
             .where(made.c.state == literal_column("'succeeded'"), made.c.reused_from.is_(None))
             .where(literal(job.recipe.get("device", "auto") == "auto") | (made.c.queue == job.queue))
+            .where(literal(job.recipe.get("gpus", 1) == "auto") | (made.c.needs_gpus == job.needs_gpus))
             .where(made.c.engine == engine)  # during a rolling upgrade, an older worker may have made the result
             .order_by(made.c.finished_at.desc())
             .limit(1)

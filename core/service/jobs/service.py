@@ -16,7 +16,8 @@ from nightpress.core.recipes.passes.catalog import packages_of
 from nightpress.core.recipes.plan import Plan, make_plan
 from nightpress.core.service.access.quotas import NO_BOUND, QuotaBook
 from nightpress.core.service.deliveries.addresses import check_destinations
-from nightpress.core.service.jobs.records import Idempotency, Job, NewJob
+from nightpress.core.service.jobs.fit import check_fit
+from nightpress.core.service.jobs.records import NOT_FOR_OLD_WORKERS, Idempotency, Job, NewJob
 from nightpress.core.service.jobs.roster import Fleet
 from nightpress.core.service.jobs.states import is_terminal
 from nightpress.core.service.jobs.store import JobStore
@@ -149,7 +150,7 @@ class JobService:
 
     def check(self, tenant_id: str, wanted: JobRequest) -> None:
         """Raise what submitting this job now would raise, except for quotas."""
-        self._check_fit(self._look_up(tenant_id, wanted).plan)
+        check_fit(self._look_up(tenant_id, wanted).plan, self.fleet().seats)
 
     def plan(self, recipe: Recipe, model_id: str) -> Plan:
         """The plan of a recipe for a model: what it would do, and on which queue, given the workers seen lately."""
@@ -182,7 +183,7 @@ class JobService:
         for data_set in old.data.values():
             self._ready_data(tenant_id, data_set["id"])
         plan = self.plan(parse_recipe(old.recipe), old.model_id)
-        self._check_fit(plan)
+        check_fit(plan, self.fleet().seats)
         new = NewJob(
             tenant_id=tenant_id,
             name=old.name,
@@ -229,7 +230,7 @@ class JobService:
 
     def _resolve(self, tenant_id: str, wanted: JobCreate, key_id: str | None) -> NewJob:
         found = self._look_up(tenant_id, wanted)
-        self._check_fit(found.plan)
+        check_fit(found.plan, self.fleet().seats)
         settings = self._settings
         return NewJob(
             tenant_id=tenant_id,
@@ -289,33 +290,6 @@ class JobService:
         _must_be_ready("data set", data_set)
         return data_set
 
-    def _check_fit(self, plan: Plan) -> None:
-        """Raise cannot_fit if no known worker could hold the job. If no worker is known, accept it: a large enough one may still start."""
-        assert plan.estimate is not None
-        seats = [seat for seat in self.fleet().seats if seat.queue == plan.queue]
-        need, gpu_need = plan.estimate.memory_bytes, plan.estimate.gpu_bytes
-        if not seats or any(seat.holds(need, gpu_need) for seat in seats):
-            return
-        largest = max(seat.memory for seat in seats)
-        if largest >= need:
-            largest_gpu = max(seat.gpu_memory or 0 for seat in seats)
-            raise NightpressError(
-                ErrorCode.CANNOT_FIT,
-                f"The job needs about {gpu_need / 1e9:.1f} GB of a GPU's memory; the largest GPU of a worker that could hold it has {largest_gpu / 1e9:.1f} GB.",
-                hint="Start a worker with a larger GPU, use fewer or shorter calibration samples, or set `device: cpu`.",
-                needs=gpu_need,
-                largest=largest_gpu,
-            )
-        fitting = next((variant for variant in plan.estimate.leaner if variant.memory_bytes <= largest), None)
-        advice = "Start a" if fitting is None else f"Give the recipe {fitting.change}, or start a"
-        raise NightpressError(
-            ErrorCode.CANNOT_FIT,
-            f"The job needs about {need / 1e9:.1f} GB of memory; the largest {plan.queue} worker offers {largest / 1e9:.1f} GB.",
-            hint=f"{advice} worker that offers {-(-need // 2**30)} GiB, or raise NIGHTPRESS_WORKER_MEMORY if one has more than it offers.",
-            needs=need,
-            largest=largest,
-        )
-
 
 def _must_be_ready(noun: str, model: ModelView | DataSetView) -> None:
     says = {
@@ -356,20 +330,23 @@ class _Resolved:
 def _planned(plan: Plan) -> dict[str, Any]:
     """The columns of a job that its plan decides."""
     assert plan.estimate is not None
+    new_field = plan.queue == "gpu" and plan.recipe.gpus != 1  # a worker from before recipes had `gpus` can't read it
     return {
         "queue": plan.queue,
-        "queue_reason": plan.queue_reason,
+        "queue_reason": " ".join(filter(None, (plan.queue_reason, plan.gpus_reason))),
         "needs_memory": plan.estimate.memory_bytes,
-        "needs_gpu_memory": plan.estimate.gpu_bytes,
+        "needs_gpu_memory": plan.estimate.gpu_bytes + (NOT_FOR_OLD_WORKERS if new_field else 0),
+        "needs_gpus": max(1, plan.gpus),
     }
 
 
 def _fingerprint(model_digest: str, recipe: dict[str, Any], data: dict[str, dict[str, Any]]) -> str:
     """A SHA-256 of everything that decides a job's result.
 
-    It leaves out the device, which `JobRequests.reuse` compares, and the recipe's name, version and description.
+    It leaves out the device and the GPUs, which `JobRequests.reuse` compares, and the recipe's name, version and description.
     """
-    says = {key: value for key, value in recipe.items() if key not in {"name", "version", "description", "device"}}
+    elsewhere = {"name", "version", "description", "device", "gpus"}
+    says = {key: value for key, value in recipe.items() if key not in elsewhere}
     digests = {name: entry["digest"] for name, entry in data.items()}
     engine = engine_with(ENGINE, packages_of(recipe))
     body = {"model": model_digest, "recipe": says, "data": digests, "engine": engine}

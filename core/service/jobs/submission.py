@@ -58,6 +58,7 @@ _GIVEN = (
     "queue_reason",
     "needs_memory",
     "needs_gpu_memory",
+    "needs_gpus",
     "model_id",
     "model_name",
     "model_digest",
@@ -138,7 +139,7 @@ class JobSubmission:
             raise _quota_used_up(max_queued)
         if counted and written.queued < _far_from(max_queued):
             self._gauge.is_far(new.tenant_id)
-        return _fresh(new, values, written.created_at, written.run_after), True
+        return _fresh(values, written.created_at, written.run_after), True
 
     def _write_on_sqlite(
         self, values: dict[str, Any], counted: bool, idempotency: Idempotency | None
@@ -196,13 +197,13 @@ class JobSubmission:
 
 def insert_jobs(connection: Connection, news: Sequence[NewJob], *, max_queued: int) -> list[Job]:
     """Write queued jobs of one tenant as part of the caller's transaction. Raises NightpressError(quota_exceeded)."""
-    rows = [(new, _bound(new, None, max_queued)) for new in news]
+    rows = [_bound(new, None, max_queued) for new in news]
     _lock_quota(connection, news[0].tenant_id)
-    queued = connection.execute(_queued_count(), rows[0][1]).scalar_one()
+    queued = connection.execute(_queued_count(), rows[0]).scalar_one()
     if queued + len(rows) > max_queued:
         raise _quota_used_up(max_queued)
-    made = [(new, values, _insert_with_event(connection, values)) for new, values in rows]
-    return [_fresh(new, values, row.created_at, row.run_after) for new, values, row in made]
+    made = [(values, _insert_with_event(connection, values)) for values in rows]
+    return [_fresh(values, row.created_at, row.run_after) for values, row in made]
 
 
 def _far_from(max_queued: int) -> int:
@@ -349,12 +350,10 @@ def _insert_job() -> Insert:
 _EMPTY = literal({}, JsonType)
 
 
-def _fresh(new: NewJob, values: dict[str, Any], created_at: dt.datetime, run_after: dt.datetime) -> Job:
+def _fresh(values: dict[str, Any], created_at: dt.datetime, run_after: dt.datetime) -> Job:
     """The job that was just written, built from its values instead of reading the row."""
     return Job(
-        id=values["id"],
-        tenant_id=new.tenant_id,
-        name=values["name"],
+        **{name: values[name] for name in _GIVEN},
         state=QUEUED,
         verdict=None,
         phase=None,
@@ -362,35 +361,13 @@ def _fresh(new: NewJob, values: dict[str, Any], created_at: dt.datetime, run_aft
         pass_index=None,
         eta_s=None,
         message="",
-        priority=new.priority,
-        labels=new.labels,
-        queue=new.queue,
-        queue_reason=new.queue_reason,
-        needs_memory=new.needs_memory,
-        needs_gpu_memory=new.needs_gpu_memory,
-        model_id=new.model_id,
-        model_name=new.model_name,
-        model_digest=new.model_digest,
-        recipe=new.recipe,
-        data=new.data,
-        fingerprint=new.fingerprint,
         attempt=0,
         failures=0,
-        max_failures=new.max_failures,
         error=None,
-        retry_of=new.retry_of,
-        promote=new.promote,
-        created_by=new.created_by,
-        traceparent=new.traceparent,
-        study_id=new.study_id,
-        destinations=new.destinations,
         reused_from=None,
         worker_id=None,
         lease_id=None,
         lease_expires_at=None,
-        queue_limit_s=new.queue_limit_s,
-        run_limit_s=new.run_limit_s,
-        stall_s=new.stall_s,
         created_at=created_at,
         run_after=run_after,
         started_at=None,

@@ -146,4 +146,4 @@ def close_attempt(
         .values(finished_at=db_now(), outcome=outcome, error=error)
     )
     if job.queue == "gpu":
-        add_gpu_time(connection, job.tenant_id, job.started_at)
+        add_gpu_time(connection, job.tenant_id, job.started_at, job.gpus)

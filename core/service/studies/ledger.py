@@ -243,13 +243,14 @@ def _told(trial: NewTrial) -> dict[str, Any]:
 
 
 def _spent(connection: Connection, job_ids: Sequence[str]) -> dict[str, tuple[float, float]]:
-    """Job → seconds that CPU workers and GPU workers spent on it until now."""
+    """Job → seconds that CPU workers and GPUs spent on it until now. A job on n GPUs takes n GPU seconds a second."""
     if not job_ids:
         return {}
     query = (
         select(
             jobs.c.id,
             jobs.c.queue,
+            jobs.c.needs_gpus,
             job_attempts.c.started_at,
             func.coalesce(job_attempts.c.finished_at, db_now(), type_=UtcDateTime),
         )
@@ -257,8 +258,8 @@ def _spent(connection: Connection, job_ids: Sequence[str]) -> dict[str, tuple[fl
         .where(jobs.c.id.in_(job_ids))
     )
     found: dict[str, tuple[float, float]] = {}
-    for job_id, queue, started, ended in connection.execute(query):
+    for job_id, queue, gpus, started, ended in connection.execute(query):
         seconds = max(0.0, (ended - started).total_seconds())
         cpu, gpu = found.get(job_id, (0.0, 0.0))
-        found[job_id] = (cpu, gpu + seconds) if queue == "gpu" else (cpu + seconds, gpu)
+        found[job_id] = (cpu, gpu + gpus * seconds) if queue == "gpu" else (cpu + seconds, gpu)
     return found

@@ -43,7 +43,13 @@ jobs = Table(
     #: why the plan chose this queue, for users
     Column("queue_reason", Text, nullable=False, server_default=text("''")),
     Column("needs_memory", BigInteger, nullable=False),
+    #: bytes of each of its GPUs; see NOT_FOR_OLD_WORKERS in core/service/jobs/records.py
     Column("needs_gpu_memory", BigInteger, nullable=False, server_default=text("0")),
+    #: GPUs that a job of the queue `gpu` holds; means nothing on the queue `cpu`
+    Column("needs_gpus", Integer, nullable=False, server_default=text("1")),
+    #: the worker that holds GPUs back for this queued job, and until when
+    Column("held_by", String(80)),
+    Column("held_until", UtcDateTime),
     Column("model_id", ForeignKey("models.id"), nullable=False, index=True),
     Column("model_name", String(64), nullable=False),
     Column("model_digest", String(80), nullable=False),
@@ -118,7 +124,7 @@ Index(
     jobs.c.created_at,
     jobs.c.id,
     # The columns that decide whether a job fits, so that rows of jobs that do not fit are not read.
-    postgresql_include=["run_after", "needs_memory", "needs_gpu_memory"],
+    postgresql_include=["run_after", "needs_memory", "needs_gpu_memory", "needs_gpus"],
     postgresql_where=_QUEUED,
     sqlite_where=_QUEUED,
 )
@@ -192,6 +198,8 @@ job_attempts = Table(
     Column("outcome", String(12)),
     Column("error", JsonType),
     Column("swept", Boolean, nullable=False, server_default=text("false")),
+    Column("gpus", JsonType),  #: uuid, name and memory of each GPU that it holds; NULL on the queue `cpu`
+    Column("memory_limit", BigInteger),  #: bytes of the host's memory that it may use; NULL: all that its worker offers
     Column("cost_micros", BigInteger),  #: millionths of the currency; NULL until it is counted, after the attempt's end
     CheckConstraint("outcome IN ('succeeded','failed','cancelled','released','lost')", name="outcome"),
     CheckConstraint("(outcome IS NULL) = (finished_at IS NULL)", name="closed"),
@@ -313,6 +321,11 @@ workers = Table(
     Column("memory", BigInteger, nullable=False),
     Column("gpu_memory", BigInteger),
     Column("gpu_memory_used", BigInteger),
+    #: uuid, name, memory and bytes in use of each GPU that it offers; NULL: a worker of an earlier version, with one GPU
+    Column("gpus", JsonType),
+    #: [memory, count] of each kind of GPU: the most GPUs of the kind that one job can have
+    Column("gpu_kinds", JsonType),
+    Column("cpu_jobs", Integer, nullable=False, server_default=text("0")),  #: CPU jobs that it runs beside GPU jobs
     Column("threads", Integer, nullable=False),
     Column("version", String(40), nullable=False),
     Column("draining", Boolean, nullable=False),
