@@ -32,7 +32,8 @@ class StoredWeights:
         held = self._source.names()
         self.quantized = sorted(name.removesuffix("_scale") for name in held if name.endswith("weight_scale"))
         parts = {name + part for name in self.quantized for part in _PARTS}
-        parts |= {name.removesuffix("weight") + "input_scale" for name in self.quantized}
+        modules = [name.removesuffix("weight") for name in self.quantized]
+        parts |= {module + part for module in modules for part in ("input_scale", "input_global_scale")}
         kept = {name for name in held if name not in parts and not name.endswith(_CACHE_SCALES)}
         self.names = sorted(kept | set(self.quantized))
         #: The dtype of the floats, in which the model computes: that of the scales where the format doesn't fix theirs.

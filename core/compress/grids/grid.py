@@ -28,6 +28,11 @@ class Grid:
     kind: Literal["int", "float"] = "int"
 
     @property
+    def is_fp4(self) -> bool:
+        """Whether the codes are numbers of e2m1."""
+        return self.kind == "float" and self.bits == 4
+
+    @property
     def top(self) -> int:
         """For integers: the largest code plus one, e.g. 8 at 4 bits. Adding it to a code makes the code unsigned."""
         return int(2 ** (self.bits - 1))
