@@ -27,7 +27,7 @@ def _problem(rows: int = 48, columns: int = 256) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(0)
     weight = 0.05 * torch.randn(rows, columns, generator=generator)
     mix = torch.eye(columns) + torch.randn(columns, columns, generator=generator) / 16
-    inputs = torch.randn(1024, columns, generator=generator) @ mix
+    inputs = torch.randn(1024, columns, generator=generator) @ mix + 2 * torch.randn(1024, 1, generator=generator)
     return weight, inputs.T @ inputs
 
 

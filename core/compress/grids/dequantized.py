@@ -83,6 +83,14 @@ class StoredWeights:
             return Scheme(8, "int", strategy, activations=Activations())
         return Scheme(8, "float", strategy)
 
+    def parts(self, name: str) -> dict[str, Tensor]:
+        """The tensors of a quantized weight: `packed` or `codes`, `scale` and what else its format has, and `input_global_scale`."""
+        found = {part[1:]: self._source.read(name + part) for part in _PARTS if name + part in self._source}
+        total = name.removesuffix("weight") + "input_global_scale"
+        if total in self._source:
+            found["input_global_scale"] = self._source.read(total)
+        return found if "packed" in found else found | {"codes": self._source.read(name)}
+
     def floats(self, name: str) -> Tensor:
         """The tensor as it is, or dequantized in float32 if it is quantized."""
         if name not in self.quantized:

@@ -2,7 +2,7 @@
 
 A weight w with the scale s and the zero point z gets the code q = clamp(⌊w/s + v⌉ + z). Its offset v, from −½ to ½, and factors of its
 group's range are learned. They move by the sign of their gradient times a rate that falls linearly to zero. Gradients pass through the
-rounding as if it were the identity.
+rounding as if it were the identity. The scales of fp4 weights don't move.
 
 No graph of gradients is kept for this: given the gradient g of ŵ = s·(q − z), with i = 1 where q is not clamped and 0 elsewhere,
 ∂/∂v = g·s·i, ∂/∂s = Σ g·(q − z) − Σ g·i·w / s and ∂/∂z = −s·Σ g·(1 − i), summed over the group.
@@ -81,6 +81,8 @@ class LearnedWeight:
         self.offset.sub_(inside.sign_(), alpha=rate).clamp_(-0.5, 0.5)
 
     def _move(self, number: int, slope: Tensor, rate: float) -> None:
+        if self._grid.is_fp4:
+            return  # fp8 scales and powers of two change by leaps, and the codes can't follow them: see decision 0162
         self.factors[number].sub_(slope.sign(), alpha=rate).clamp_(_LEAST, _MOST)
 
     def _with_the_codes(self, weight: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ from nightpress.core.recipes.passes.prune import Magnitude, SparseGpt, Wanda
 from nightpress.core.recipes.passes.qat import Qat
 from nightpress.core.recipes.passes.quantize import Awq, WeightOnly
 from nightpress.core.recipes.passes.quantizing import Quantizing
+from nightpress.core.recipes.passes.recover_scales import RecoverScales
 from nightpress.core.recipes.passes.requantize import Requantize
 from nightpress.core.recipes.passes.rotate import Rotate
 from nightpress.core.recipes.passes.shrink import Channels, Heads
@@ -43,6 +44,7 @@ __all__ = [
     "Qat",
     "Quantizing",
     "Recover",
+    "RecoverScales",
     "Requantize",
     "Rotate",
     "SmoothQuant",

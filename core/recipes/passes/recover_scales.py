@@ -1,0 +1,72 @@
+"""The options of `recover-scales`."""
+
+from collections.abc import Iterable, Sequence
+from typing import ClassVar, Literal
+
+from pydantic import Field
+
+from nightpress.core.recipes.calibration import Calibration
+from nightpress.core.recipes.costs import Cost
+from nightpress.core.recipes.header import ModelHeader
+from nightpress.core.recipes.linears import invalid
+from nightpress.core.recipes.passes.base import ExportFormat, PassOptions, Relation
+from nightpress.core.recipes.passes.distill import Logits, Teaching
+from nightpress.core.recipes.passes.quantize import Rounding
+from nightpress.core.recipes.passes.training import Training
+
+_TRAINED = 0.02  #: share of the parameters that learn: scales, norms and biases
+
+
+class RecoverScales(Teaching):
+    """Train the scales, norms and biases of a rounded model, with the job's source model as its teacher. Its codes stay as they are.
+
+    It follows `weight-only`, `gptq`, `awq` or `learned-rounding`. The result has the same format, size and speed. Powers of two (the
+    scales of `mxfp4`) and integer zero points stay as they are, too. With a `rank`, a low-rank change of each layer is trained after that,
+    and written beside the model as a LoRA adapter of PEFT, in the folder `adapter`: fixed codes can't absorb it.
+    """
+
+    exports: ClassVar[frozenset[ExportFormat]] = frozenset({"compressed-tensors", "onnx", "openvino", "gguf", "mlx"})
+    last: ClassVar[bool] = True
+    reads_codes: ClassVar[bool] = True
+    quantizes: ClassVar[bool] = True
+    relation: ClassVar[Relation] = "quantized"
+
+    pass_: Literal["recover-scales"] = Field("recover-scales", alias="pass")
+    train: Training = Training(epochs=1, learning_rate=1e-3, batch=8, length=512, weight_decay=0.0)
+    logits: Logits | None = Field(
+        Logits(temperature=1.0, cache=True),
+        description="How the source is learned from. By default its answers are computed once and kept.",
+    )
+    rank: int | None = Field(
+        None, ge=1, le=1024, description="Also train a LoRA adapter of this rank, which is written beside the model."
+    )
+    alpha: float = Field(32.0, gt=0, le=1e6, description="With a `rank`: the change is scaled by alpha / rank.")
+
+    def describe(self) -> str:
+        return self.train.describe() + (f", then a LoRA of rank {self.rank}" if self.rank else "")
+
+    def student_header(self, header: ModelHeader) -> ModelHeader:
+        return header
+
+    def carriers(self, header: ModelHeader | None) -> frozenset[ExportFormat]:
+        return self.exports if self.rank is None else frozenset({"compressed-tensors"})
+
+    def why_not(self, header: ModelHeader | None) -> str:
+        return "" if self.rank is None else "a LoRA adapter is for transformers and vLLM"
+
+    def check_beside(self, passes: Sequence[PassOptions], header: ModelHeader | None) -> None:
+        at = next(index for index, options in enumerate(passes) if options is self)
+        if at == 0 or not isinstance(passes[at - 1], Rounding):
+            raise invalid(
+                f"`{self.name}` trains the scales of a rounded model, and no rounding pass stands before it.",
+                "Put it right behind `weight-only`, `gptq`, `awq` or `learned-rounding`.",
+            )
+
+    def warnings(self, header: ModelHeader | None) -> Iterable[str]:
+        yield from super().warnings(header)
+        if not self.train.validation:
+            yield f"`{self.name}`: without a share for `validation` it can't tell how much it recovered, nor keep the better model."
+
+    def cost(self, header: ModelHeader, calibration: Calibration) -> Cost:
+        once = self.train.cost(header, trained=_TRAINED)
+        return once if self.rank is None else once.times(2)
