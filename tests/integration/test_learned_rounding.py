@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForMaskedLM
 
-from nightpress.core.compress.data.calibration import model_inputs
+from nightpress.core.compress.calibration.samples import model_inputs
 from nightpress.core.compress.data.rows import read_rows
 from nightpress.core.compress.data.tokenized import open_tokenizer, text_windows
 from nightpress.core.compress.executors.blocks import FinalTensor, Inputs, press_blocks

@@ -8,8 +8,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from nightpress.core.compress.calibration.samples import calibration_samples
 from nightpress.core.compress.context import PassContext
-from nightpress.core.compress.data.calibration import calibration_samples
 from nightpress.core.compress.data.rows import read_rows
 from nightpress.core.compress.data.tokenized import open_tokenizer, text_windows
 from nightpress.core.errors import NightpressError
@@ -19,6 +19,7 @@ from nightpress.core.recipes.models import parse_recipe
 from tests.press import lay_out, press
 from tests.training import classifier, language_model
 
+_RECIPE = {"name": "r", "passes": [{"pass": "gptq"}], "exports": ["gguf"]}
 _TEMPLATE = "{% for message in messages %}[unused1] {{ message.role }} : {{ message.content }} [unused2] {% endfor %}"
 
 
@@ -37,16 +38,16 @@ def _samples(model: Path, work: Path, **options: int) -> torch.Tensor:
 
 
 def test_a_language_model_gets_all_kinds_by_turns(model: Path, tmp_path: Path):
-    ids = _samples(model, tmp_path / "a", samples=40)
-    assert ids.shape == (40, 48)
+    ids = _samples(model, tmp_path / "a", samples=40, length=200)
+    assert ids.shape == (40, 200)
     tokenizer = open_tokenizer(model)
     for place, ref in enumerate(("builtin:prose", "builtin:code")):
         rows = read_rows(ref, None, purpose="calibration")
-        windows = text_windows(rows, tokenizer, samples=10, length=48, ref=ref).ids
+        windows = text_windows(rows, tokenizer, samples=10, length=200, ref=ref).ids
         assert np.array_equal(ids[place::4], windows)
     marker = tokenizer.encode("assistant :", special=False)
     chats = ids[2::4]
-    assert any(chats[:, at : at + 2].tolist().count(marker) for at in range(47))
+    assert any(chats[:, at : at + 2].tolist().count(marker) for at in range(199))
     # The model's own texts: each token could have been drawn from what the model expects, and none is always the most likely.
     own = ids[3::4]
     loaded = AutoModelForCausalLM.from_pretrained(model).eval()
@@ -100,10 +101,8 @@ def test_a_job_tells_which_texts_it_used(model: Path, tmp_path: Path):
 
 
 def test_it_is_for_the_calibration_alone():
-    assert parse_recipe({"passes": [{"pass": "gptq"}], "calibration": "auto", "exports": ["gguf"]}).data_refs() == set()
-    measured = {"passes": [{"pass": "gptq"}], "exports": ["gguf"], "evaluate": [{"metric": "auto", "data": MIXTURE}]}
+    assert parse_recipe({**_RECIPE, "calibration": "auto"}).data_refs() == set()
+    measured = {**_RECIPE, "evaluate": [{"metric": "auto", "data": MIXTURE}]}
     assert parse_recipe(measured).data_refs() == {MIXTURE}  # a data set that nobody has
     with pytest.raises(NightpressError, match="packing"):
-        parse_recipe(
-            {"passes": [{"pass": "gptq"}], "exports": ["gguf"], "calibration": {"data": MIXTURE, "packing": False}}
-        )
+        parse_recipe({**_RECIPE, "calibration": {"data": MIXTURE, "packing": False}})

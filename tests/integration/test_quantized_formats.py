@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 from transformers.utils import logging
 
-from nightpress.core.compress.data.calibration import calibration_samples
+from nightpress.core.compress.calibration.samples import calibration_samples
 from nightpress.core.compress.export import compressed_tensors
 from nightpress.core.compress.grids.rounded_inputs import round_inputs
 from nightpress.core.compress.grids.stored import from_tensors

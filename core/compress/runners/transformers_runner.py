@@ -48,7 +48,7 @@ def load(request: dict[str, Any]) -> tuple[Any, ...]:
         snippet = GPU_SNIPPET.format(**given, device_map=_device_map(request["folder"]))
     else:
         snippet = SNIPPET.format(**given, threads=request["threads"])
-    if _rounds_inputs_to_fp4(request["folder"]):
+    if rounds_fp4_inputs(request["folder"]):
         snippet += UNPACK
     model = measure.execute(snippet)["model"]
     import torch
@@ -59,8 +59,8 @@ def load(request: dict[str, Any]) -> tuple[Any, ...]:
     return forward, versions, snippet, partial(_generate, model), partial(_waits, model)
 
 
-def _rounds_inputs_to_fp4(folder: str) -> bool:
-    """Whether the folder holds fp4 weights whose inputs a runtime rounds."""
+def rounds_fp4_inputs(folder: str) -> bool:
+    """Whether the folder holds fp4 weights whose inputs a runtime rounds: to fp4, or to fp8."""
     stored = json.loads(Path(folder, "config.json").read_bytes()).get("quantization_config") or {}
     groups = (stored.get("config_groups") or {}).values()
     return any(

@@ -5,9 +5,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from nightpress.core.compress.calibration.mixture import from_another, mixed_windows
 from nightpress.core.compress.context import PassContext
 from nightpress.core.compress.data.images import read_images
-from nightpress.core.compress.data.mixture import from_another, mixed_windows
 from nightpress.core.compress.data.pairs import has_pairs, pair_rows
 from nightpress.core.compress.data.tokenized import DataSource, open_tokenizer, text_rows, text_windows
 from nightpress.core.recipes.calibration import MIXTURE

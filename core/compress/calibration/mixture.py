@@ -6,9 +6,9 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from nightpress.core.compress.calibration.own_texts import own_windows, writes_texts
 from nightpress.core.compress.context import PassContext
 from nightpress.core.compress.data.chat import chat_template, render_conversations
-from nightpress.core.compress.data.own_texts import own_windows, writes_texts
 from nightpress.core.compress.data.rows import Row, read_rows
 from nightpress.core.compress.data.tokenized import open_tokenizer, text_windows
 from nightpress.core.recipes.calibration import MIXTURE
