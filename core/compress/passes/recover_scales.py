@@ -1,6 +1,7 @@
 """Trains the scales, norms and biases of a rounded model on the source's logits. The codes stay as they are."""
 
 import dataclasses
+import json
 import os
 import shutil
 import time
@@ -26,6 +27,7 @@ from nightpress.core.errors import ErrorCode, NightpressError
 from nightpress.core.handoff.report import PassRecord
 from nightpress.core.recipes.inspect import FolderFiles, inspect_model
 from nightpress.core.recipes.passes.recover_scales import RecoverScales
+from nightpress.core.recipes.schemes import Activations
 
 ADAPTER = "adapter"  #: the folder of the LoRA adapter, in the model's folder
 
@@ -34,8 +36,8 @@ ADAPTER = "adapter"  #: the folder of the LoRA adapter, in the model's folder
 def recover_scales(source: Path, target: Path, options: RecoverScales, context: PassContext) -> PassRecord:
     """Train the scales of the rounded model in `source`, with the job's source model as its teacher. `target` has the same codes."""
     start = time.monotonic()
-    origin = context.origin or source
-    teacher = load_model(origin, inspect_model(FolderFiles(origin)))
+    assert context.origin is not None, "the teacher can't be the rounded model"
+    teacher = load_model(context.origin, inspect_model(FolderFiles(context.origin)))
     student = load_rounded(source, context)
     if student.config.vocab_size != teacher.config.vocab_size:
         raise NightpressError(
@@ -71,15 +73,22 @@ def load_rounded(source: Path, context: PassContext) -> Any:
 
 def put_in(model: Any, source: Path) -> dict[str, ScaledLinear]:
     """Replace the linear layers whose weights are codes in the folder. Returns them by the names of their weights in the files."""
-    stored = StoredWeights(source)
+    stored, inputs = StoredWeights(source), _rounded_inputs(source)
     found: dict[str, ScaledLinear] = {}
     for name, module in list(model.named_modules()):
         weight = next((file for file in in_files(f"{name}.weight") if file in stored.quantized), None)
         if isinstance(module, nn.Linear) and weight is not None:
-            found[weight] = ScaledLinear(module, stored.scheme(weight), stored.parts(weight))
+            scheme = dataclasses.replace(stored.scheme(weight), activations=inputs)
+            found[weight] = ScaledLinear(module, scheme, stored.parts(weight))
             above, _, leaf = name.rpartition(".")
             setattr(model.get_submodule(above), leaf, found[weight])
     return found
+
+
+def _rounded_inputs(source: Path) -> Activations | None:
+    """How a runtime rounds the inputs of the folder's layers, which is the same for all."""
+    (group, *_) = json.loads((source / "config.json").read_bytes())["quantization_config"]["config_groups"].values()
+    return None if group["input_activations"] is None else Activations(bits=group["input_activations"]["num_bits"])
 
 
 def in_files(name: str) -> tuple[str, ...]:
@@ -89,8 +98,11 @@ def in_files(name: str) -> tuple[str, ...]:
 
 def learn_small_parts(model: Any) -> None:
     """Let scales, norms and biases learn, and nothing else."""
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(parameter.is_floating_point() and (parameter.dim() == 1 or name.endswith(".change")))
+    model.requires_grad_(False)
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            small = name in {"change", "bias"} if isinstance(module, ScaledLinear) else parameter.dim() == 1
+            parameter.requires_grad_(small)
 
 
 def changed(model: Any, scaled: Mapping[str, ScaledLinear], source: Path) -> dict[str, Tensor]:
@@ -99,8 +111,7 @@ def changed(model: Any, scaled: Mapping[str, ScaledLinear], source: Path) -> dic
     found = {f"{name}_scale": layer.stored_scale() for name, layer in scaled.items() if layer.change is not None}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad and not name.endswith(".change"):
-            plain = name.replace(".linear.bias", ".bias")  # of a ScaledLinear
-            file = next((file for file in in_files(plain) if file in weights.names), None)
+            file = next((file for file in in_files(name) if file in weights.names), None)
             if file is not None:
                 found[file] = parameter.detach()
     return found

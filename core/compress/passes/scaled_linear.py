@@ -45,7 +45,7 @@ class ScaledLinear(nn.Module):
         return (grouped * scale.reshape(-1, grouped.shape[1], 1)).view(self.out_features, self.in_features)
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.scheme.activations is not None and self.scheme.is_fp4:
+        if self.scheme.activations is not None:
             x = round_inputs(x, self.scheme, self.inputs_total)
         return nn.functional.linear(x, self.weight, self.bias)
 

@@ -22,7 +22,8 @@ class RecoverScales(Teaching):
 
     It follows `weight-only`, `gptq`, `awq` or `learned-rounding`. The result has the same format, size and speed. Powers of two (the
     scales of `mxfp4`) and integer zero points stay as they are, too. With a `rank`, a low-rank change of each layer is trained after that,
-    and written beside the model as a LoRA adapter of PEFT, in the folder `adapter`: fixed codes can't absorb it.
+    and written beside the model as a LoRA adapter of PEFT, in the folder `adapter`: fixed codes can't absorb it. By default the source's
+    logits are learned at temperature 1, and are computed once and kept.
     """
 
     exports: ClassVar[frozenset[ExportFormat]] = frozenset({"compressed-tensors", "onnx", "openvino", "gguf", "mlx"})
@@ -32,11 +33,7 @@ class RecoverScales(Teaching):
     relation: ClassVar[Relation] = "quantized"
 
     pass_: Literal["recover-scales"] = Field("recover-scales", alias="pass")
-    train: Training = Training(epochs=1, learning_rate=1e-3, batch=8, length=512, weight_decay=0.0)
-    logits: Logits | None = Field(
-        Logits(temperature=1.0, cache=True),
-        description="How the source is learned from. By default its answers are computed once and kept.",
-    )
+    train: Training = Training(epochs=4, learning_rate=1e-3, batch=8, length=512, weight_decay=0.0)
     rank: int | None = Field(
         None, ge=1, le=1024, description="Also train a LoRA adapter of this rank, which is written beside the model."
     )
@@ -44,6 +41,11 @@ class RecoverScales(Teaching):
 
     def describe(self) -> str:
         return self.train.describe() + (f", then a LoRA of rank {self.rank}" if self.rank else "")
+
+    def resolved(self, header: ModelHeader) -> Teaching:
+        if any((self.logits, self.hidden, self.relations, self.cosine)) or header.task == "embedding":
+            return super().resolved(header)
+        return self.model_copy(update={"logits": Logits(temperature=1.0, cache=True)})
 
     def student_header(self, header: ModelHeader) -> ModelHeader:
         return header
@@ -68,5 +70,8 @@ class RecoverScales(Teaching):
             yield f"`{self.name}`: without a share for `validation` it can't tell how much it recovered, nor keep the better model."
 
     def cost(self, header: ModelHeader, calibration: Calibration) -> Cost:
-        once = self.train.cost(header, trained=_TRAINED)
-        return once if self.rank is None else once.times(2)
+        found = self.train.cost(header, trained=_TRAINED)
+        # The teacher, and for each step the dequantized weights and their codes as floats.
+        more = 12 * header.parameters
+        found = found._replace(memory_bytes=found.memory_bytes + more, gpu_bytes=found.gpu_bytes + more)
+        return found if self.rank is None else found.times(2)
