@@ -16,6 +16,7 @@ from nightpress.core.errors import NightpressError
 from nightpress.core.recipes.calibration import MIXTURE, Calibration
 from nightpress.core.recipes.inspect import FolderFiles, inspect_model
 from nightpress.core.recipes.models import parse_recipe
+from nightpress.core.recipes.plan import make_plan
 from tests.press import lay_out, press
 from tests.training import classifier, language_model
 
@@ -98,6 +99,13 @@ def test_a_job_tells_which_texts_it_used(model: Path, tmp_path: Path):
     assert used == {("builtin:prose", "calibration"), ("builtin:code", "calibration"), ("builtin:code", "evaluation")}
     assert len({data.sha256 for data in report.data}) == 3
     assert {data.license for data in report.data} == {"public domain"}
+
+
+def test_the_plan_says_which_models_get_prose_alone(model: Path, bert_tiny: Path):
+    raw = {**_RECIPE, "passes": [{"pass": "gptq", "group_size": 16}], "calibration": "auto"}
+    recipe = parse_recipe({**raw, "exports": ["compressed-tensors"]})
+    told = [make_plan(recipe, inspect_model(FolderFiles(folder))).warnings for folder in (model, bert_tiny)]
+    assert [any("prose alone" in text for text in warnings) for warnings in told] == [False, True]
 
 
 def test_it_is_for_the_calibration_alone():

@@ -237,6 +237,10 @@ def test_a_caches_scales_hold_the_keys_and_values_that_transformers_caches(llama
         {"pass": "gptq", "group_size": 32, "overrides": {"down_proj": {"bits": 8}}},
         {"pass": "gptq", "group_size": 32, "overrides": {"re:.*down_proj": {"bits": 8, "group_size": 96}}},
         {"pass": "fp8", "weights": "block", "activations": "static"},
+        {"pass": "weight-only", "format": "nvfp4", "activations": "fp4"},
+        {"pass": "gptq", "format": "nvfp4", "sparsity": 0.5},
+        {"pass": "gptq", "format": "mxfp4", "budget": 4.5},
+        {"pass": "gptq", "format": "nvfp4", "embeddings": True},
     ],
     ids=str,
 )

@@ -18,6 +18,7 @@ from nightpress.core.errors import NightpressError
 from nightpress.core.handoff.report import PassRecord
 from nightpress.core.recipes.inspect import FolderFiles, inspect_model
 from nightpress.core.recipes.models import parse_recipe
+from nightpress.core.recipes.passes import RecoverScales
 from nightpress.core.recipes.plan import make_plan
 from nightpress.core.recipes.schemes import Activations
 from tests.folders import load_tensors
@@ -177,6 +178,14 @@ def test_a_job_ships_an_adapter_that_peft_loads_over_the_artifact(model: Path, d
     assert len(written) == 2 * 28
     for name, tensor in peft.get_peft_model_state_dict(adapted).items():
         assert torch.equal(tensor, written[name])
+
+
+def test_its_training_has_defaults_of_its_own():
+    passes = [{"pass": "gptq"}, {"pass": "recover-scales", "train": {"data": "mine"}}]
+    options = parse_recipe({"name": "r", "passes": passes, "exports": ["compressed-tensors"]}).passes[1]
+    assert isinstance(options, RecoverScales)
+    assert (options.train.learning_rate, options.train.epochs, options.train.batch) == (1e-3, 4, 8)
+    assert options.train.model_copy(update={"data": "builtin:prose"}) == RecoverScales().train
 
 
 @pytest.mark.parametrize(

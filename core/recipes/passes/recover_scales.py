@@ -1,9 +1,9 @@
 """The options of `recover-scales`."""
 
 from collections.abc import Iterable, Sequence
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from nightpress.core.recipes.calibration import Calibration
 from nightpress.core.recipes.costs import Cost
@@ -14,6 +14,9 @@ from nightpress.core.recipes.passes.distill import Logits, Teaching
 from nightpress.core.recipes.passes.quantize import Rounding
 from nightpress.core.recipes.passes.training import Training
 
+#: Other than those of `Training`: a relative change of scales takes a larger rate, and is not drawn back to zero.
+_TRAINING: dict[str, Any] = {"learning_rate": 1e-3, "batch": 8, "length": 512, "weight_decay": 0.0}
+_EPOCHS = 4
 _TRAINED = 0.02  #: share of the parameters that learn: scales, norms and biases
 
 
@@ -33,11 +36,19 @@ class RecoverScales(Teaching):
     relation: ClassVar[Relation] = "quantized"
 
     pass_: Literal["recover-scales"] = Field("recover-scales", alias="pass")
-    train: Training = Training(epochs=4, learning_rate=1e-3, batch=8, length=512, weight_decay=0.0)
+    train: Training = Training(epochs=_EPOCHS, **_TRAINING)
     rank: int | None = Field(
         None, ge=1, le=1024, description="Also train a LoRA adapter of this rank, which is written beside the model."
     )
     alpha: float = Field(32.0, gt=0, le=1e6, description="With a `rank`: the change is scaled by alpha / rank.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _own_defaults(cls, raw: object) -> object:
+        if not isinstance(raw, dict) or not isinstance(raw.get("train"), dict):
+            return raw
+        train = {**_TRAINING, **raw["train"]}
+        return {**raw, "train": train if {"epochs", "steps"} & train.keys() else {**train, "epochs": _EPOCHS}}
 
     def describe(self) -> str:
         return self.train.describe() + (f", then a LoRA of rank {self.rank}" if self.rank else "")
