@@ -127,11 +127,9 @@ def write_recovered(source: Path, target: Path, tensors: Mapping[str, Tensor]) -
                 for stored in shard.tensors:
                     if stored.name in tensors:
                         before = own.read(stored.name)
-                        learned = tensors[stored.name].cpu()
-                        if learned.dtype == torch.float8_e8m0fnu:
-                            learned = learned.view(torch.uint8)
+                        learned = tensors[stored.name].cpu().to(before.dtype).view(before.shape)
                         file.seek(stored.offset)
-                        file.write(tensor_bytes(learned.to(before.dtype).view(before.shape).contiguous()))
+                        file.write(tensor_bytes(learned.contiguous()))
                 file.flush()
                 os.fsync(file.fileno())
 
