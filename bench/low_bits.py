@@ -1,6 +1,7 @@
 """Learned rounding, GPTQ and plain rounding at 4 bits and below, beside auto-round: same model, same calibration tokens, by turns.
 
-    python -m bench.low_bits --peer PYTHON [--only NAME …] [--models offgrid smollm] [--seeds 3] [--device cuda]
+    python -m bench.low_bits --peer PYTHON [--only NAME …] [--methods NAME …] [--models offgrid smollm] [--seeds 3] [--device cuda]
+        [--calibrations text builtin:prose builtin:mixture]
 
 PYTHON: of an environment with auto-round 0.16 (bench/peer-autoround-requirements.txt). Without it, only our figures are taken.
 
@@ -8,11 +9,16 @@ Each figure is the loss over the float model in nats a token, on text that calib
 novels) and out of domain (the reference of the Python language, which every Python brings). Mean over the seeds, and their range. A seed
 chooses the calibration text and the order of the steps. Of zero points or none, each method's better mean counts. `seconds` are those of the
 quantization alone: our pass, and the peer's `quantize`. Both models of bench.offgrid are measured: SmolLM2-135M's own weights were 4-bit.
+
+W4A4 and W4A8: the layers' inputs are rounded while the loss is taken, ours by compressed-tensors in transformers, the peer's by our code
+with the same rules. `gptq+recover` and `learned+recover`: `recover-scales` behind the pass, trained on the novels; the share of the loss
+that it recovers is taken on the same held-out texts. `--calibrations` compares calibration texts: the novels, and what is built in.
 """
 
 import gc
 import json
 import logging
+import shutil
 import statistics
 import subprocess
 import sys
@@ -25,26 +31,38 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from bench.offgrid import UPDATE, offgrid_dir
 from bench.quality import SHARED, press, windows
 from bench.record import BENCH, Figure, finish, make_parser
+from nightpress.core.compress.calibration.samples import calibration_samples
 from nightpress.core.compress.context import PassContext
-from nightpress.core.compress.data.calibration import calibration_samples
 from nightpress.core.compress.data.tokenized import open_tokenizer
+from nightpress.core.compress.grids.rounded_inputs import input_global_scale, round_inputs
+from nightpress.core.compress.runners.transformers_runner import UNPACK, rounds_fp4_inputs
 from nightpress.core.recipes.calibration import Calibration
 from nightpress.core.recipes.inspect import FolderFiles, inspect_model
+from nightpress.core.recipes.schemes import Activations, Scheme
 from tests.models import smollm_dir
 
-_FP4 = {"act_bits": 16}  # weights alone, as ours
+_FP4 = {"act_bits": 16}  # weights alone
+_FORMATS = {"mxfp4": 32, "nvfp4": 16}  # format → inputs that share a scale
 _EXTENDED = {"enable_alg_ext": True}  # the peer's own advice at 2 bits
 
 
 @dataclass(frozen=True)
 class Setting:
     ours: dict[str, Any]  #: options of our passes
-    peer: dict[str, Any]  #: arguments of the peer
+    peer: dict[str, Any] | None  #: arguments of the peer; None: it has no such scheme
+
+    @property
+    def rounded_inputs(self) -> Scheme | None:
+        """The scheme by which inputs are rounded; None: they stay in float."""
+        if "activations" not in self.ours:
+            return None
+        inputs = Activations(bits=4 if self.ours["activations"] == "fp4" else 8)
+        return Scheme(4, "float", "group", _FORMATS[self.ours["format"]], activations=inputs)
 
 
 def _integers(bits: int, group: int) -> list[Setting]:
@@ -65,8 +83,25 @@ SETTINGS = {
     "W2 g64": _integers(2, 64),
     "mxfp4": [Setting({"format": "mxfp4"}, {"scheme": "MXFP4", **_FP4})],
     "nvfp4": [Setting({"format": "nvfp4"}, {"scheme": "NVFP4", **_FP4})],
+    "mxfp4 W4A4": [Setting({"format": "mxfp4", "activations": "fp4"}, {"scheme": "MXFP4"})],
+    "mxfp4 W4A8": [Setting({"format": "mxfp4", "activations": "fp8"}, None)],
+    "nvfp4 W4A4": [Setting({"format": "nvfp4", "activations": "fp4"}, {"scheme": "NVFP4"})],
 }
-METHODS = ("nearest", "gptq", "learned", "auto-round")
+_NEAREST = {"pass": "weight-only", "ranges": "least-error"}
+_LEARNED = {"pass": "learned-rounding"}
+#: method → (our rounding pass, whether `recover-scales` follows)
+PASSES: dict[str, tuple[dict[str, Any], bool]] = {
+    "nearest": (_NEAREST, False),
+    "gptq": ({"pass": "gptq"}, False),
+    "gptq natural": ({"pass": "gptq", "order": "natural"}, False),
+    "learned": (_LEARNED, False),
+    "learned better": ({**_LEARNED, "start": "better"}, False),
+    "gptq+recover": ({"pass": "gptq"}, True),
+    "learned+recover": (_LEARNED, True),
+}
+METHODS = (*PASSES, "auto-round")
+USUAL = ("nearest", "gptq", "learned", "auto-round")
+CALIBRATIONS = ("text", "builtin:prose", "builtin:mixture")
 DOMAINS = ("in domain", "out of domain")
 
 
@@ -83,7 +118,10 @@ def main() -> int:
     parser = make_parser("low_bits", __doc__)
     parser.add_argument("--peer", help="the Python of the peer's environment")
     parser.add_argument("--only", nargs="*", choices=sorted(SETTINGS))
-    parser.add_argument("--methods", nargs="*", choices=METHODS, default=METHODS)
+    parser.add_argument("--methods", nargs="*", choices=METHODS, default=USUAL)
+    parser.add_argument("--calibrations", nargs="*", choices=CALIBRATIONS, default=("text",))
+    parser.add_argument("--recover-steps", type=int, default=400, help="of `recover-scales`, 16 × 512 tokens each")
+    parser.add_argument("--recover-rate", type=float, default=1e-3, help="its learning rate")
     parser.add_argument("--models", nargs="*", choices=("offgrid", "smollm"), default=("offgrid", "smollm"))
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--seeds", type=int, default=3)
@@ -107,9 +145,12 @@ def main() -> int:
             Figure(f"{model}/float/{domain} nats", round(nats, 4))
             for domain, nats in zip(DOMAINS, texts.nats, strict=True)
         ]
-        for name in options.only or SETTINGS:
-            figures += figures_of(model, name, list(measure(source, name, texts, options)))
-    return finish("low_bits", figures, parser, options, choices=("only", "methods", "models", "device", "peer"))
+        for ref in options.calibrations:
+            told = model if ref == "text" else f"{model} by {ref}"
+            for name in options.only or SETTINGS:
+                figures += figures_of(told, name, list(measure(source, name, ref, texts, options)))
+    choices = ("only", "methods", "models", "device", "peer", "calibrations")
+    return finish("low_bits", figures, parser, options, choices=choices)
 
 
 @dataclass(frozen=True)
@@ -123,50 +164,71 @@ class Taken:
     seconds: float
 
 
-def measure(source: Path, name: str, texts: Texts, options: Any) -> Iterator[Taken]:
-    """Each method in turn, for each seed and each variant of a setting."""
+def measure(source: Path, name: str, ref: str, texts: Texts, options: Any) -> Iterator[Taken]:
+    """Each method in turn, for each seed and each variant of a setting. ref: the calibration data."""
+    files = {"text": NOVELS} if NOVELS.exists() else {}
+    if ref == "text" and not files:
+        ref = "builtin:prose"
     for seed in range(options.seeds):
         with tempfile.TemporaryDirectory() as folder:
             work = Path(folder)
-            calibration = Calibration(
-                data="text" if NOVELS.exists() else "builtin:prose",
-                samples=options.samples,
-                length=options.length,
-                seed=seed,
-            )
-            files = {"text": NOVELS} if NOVELS.exists() else {}
+            calibration = Calibration(data=ref, samples=options.samples, length=options.length, seed=seed)
+            header = inspect_model(FolderFiles(source))
             context = PassContext(
-                header=inspect_model(FolderFiles(source)), work_dir=work, calibration=calibration, data_files=files
+                header=header, work_dir=work, calibration=calibration, data_files=files, device=options.device
             )
             tokens = work / "calibration.npy"
             np.save(tokens, calibration_samples(source, context)["input_ids"].numpy())
             for variant, setting in enumerate(SETTINGS[name]):
                 for method in options.methods:
-                    if (method == "auto-round" and not options.peer) or (method == "gptq" and "format" in setting.ours):
+                    if not _possible(method, setting, options.peer):
                         continue
-                    out = work / f"{method}-{variant}"
+                    out, rounds = work / f"{method}-{variant}", None
                     if method == "auto-round":
-                        chosen = {**setting.peer, "iters": options.steps, "seed": seed + 1}
+                        chosen = {**(setting.peer or {}), "iters": options.steps, "seed": seed + 1}
                         seconds = run_peer(options.peer, source, chosen, tokens, out)
+                        rounds = setting.rounded_inputs
                     else:
+                        if (work / "own-texts").is_dir():  # each pass would let the model write them again
+                            shutil.copytree(work / "own-texts", out / "work" / "own-texts")
                         start = time.perf_counter()
-                        passes = [{**PASSES[method], **setting.ours}]
-                        if method == "learned":
-                            passes[0]["steps"] = options.steps
-                        out = press(source, out, passes, calibration, files, options.device)
+                        out = press(
+                            source, out, passes_of(method, setting, options), calibration, files, options.device
+                        )
                         seconds = time.perf_counter() - start
-                    lost, divergence = compare(out, texts, options.device)
+                    peaks = None if rounds is None else torch.from_numpy(np.load(tokens)[:8])
+                    lost, divergence = compare(out, texts, options.device, rounds, peaks)
                     taken = Taken(method, variant, lost, divergence, seconds)
-                    print(name, "seed", seed, taken, file=sys.stderr, flush=True)
+                    print(name, ref, "seed", seed, taken, file=sys.stderr, flush=True)
                     yield taken
 
 
+def _possible(method: str, setting: Setting, peer: str | None) -> bool:
+    if method == "auto-round":
+        return peer is not None and setting.peer is not None
+    # Rounding to nearest reads no calibration text, so it can't find the scale of nvfp4's inputs.
+    return method != "nearest" or setting.ours.get("format") != "nvfp4" or "activations" not in setting.ours
+
+
+def passes_of(method: str, setting: Setting, options: Any) -> list[dict[str, Any]]:
+    rounding, recovers = PASSES[method]
+    steps = {"steps": options.steps} if rounding["pass"] == "learned-rounding" else {}
+    passes = [{**rounding, **setting.ours, **steps}]
+    if recovers:
+        train = {
+            "data": "text" if NOVELS.exists() else "builtin:prose",
+            "length": 512,
+            "batch": 16,
+            "steps": options.recover_steps,
+            "learning_rate": options.recover_rate,
+            "weight_decay": 0,
+            "validation": 0.02,
+        }
+        passes.append({"pass": "recover-scales", "train": train})
+    return passes
+
+
 NOVELS = SHARED / "lm_train_austen_moby.txt.gz"
-PASSES = {
-    "nearest": {"pass": "weight-only", "ranges": "least-error"},
-    "gptq": {"pass": "gptq"},
-    "learned": {"pass": "learned-rounding"},
-}
 
 
 def run_peer(python: str, source: Path, settings: dict[str, Any], tokens: Path, out: Path) -> float:
@@ -197,13 +259,43 @@ def reference() -> str:
 
 
 @torch.inference_mode()
-def logits_of(folder: Path, ids: Tensor, device: str) -> Tensor:
-    """bfloat16 [samples, length, vocabulary] on the processor."""
+def logits_of(
+    folder: Path, ids: Tensor, device: str, rounds: Scheme | None = None, peaks: Tensor | None = None
+) -> Tensor:
+    """bfloat16 [samples, length, vocabulary] on the processor.
+
+    rounds: round the inputs of the blocks' layers by this scheme. peaks: token ids from which nvfp4's scale of each layer's inputs is taken.
+    """
     from transformers import AutoModelForCausalLM
 
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    if getattr(model, "hf_quantizer", None) is not None and rounds_fp4_inputs(str(folder)):
+        exec(UNPACK, {"model": model, "torch": torch})
     # Weights that are unpacked during loading may have another dtype.
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).to(device, torch.float32).eval()
+    torch.nn.Module.to(model, device, torch.float32).eval()
+    if rounds is not None and peaks is not None:
+        round_layers(model, rounds, peaks.to(device))
     return torch.cat([model(batch.to(device)).logits.to("cpu", torch.bfloat16) for batch in ids.split(4)])
+
+
+def round_layers(model: Any, scheme: Scheme, ids: Tensor) -> None:
+    """Let all linear layers of the blocks round their inputs."""
+    layers = [layer for name, layer in model.named_modules() if isinstance(layer, nn.Linear) and "layers." in name]
+    largest: dict[nn.Module, Tensor] = {}
+
+    def see(layer: nn.Module, args: tuple[Tensor, ...]) -> None:
+        largest[layer] = torch.maximum(args[0].abs().amax(), largest.get(layer, torch.zeros((), device=args[0].device)))
+
+    seeing = [layer.register_forward_pre_hook(see) for layer in layers]
+    for batch in ids.split(4):
+        model(batch)
+    for handle in seeing:
+        handle.remove()
+    for layer in layers:
+        total = input_global_scale(largest[layer]) if scheme.has_input_global_scale else None
+        layer.register_forward_pre_hook(
+            lambda _layer, args, total=total: (round_inputs(args[0], scheme, total), *args[1:])
+        )
 
 
 def cross_entropy(logits: Tensor, ids: Tensor) -> float:
@@ -214,11 +306,13 @@ def cross_entropy(logits: Tensor, ids: Tensor) -> float:
     return total / ids[:, 1:].numel()
 
 
-def compare(folder: Path, texts: Texts, device: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Nats over the float model, and the KL divergence from it, by domain."""
+def compare(
+    folder: Path, texts: Texts, device: str, rounds: Scheme | None, peaks: Tensor | None
+) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Nats over the float model, and the KL divergence from it, by domain. rounds, peaks: as in `logits_of`."""
     lost, divergence = [], []
     for ids, nats, exact in zip(texts.ids, texts.nats, texts.logits, strict=True):
-        found = logits_of(folder, ids, device)
+        found = logits_of(folder, ids, device, rounds, peaks)
         lost.append(cross_entropy(found, ids) - nats)
         total = 0.0
         for ours, theirs in zip(found.split(4), exact.split(4), strict=True):
@@ -232,6 +326,7 @@ def compare(folder: Path, texts: Texts, device: str) -> tuple[tuple[float, ...],
 def figures_of(model: str, name: str, taken: list[Taken]) -> list[Figure]:
     figures = []
     best: dict[tuple[str, int], float] = {}
+    divergence: dict[tuple[str, int], float] = {}
     seconds: dict[str, float] = {}
     for method in METHODS:
         runs = [run for run in taken if run.method == method]
@@ -251,6 +346,7 @@ def figures_of(model: str, name: str, taken: list[Taken]) -> list[Figure]:
                 )
             )
             kl = [run.divergence[at] for run in chosen]
+            divergence[method, at] = statistics.mean(kl)
             figures.append(
                 Figure(
                     f"{model}/{name}/{method} {domain} KL", round(statistics.mean(kl), 4), "nats", (min(kl), max(kl))
@@ -264,6 +360,11 @@ def figures_of(model: str, name: str, taken: list[Taken]) -> list[Figure]:
         if ("learned", at) in best and ("nearest", at) in best:
             ratio = best["learned", at] / best["nearest", at]
             figures.append(Figure(f"{model}/{name}/learned over nearest, {domain}", round(ratio, 3), bar="<= 1"))
+        for method in ("gptq", "learned"):
+            if (method, at) in divergence and (f"{method}+recover", at) in divergence:
+                share = 1 - divergence[f"{method}+recover", at] / divergence[method, at]
+                bar = ">= 0.4" if name.startswith(("W3", "W4")) else ""
+                figures.append(Figure(f"{model}/{name}/recovered of {method}, {domain} KL", round(share, 3), bar=bar))
     if {"learned", "auto-round"} <= seconds.keys():
         ratio = seconds["learned"] / seconds["auto-round"]
         figures.append(Figure(f"{model}/{name}/seconds over auto-round's", round(ratio, 3), bar="<= 0.5"))

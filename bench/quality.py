@@ -112,10 +112,11 @@ def press(
     sparse = passes[-1]["pass"] in {"wanda", "sparsegpt"}
     export = "safetensors" if sparse else "compressed-tensors"
     recipe = parse_recipe({"name": "r", "passes": passes, "exports": [export]})
-    folder = source
+    folder, header = source, inspect_model(FolderFiles(source))
     for index, options in enumerate(recipe.passes):
         context = PassContext(
-            header=inspect_model(FolderFiles(folder)),
+            header=header,
+            origin=source,
             work_dir=work / "work",
             device=device,
             threads=torch.get_num_threads(),
@@ -126,6 +127,8 @@ def press(
         context.work_dir.mkdir(parents=True, exist_ok=True)
         MODEL_PASSES[options.pass_](folder, work / str(index), options, context)
         folder = work / str(index)
+        if not options.last:  # the header stays that of the float model
+            header = inspect_model(FolderFiles(folder))
     (safetensors if sparse else compressed_tensors).save(folder, work / "out")
     return work / "out"
 

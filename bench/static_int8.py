@@ -19,7 +19,7 @@ import numpy as np
 
 from bench.pressing import Form, form_figures, press, save_float_graphs, time_by_turns
 from bench.record import Figure, finish, make_parser
-from nightpress.core.compress.data.calibration import calibration_samples
+from nightpress.core.compress.calibration.samples import calibration_samples
 from nightpress.core.compress.export import onnx, openvino, safetensors
 from nightpress.core.recipes.models import parse_recipe
 from tests.models import minilm_dir

@@ -22,8 +22,8 @@ from typing import Any
 import numpy as np
 
 from bench.record import BENCH, Figure, finish, make_parser
+from nightpress.core.compress.calibration.samples import calibration_samples
 from nightpress.core.compress.context import PassContext
-from nightpress.core.compress.data.calibration import calibration_samples
 from nightpress.core.compress.evaluate import quality
 from nightpress.core.compress.evaluate.statistics import RESAMPLES
 from nightpress.core.compress.export import openvino

@@ -8,8 +8,8 @@ import torch
 import transformers
 from torch import Tensor
 
+from nightpress.core.compress.calibration.samples import model_inputs
 from nightpress.core.compress.context import PassContext
-from nightpress.core.compress.data.calibration import model_inputs
 from nightpress.core.compress.executors.blocks import FinalTensor, Inputs
 from nightpress.core.compress.executors.live_block import LiveBlock
 from nightpress.core.compress.model.checkpoint import read_shards

@@ -68,6 +68,8 @@ def _parts(group: Any) -> tuple[str, ...]:
     parts = tuple(BaseCompressor.get_value_from_registry(group.format).compression_param_names(group))
     if group.input_activations is not None and group.input_activations.dynamic is False:
         parts += ("input_scale",)
+    if group.input_activations is not None and group.input_activations.dynamic == "local":
+        parts += ("input_global_scale",)  # vLLM and compressed-tensors' own modules have it; its compressor forgets it
     return parts
 
 
@@ -114,3 +116,7 @@ def _check_weight(module: str, group: Any, weight: torch.Tensor, tensors: dict[s
             assert bool(torch.isfinite(found["weight_scale"].float()).all())
             assert found["weight_global_scale"].dtype == torch.float32
             assert found["weight_global_scale"].shape == (1,)
+            if group.input_activations is not None:
+                assert found["input_global_scale"].dtype == torch.float32
+                assert found["input_global_scale"].shape == (1,)
+                assert 0 < float(found["input_global_scale"]) < math.inf

@@ -26,7 +26,7 @@ from nightpress.core.compress.stages.state import State
 from nightpress.core.handoff.manifest import MANIFEST_FILE, ArtifactEntry, Manifest, describe_file, describe_folder
 from nightpress.core.handoff.report import DataUsed, Report, Subject, Verification, same_device
 from nightpress.core.handoff.spec import OUT_DIR
-from nightpress.core.recipes.calibration import BUILTIN_DATA
+from nightpress.core.recipes.calibration import BUILTIN_DATA, MIXTURE
 from nightpress.core.recipes.inspect import FolderFiles, inspect_model
 from nightpress.core.recipes.models import Quality
 from nightpress.core.recipes.plan import make_plan
@@ -111,7 +111,7 @@ def _conclude(job: PressJob, state: State) -> Manifest:
         job_id=job.spec.job_id,
         model=_describe_model(job, state),
         recipe=job.recipe.model_dump(mode="json"),
-        data=_data_used(job),
+        data=_data_used(job, state),
         environment=environment.describe(job.spec, versions),
         source=state.source,
         artifacts=artifacts,
@@ -178,16 +178,20 @@ def _describe_model(job: PressJob, state: State) -> dict[str, object]:
     }
 
 
-def _data_used(job: PressJob) -> tuple[DataUsed, ...]:
+def _data_used(job: PressJob, state: State) -> tuple[DataUsed, ...]:
     measured = {evaluation.data for evaluation in job.recipe.evaluate if isinstance(evaluation, Quality)}
     seen = {ref for options in job.recipe.passes for ref in options.data_refs()}
     if any(options.wants == "calibration" for options in job.recipe.passes):
-        seen.add(job.recipe.calibration.data)
+        data = job.recipe.calibration.data
+        if data == MIXTURE:
+            seen |= BUILTIN_DATA if state.source_header.task == "causal-lm" else {"builtin:prose"}
+        else:
+            seen.add(data)
     purposes: dict[Literal["evaluation", "calibration"], set[str]] = {"evaluation": measured, "calibration": seen}
     return (
         *(DataUsed(ref=ref, sha256=describe_file(job.data, file).sha256) for ref, file in job.data_files.items()),
         *(
-            DataUsed(ref=ref, sha256=builtin_digest(purpose), license=BUILTIN_LICENSE, purpose=purpose)
+            DataUsed(ref=ref, sha256=builtin_digest(ref, purpose), license=BUILTIN_LICENSE, purpose=purpose)
             for purpose, refs in purposes.items()
             for ref in sorted(refs & BUILTIN_DATA)
         ),

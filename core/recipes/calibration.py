@@ -1,18 +1,21 @@
 """The options of the calibration text."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-#: `builtin:prose`, or the id or name of a data set of the user.
+#: `builtin:prose`, `builtin:code`, or the id or name of a data set of the user.
 DataRef = Annotated[str, Field(pattern=r"^(builtin:[a-z]+|[A-Za-z0-9][A-Za-z0-9._-]{0,127})$")]
-BUILTIN_DATA = frozenset({"builtin:prose"})
+BUILTIN_DATA = frozenset({"builtin:prose", "builtin:code"})
+MIXTURE = "builtin:mixture"  #: prose, code, chats and the model's own texts; for the calibration alone
 
 
 class Calibration(BaseModel):
     """The text that passes may use.
 
-    The built-in prose has separate text for the evaluation. For other data, the plan warns if the evaluation reads the same data set.
+    The built-in data sets have separate text for the evaluation. For other data, the plan warns if the evaluation reads the same data set.
+    `calibration: auto` stands for the data `builtin:mixture`: for a language model, equal shares of prose, code, chats in its own template
+    and texts that it writes itself. Other models get the prose.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, serialize_by_alias=True, defer_build=True)
@@ -29,3 +32,14 @@ class Calibration(BaseModel):
         "auto",
         description="Number type of the forward passes, while passes work block by block. auto: bfloat16 on processors with instructions for it, float32 on others, and on a GPU as the weights are stored. float32: takes up to twice as long and leaves the same on all processors but for the order of sums.",
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _auto(cls, raw: object) -> object:
+        return {"data": MIXTURE} if raw == "auto" else raw
+
+    @model_validator(mode="after")
+    def _mixture_is_packed(self) -> Self:
+        if self.data == MIXTURE and not self.packing:
+            raise ValueError(f"`{MIXTURE}` is running text: leave `packing` at true")
+        return self

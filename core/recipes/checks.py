@@ -11,7 +11,7 @@ from nightpress.core.recipes.passes import PassOptions
 def check_order(recipe: Recipe) -> None:
     """Check that the passes can follow one another. Raises NightpressError: invalid_recipe."""
     for index, options in enumerate(recipe.passes[:-1]):
-        if options.last:
+        if options.last and not recipe.passes[index + 1].reads_codes:
             raise invalid(
                 f"passes.{index + 1}: nothing can follow `{options.name}`, because its result is no longer a float model.",
                 f"Move `{options.name}` to the end, or give the two their own recipes.",

@@ -6,6 +6,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict
 
 from nightpress.core.recipes import measuring
+from nightpress.core.recipes.calibration import BUILTIN_DATA, MIXTURE
 from nightpress.core.recipes.checks import check_exports, check_model, check_order
 from nightpress.core.recipes.costs import (
     GPU_RATE,
@@ -158,9 +159,13 @@ def _warnings(recipe: Recipe, header: ModelHeader | None) -> Iterable[str]:
         used = [evaluation.data for evaluation in recipe.evaluate if isinstance(evaluation, Quality)]
         if any(ref.startswith("builtin:") for ref in (*used, *([recipe.calibration.data] if calibrated else []))):
             yield "The model sees images, and the recipe names none: synthetic ones stand in. Figures on them say how near the result is to its source, not how well it sees."
-    if calibrated and recipe.calibration.data in {
-        evaluation.data for evaluation in recipe.evaluate if isinstance(evaluation, Quality)
-    } - {"builtin:prose"}:
+    if calibrated and recipe.calibration.data == MIXTURE and header is not None and header.task != "causal-lm":
+        yield "`calibration: auto` mixes texts for causal language models: this model gets prose alone."
+    if (
+        calibrated
+        and recipe.calibration.data
+        in {evaluation.data for evaluation in recipe.evaluate if isinstance(evaluation, Quality)} - BUILTIN_DATA
+    ):
         yield "The result is measured on the data it was calibrated on: the figures will flatter it."
 
 

@@ -35,13 +35,14 @@ def become_floats(model_type: str, schemes: Mapping[str, Scheme]) -> bool:
 
     With packed weights, transformers prepares modules without packed zero points (compressed-tensors up to 0.20), and then refuses the
     files. It can't load packed embeddings, and it unpacks fp4 to bfloat16 for every model's dtype. Dequantizing avoids all of these, and
-    the faults of the families above. It works with a single scheme only. vLLM does not read the key.
+    the faults of the families above. It works with a single scheme only. vLLM does not read the key. But a dequantized model does not round
+    its inputs. So fp4 with rounded inputs stays in codes; who loads them in another dtype than bfloat16 unpacks them first.
     """
     packed = any(scheme.format == "pack-quantized" for scheme in schemes.values())
     return (
         model_type in _OTHER_NAMES
         or (packed and model_type in _READ_BEFORE_LOADING)
-        or any(scheme.kind == "float" and scheme.bits == 4 for scheme in schemes.values())
+        or any(scheme.is_fp4 and scheme.activations is None for scheme in schemes.values())
         or any(not scheme.symmetric for scheme in schemes.values())
         or any(is_table(name) for name in schemes)
     )
@@ -60,9 +61,16 @@ def why_unreadable(header: ModelHeader, schemes: Mapping[TensorInfo, Collection[
             "Name the layer in `ignore`, or round the graph by `dynamic-int8` or `static-int8`.",
         )
     every = {scheme for some in schemes.values() for scheme in some}
+    of_modules = {module_of(tensor): scheme for tensor, some in schemes.items() for scheme in some}
+    if any(scheme.is_fp4 and scheme.activations is not None for scheme in every) and (
+        header.has_experts or become_floats(header.model_type, of_modules)
+    ):
+        return (
+            f"transformers dequantizes the fp4 weights of a {header.model_type} while it loads them, and then rounds no inputs",
+            "Leave `activations` at `none`.",
+        )
     if header.has_experts and (refused := _experts(header, schemes, every)) is not None:
         return refused
-    of_modules = {module_of(tensor): scheme for tensor, some in schemes.items() for scheme in some}
     if len(every) > 1 and become_floats(header.model_type, of_modules):
         return f"transformers reads one grid alone of a {header.model_type}", "Leave out `overrides` and `budget`."
     for tensor, some in schemes.items():

@@ -9,8 +9,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from nightpress.core.compress.calibration.samples import calibration_samples
 from nightpress.core.compress.context import PassContext
-from nightpress.core.compress.data.calibration import calibration_samples
 from nightpress.core.compress.data.rows import Row, read_rows
 from nightpress.core.errors import ErrorCode, NightpressError
 from nightpress.core.recipes.calibration import Calibration

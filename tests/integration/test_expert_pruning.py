@@ -11,7 +11,7 @@ import transformers
 from torch import Tensor
 from torch.nn import functional as F
 
-from nightpress.core.compress.data.calibration import calibration_samples
+from nightpress.core.compress.calibration.samples import calibration_samples
 from nightpress.core.compress.executors.survey import survey
 from nightpress.core.compress.passes import MODEL_PASSES, PassContext
 from nightpress.core.errors import NightpressError

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForMaskedLM
 
-from nightpress.core.compress.data.calibration import model_inputs
+from nightpress.core.compress.calibration.samples import model_inputs
 from nightpress.core.compress.data.rows import read_rows
 from nightpress.core.compress.data.tokenized import open_tokenizer, text_windows
 from nightpress.core.compress.executors.blocks import FinalTensor, Inputs, press_blocks
@@ -232,7 +232,8 @@ def test_it_tells_its_progress_within_a_block(bert_tiny: Path, tmp_path: Path):
         ({"format": "nvfp4", "group_size": 32}, "leave it out"),
         ({"format": "mxfp4", "budget": 4.5}, "budget"),
         ({"steps": 1}, "steps"),
-        ({"format": "mxfp4", "start": "better"}, "integers"),
+        ({"activations": "fp4"}, "fp4 weights"),
+        ({"format": "nvfp4", "activations": "fp8"}, "no scheme"),
     ],
 )
 def test_what_cannot_work_is_refused_before_it_runs(pass_: dict[str, Any], says: str, bert_tiny: Path):

@@ -10,10 +10,12 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 from transformers.utils import logging
 
-from nightpress.core.compress.data.calibration import calibration_samples
+from nightpress.core.compress.calibration.samples import calibration_samples
 from nightpress.core.compress.export import compressed_tensors
+from nightpress.core.compress.grids.rounded_inputs import round_inputs
 from nightpress.core.compress.grids.stored import from_tensors
 from nightpress.core.compress.passes import MODEL_PASSES, PassContext
+from nightpress.core.compress.runners.transformers_runner import UNPACK
 from nightpress.core.errors import NightpressError
 from nightpress.core.recipes.calibration import Calibration
 from nightpress.core.recipes.inspect import FolderFiles, inspect_model
@@ -56,6 +58,15 @@ CASES: dict[str, tuple[list[dict[str, Any]], float]] = {
     "learned, budget": ([{**_LEARNED, "group_size": 32, "budget": 6.0}], 0.6),
     "learned mxfp4": ([{**_LEARNED, "format": "mxfp4"}], 0.8),
     "learned nvfp4": ([{**_LEARNED, "format": "nvfp4"}], 0.8),
+    "gptq mxfp4": ([{"pass": "gptq", "format": "mxfp4"}], 0.8),
+    "gptq nvfp4": ([{"pass": "gptq", "format": "nvfp4", "order": "natural"}], 0.8),
+    "nearest mxfp4, inputs too": ([{"pass": "weight-only", "format": "mxfp4", "activations": "fp4"}], 1.0),
+    "gptq mxfp4, fp8 inputs": ([{"pass": "gptq", "format": "mxfp4", "activations": "fp8"}], 0.8),
+    "gptq nvfp4, inputs too": ([{"pass": "gptq", "format": "nvfp4", "activations": "fp4"}], 0.8),
+    "learned nvfp4, inputs too": (
+        [{**_LEARNED, "format": "nvfp4", "activations": "fp4", "start": "better"}],
+        0.8,
+    ),
     "awq, one layer apart": (
         [
             {
@@ -144,6 +155,11 @@ def test_a_folder_keeps_the_formats_rules_and_loads_as_what_was_made(case: str, 
     out, records = press(llama, tmp_path, passes)
     config = check_folder(out, llama)
     model = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32).eval()
+    model_rounds = any(
+        group["input_activations"] and "fp4" in group["format"] for group in config["config_groups"].values()
+    )
+    if model_rounds:
+        exec(UNPACK, {"model": model, "torch": torch})
     source = AutoModelForCausalLM.from_pretrained(llama, dtype=torch.float32).eval()
     found, expected = answers(model), answers(source)  # the first call unpacks the weights
     assert float((found - expected).norm() / expected.norm()) < bound
@@ -158,6 +174,12 @@ def test_a_folder_keeps_the_formats_rules_and_loads_as_what_was_made(case: str, 
         theirs = model.get_parameter(f"{layer.name}.weight").float()
         # The loader may dequantize fp4 in bf16.
         torch.testing.assert_close(theirs, ours, rtol=1e-2 if scheme.kind == "float" else 1e-5, atol=1e-6)
+        if model_rounds:
+            inputs = 3 * torch.randn(16, ours.shape[1], generator=torch.Generator().manual_seed(0))
+            rounded = round_inputs(inputs, scheme, written.get(f"{layer.name}.input_global_scale"))
+            answered = model.get_submodule(layer.name)(inputs)
+            assert float((answered - inputs @ theirs.T).norm() / answered.norm()) > 0.01
+            torch.testing.assert_close(answered, rounded @ theirs.T, rtol=1e-3, atol=1e-2 * float(answered.abs().max()))
     if "k_scale" in str(written.keys()):
         assert config["kv_cache_scheme"]["num_bits"] == 8
 
@@ -215,6 +237,10 @@ def test_a_caches_scales_hold_the_keys_and_values_that_transformers_caches(llama
         {"pass": "gptq", "group_size": 32, "overrides": {"down_proj": {"bits": 8}}},
         {"pass": "gptq", "group_size": 32, "overrides": {"re:.*down_proj": {"bits": 8, "group_size": 96}}},
         {"pass": "fp8", "weights": "block", "activations": "static"},
+        {"pass": "weight-only", "format": "nvfp4", "activations": "fp4"},
+        {"pass": "gptq", "format": "nvfp4", "sparsity": 0.5},
+        {"pass": "gptq", "format": "mxfp4", "budget": 4.5},
+        {"pass": "gptq", "format": "nvfp4", "embeddings": True},
     ],
     ids=str,
 )

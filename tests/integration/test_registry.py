@@ -197,7 +197,7 @@ def test_data_that_cannot_be_used_is_refused(
         registry.create("t", DataSetCreate(name="data", path=str(root / name)))
     assert code_of(error) is code
     assert error.value.details.get("file", name) == name
-    assert [view.source for view in registry.page("t")[0]] == ["builtin"]
+    assert [view.source for view in registry.page("t")[0]] == ["builtin", "builtin"]
 
 
 def test_long_lines_of_prose_are_only_cut(local_datasets: DataSetRegistry, settings: Settings) -> None:
@@ -253,7 +253,7 @@ def test_pages_give_each_once_newest_first(local_datasets: DataSetRegistry, sett
             seen += items
             if cursor is None:
                 break
-        assert [view.id for view in seen] == [*reversed(made), "builtin:prose"]
+        assert [view.id for view in seen] == [*reversed(made), "builtin:code", "builtin:prose"]
     assert local_datasets.get("t", "builtin:prose").state == "ready"
 
 

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 
+from nightpress.core.compress.calibration.samples import calibration_samples
 from nightpress.core.compress.context import PassContext
-from nightpress.core.compress.data.calibration import calibration_samples
 from nightpress.core.compress.data.pairs import pair_rows, read_queries
 from nightpress.core.compress.data.rows import Row
 from nightpress.core.compress.data.tokenized import DataSource, encode_row, open_tokenizer, pad_typed

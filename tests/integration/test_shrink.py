@@ -13,8 +13,8 @@ from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
 
+from nightpress.core.compress.calibration.samples import calibration_samples
 from nightpress.core.compress.context import PassContext
-from nightpress.core.compress.data.calibration import calibration_samples
 from nightpress.core.compress.executors.blocks import writer
 from nightpress.core.compress.executors.blocks.resume import RunFiles
 from nightpress.core.compress.model.networks import load_model

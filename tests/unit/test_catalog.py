@@ -104,7 +104,7 @@ def test_a_built_in_pass_keeps_its_name(tmp_path: Path, monkeypatch: pytest.Monk
     assert "`gptq`" in fault
     assert "a built-in pass has that name" in fault
     recipe = {**RECIPE, "passes": [{"pass": "gptq"}], "exports": ["compressed-tensors"]}
-    assert type(parse_recipe(recipe).passes[0]).__module__ == "nightpress.core.recipes.passes.quantize"
+    assert type(parse_recipe(recipe).passes[0]).__module__ == "nightpress.core.recipes.passes.gptq"
     assert catalog.provider_of("gptq") is None
     assert parse_recipe(RECIPE).passes[0].name == "copy", "the package's other pass is there"
 

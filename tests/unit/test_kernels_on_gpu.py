@@ -16,7 +16,7 @@ pytestmark = [
 
 
 @pytest.mark.parametrize("shape", [(1000, 128), (37, 64), (64, 100)])
-@pytest.mark.parametrize("kind", ["grid", "given_mask", "pattern", "pattern and grid"])
+@pytest.mark.parametrize("kind", ["grid", "given_mask", "pattern", "pattern and grid", "fp4 grid"])
 def test_a_block_comes_out_as_in_float64(shape: tuple[int, int], kind: str):
     rows, columns = shape
     torch.manual_seed(rows)
@@ -28,8 +28,9 @@ def test_a_block_comes_out_as_in_float64(shape: tuple[int, int], kind: str):
     scale = torch.rand(rows, 2, device="cuda") * 0.3 + 0.1
     zero_point = torch.randint(-8, 8, (rows, 2), device="cuda").float()
     group = (torch.arange(columns, device="cuda") * 2 // columns).int()
-    grid = BlockGrid(scale, zero_point, group, -8, 7) if "grid" in kind else None
-    exact_grid = grid and BlockGrid(scale.double(), zero_point.double(), group, -8, 7)
+    fp4 = "fp4" in kind
+    grid = BlockGrid(scale, zero_point, group, -8, 7, fp4) if "grid" in kind else None
+    exact_grid = grid and BlockGrid(scale.double(), zero_point.double(), group, -8, 7, fp4)
     mask = BlockMask(pattern=(2, 4)) if "pattern" in kind else None
     if kind == "given_mask":
         mask = BlockMask(given_mask=torch.rand(rows, columns, device="cuda") < 0.5)

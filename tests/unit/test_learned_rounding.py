@@ -77,6 +77,9 @@ def test_it_moves_against_the_gradients_through_the_rounding(name: str):
     learned.step(weigh, 0.01)
     torch.testing.assert_close(learned.offset - before[0], -0.01 * expected["offset"].sign())
     moved = learned.factors - before[1]
+    if scheme.is_fp4:
+        assert not moved.any()  # its scales change by leaps
+        return
     # A sum of hundreds of products that is nearly zero has no sign to speak of.
     for number, end in enumerate(("low", "high")[: len(moved)]):
         clear = expected[end].abs() > 1e-4
@@ -95,7 +98,7 @@ def test_it_starts_as_the_given_codes_and_stays_what_a_loader_reads(name: str):
         learned.weight()
     coded = learned.coded()
     assert not torch.equal(coded.codes, start.codes)
-    assert not torch.equal(coded.scale.float(), start.scale.float())
+    assert torch.equal(coded.scale.float(), start.scale.float()) == scheme.is_fp4
     assert (coded.codes.dtype, coded.scale.dtype) == (start.codes.dtype, start.scale.dtype)
     assert torch.equal(learned.weight(), dequantized(coded, scheme))
     assert torch.equal(from_tensors("w.weight", scheme, to_tensors("w.weight", scheme, coded)), learned.weight())

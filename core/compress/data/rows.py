@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from nightpress.core.compress.data.chat import render_conversations
+from nightpress.core.recipes.calibration import BUILTIN_DATA
 from nightpress.core.recipes.datafile import READ_BYTES, READ_LINES, DataRow, invalid, kind_of, read_data, row_of
 from nightpress.core.recipes.labels import Label
 
-_PROSE = {"evaluation": "prose_evaluation.txt.gz", "calibration": "prose_calibration.txt.gz"}
 _BATCH_ROWS = 1024
 _PIECE = 256 * 1024
 
@@ -28,7 +28,7 @@ def read_rows(ref: str, file: Path | None, *, purpose: str = "evaluation", model
     `messages` need the chat template of the model in model_dir. Raises NightpressError(invalid_data) that names the wrong row.
     """
     if ref.startswith("builtin:"):
-        return [Row(row.text or "") for row in read_data(ref, _PROSE[purpose], [builtin_bytes(purpose)])]
+        return [Row(row.text or "") for row in read_data(ref, _file_of(ref, purpose), [builtin_bytes(ref, purpose)])]
     rows = _render(ref, list(_rows_of_file(ref, find_file(ref, file))), model_dir)
     if not rows:
         raise invalid(ref, "it holds no text", "Bring a file with prose, or with one JSON object a line.")
@@ -51,9 +51,15 @@ def has_columns(ref: str, file: Path | None, names: Iterable[str]) -> bool:
     return first is not None and any(name in first.values for name in names)
 
 
-def builtin_bytes(purpose: str) -> bytes:
-    """The built-in prose for `evaluation` or `calibration` as it is shipped: compressed with gzip."""
-    return (files("nightpress.core.compress.data") / _PROSE[purpose]).read_bytes()
+def builtin_bytes(ref: str, purpose: str) -> bytes:
+    """A built-in data set for `evaluation` or `calibration` as it is shipped: compressed with gzip. Raises NightpressError(invalid_data)."""
+    return (files("nightpress.core.compress.data") / _file_of(ref, purpose)).read_bytes()
+
+
+def _file_of(ref: str, purpose: str) -> str:
+    if ref not in BUILTIN_DATA:
+        raise invalid(ref, "no such data set is built in", f"Use {' or '.join(sorted(BUILTIN_DATA))}.")
+    return f"{ref.removeprefix('builtin:')}_{purpose}.txt.gz"
 
 
 def is_parquet(file: Path) -> bool:

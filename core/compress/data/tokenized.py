@@ -39,9 +39,9 @@ class Sequences:
         return int(self.mask.sum())
 
 
-def builtin_digest(purpose: str) -> str:
+def builtin_digest(ref: str, purpose: str) -> str:
     """SHA-256 of a built-in text as it is shipped. purpose: `evaluation`, or `calibration` for the text that passes read."""
-    return hashlib.sha256(builtin_bytes(purpose)).hexdigest()
+    return hashlib.sha256(builtin_bytes(ref, purpose)).hexdigest()
 
 
 @dataclass(frozen=True)

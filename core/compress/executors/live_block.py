@@ -1,6 +1,6 @@
 """A block as a method gets it: its tensors, and a way to run the block with other tensors."""
 
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -35,6 +35,9 @@ class Lessons(Protocol):
 
         name: of the layer's weight in the files.
         """
+
+    def round_inputs(self, name: str, rule: Callable[[Tensor], Tensor]) -> None:
+        """Let a layer of the block round its inputs while `squared_error` runs. name: as in `put`."""
 
     def squared_error(self, batch: int) -> Tensor:
         """Σ (y − ŷ)² of a batch over its tokens and the width, float32 []. Padding does not count. Differentiable in the weights."""

@@ -103,6 +103,31 @@ def train(
             ) from error
 
 
+def validation_losses(
+    objective: Objective, examples: Examples, options: Training, context: PassContext
+) -> dict[str, float]:
+    """The means by name over the validation examples of `train`, with the present weights; empty if there are no such examples."""
+    _, held = examples.split(options.validation, seed=context.seed)
+    if held is None:
+        return {}
+    with reproducible(context.device):
+        return _means(objective, held, options, context)
+
+
+def _means(objective: Objective, held: Examples, options: Training, context: PassContext) -> dict[str, float]:
+    device, dtype = torch.device(context.device), precision(options, context.device)
+    objective.module.eval()
+    totals: dict[str, float] = {}
+    order = np.argsort([len(row) for row in held.ids], kind="stable")
+    with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
+        for start in range(0, len(order), options.batch):
+            _seed((context.seed << 32) + start, device)
+            batch = collate(held, order[start : start + options.batch], device)
+            for name, mean in objective.validate(batch).items():
+                totals[name] = totals.get(name, 0.0) + float(mean) * len(batch.ids)
+    return {name: total / len(held) for name, total in totals.items()}
+
+
 def learning_rate(step: int, total: int, options: Training) -> float:
     """The learning rate of step `step`, counted from 0. It rises linearly during the warm-up, then follows the schedule."""
     rising = round(options.warmup * total)
@@ -261,18 +286,7 @@ class _Run:
         self.sums, self.state.counted = torch.zeros(0), 0
 
     def _validate(self, held: Examples) -> None:
-        self.objective.module.eval()
-        totals: dict[str, float] = {}
-        seen = 0
-        order = np.argsort([len(row) for row in held.ids], kind="stable")
-        with torch.no_grad(), torch.autocast(self.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16):
-            for start in range(0, len(order), self.options.batch):
-                _seed((self.context.seed << 32) + start, self.device)
-                batch = collate(held, order[start : start + self.options.batch], self.device)
-                for name, mean in self.objective.validate(batch).items():
-                    totals[name] = totals.get(name, 0.0) + float(mean) * len(batch.ids)
-                seen += len(batch.ids)
-        found = {name: total / seen for name, total in totals.items()}
+        found = _means(self.objective, held, self.options, self.context)
         for name, value in found.items():
             self._plot(f"validation {name}", value)
         self.state.waited += 1

@@ -32,7 +32,8 @@ class StoredWeights:
         held = self._source.names()
         self.quantized = sorted(name.removesuffix("_scale") for name in held if name.endswith("weight_scale"))
         parts = {name + part for name in self.quantized for part in _PARTS}
-        parts |= {name.removesuffix("weight") + "input_scale" for name in self.quantized}
+        modules = [name.removesuffix("weight") for name in self.quantized]
+        parts |= {module + part for module in modules for part in ("input_scale", "input_global_scale")}
         kept = {name for name in held if name not in parts and not name.endswith(_CACHE_SCALES)}
         self.names = sorted(kept | set(self.quantized))
         #: The dtype of the floats, in which the model computes: that of the scales where the format doesn't fix theirs.
@@ -81,6 +82,14 @@ class StoredWeights:
         if kind == "I8":  # codes outside of 32-bit words belong to a scheme with rounded activations
             return Scheme(8, "int", strategy, activations=Activations())
         return Scheme(8, "float", strategy)
+
+    def parts(self, name: str) -> dict[str, Tensor]:
+        """The tensors of a quantized weight: `packed` or `codes`, `scale` and what else its format has, and `input_global_scale`."""
+        found = {part[1:]: self._source.read(name + part) for part in _PARTS if name + part in self._source}
+        total = name.removesuffix("weight") + "input_global_scale"
+        if total in self._source:
+            found["input_global_scale"] = self._source.read(total)
+        return found if "packed" in found else found | {"codes": self._source.read(name)}
 
     def floats(self, name: str) -> Tensor:
         """The tensor as it is, or dequantized in float32 if it is quantized."""

@@ -29,6 +29,11 @@ class Grid:
     kind: Literal["int", "float"] = "int"
 
     @property
+    def is_fp4(self) -> bool:
+        """Whether the codes are numbers of e2m1."""
+        return self.kind == "float" and self.bits == 4
+
+    @property
     def top(self) -> int:
         """For integers: the largest code plus one, e.g. 8 at 4 bits. Adding it to a code makes the code unsigned."""
         return int(2 ** (self.bits - 1))
@@ -46,7 +51,10 @@ class Grid:
     def signed_step(self, low: Tensor, high: Tensor, stored: torch.dtype) -> Tensor:
         """The scale of a symmetric grid as it is stored, in the dtype `stored`. See `step` and `mirrors`."""
         if not self.mirrors:
-            return round_up(self.step(low, high), stored)
+            step = self.step(low, high)
+            if stored == torch.float8_e4m3fn:
+                step = step.clamp(max=LARGEST_FLOAT[8])  # a larger one would become NaN
+            return round_up(step, stored)
         turned = high > -low
         held = round_up(self.step(torch.where(turned, -high, low), torch.where(turned, -low, high)), stored)
         return torch.where(turned, -held, held)

@@ -137,7 +137,10 @@ class PressedWeights:
         return found
 
     def input_peak(self, name: str) -> float | None:
-        """The largest input that a layer rounds without cutting it off; None: it keeps its inputs, or has a scale for each token."""
+        """The largest input that a layer rounds without cutting it off; None: it keeps its inputs, or finds their scales at run time."""
+        total = f"{name.removesuffix('weight')}input_global_scale"
+        if total in self._source:
+            return LARGEST_FLOAT[8] * LARGEST_FLOAT[4] / float(self._source.read(total))
         scale = f"{name.removesuffix('weight')}input_scale"
         if scale not in self._source:
             return None

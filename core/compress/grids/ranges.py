@@ -1,6 +1,7 @@
 """Scales and zero points for a grid, in float32 on any device: from the extremes, or with the least rounding error.
 
 The least error is found by shrinking a group's range in steps: clipping a few large weights makes the steps finer for all other weights.
+For fp4, larger ranges are tried, too.
 The squared error of a weight is weighted by the power of its input (the diagonal of the Gram matrix).
 """
 
@@ -13,6 +14,8 @@ from nightpress.core.compress.grids.rounding import nearest_floats
 #: Weights searched together on a CPU: few enough to stay in its caches through all tries, enough to outweigh the cost of the calls.
 _CHUNK = 512 * 1024
 SHRINKS = tuple(1.0 - 0.02 * step for step in range(26))  #: factors of the range, tried in turn: 1.00 … 0.50
+#: Factors for e2m1. Its largest numbers, 4 and 6, are far apart: a group may lose least with its largest weight at 4 (arXiv 2512.02010).
+FP4_FACTORS = (1.0, *(1.0 + 0.05 * step for step in range(1, 12)), *(1.0 - 0.05 * step for step in range(1, 11)))
 
 
 def find_ranges(
@@ -56,8 +59,8 @@ def search(weight: Tensor, grid: Grid, stored: torch.dtype, importance: Tensor |
     weigh = importance.to(weight.dtype).reshape(1, groups, -1)
     room = torch.empty_like(grouped), torch.empty_like(grouped)
     least = _squared_error(grouped, scale, zero_point, grid, weigh, room)
-    for shrink in SHRINKS[1:]:
-        other_scale, other_zero = _grid_over(low * shrink, high * shrink, grid, stored)
+    for factor in (FP4_FACTORS if grid.is_fp4 else SHRINKS)[1:]:
+        other_scale, other_zero = _grid_over(low * factor, high * factor, grid, stored)
         error = _squared_error(grouped, other_scale, other_zero, grid, weigh, room)
         better = error < least
         least = torch.where(better, error, least)

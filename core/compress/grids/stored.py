@@ -13,6 +13,8 @@ from nightpress.core.compress.grids.ranges import find_ranges, half_quadratic
 from nightpress.core.compress.grids.rounding import dequantize, nearest_codes
 from nightpress.core.recipes.schemes import BLOCK, Scheme
 
+_SEARCHED_SCALE = 256.0  #: fp8's largest power of two; 1.5 times it is a number of fp8, too
+
 
 @dataclass(frozen=True)
 class Coded:
@@ -53,19 +55,34 @@ def round_weight(
         scale, _ = find_ranges(row, grid, stored)
         wide = scale.expand(len(weight), 1)
         return Coded(nearest_codes(weight, wide, torch.zeros_like(wide), grid), scale.view(1).to(stored))
-    if scheme.format == "nvfp4-pack-quantized":
+    held = scale_dtype(scheme, stored)
+    if scheme.has_global_scale:
         assert largest is not None
-        # The group of the largest weight gets fp8's largest scale. A larger scale would become NaN, so the scale is a little less than
-        # that: by as much as the rounding of three float32 operations can add.
-        most = LARGEST_FLOAT[8] * LARGEST_FLOAT[4] * (1 - 2.0**-22)
-        total = torch.tensor([most / max(largest, 2.0**-80)], device=weight.device)
-        coded = _round_rows(weight * total, grid, torch.float8_e4m3fn, ranges, importance)
+        total = global_scale(largest, ranges, weight.device)
+        coded = round_rows(weight * total, grid, held, ranges, importance)
         return Coded(coded.codes, coded.scale, global_scale=total)
-    held = torch.float8_e8m0fnu if scheme.format == "mxfp4-pack-quantized" else stored
-    return _round_rows(weight, grid, held, ranges, importance)
+    return round_rows(weight, grid, held, ranges, importance)
 
 
-def _round_rows(weight: Tensor, grid: Grid, stored: torch.dtype, ranges: str, importance: Tensor | None) -> Coded:
+def scale_dtype(scheme: Scheme, stored: torch.dtype) -> torch.dtype:
+    """The dtype of a scheme's scales. stored: that of the float weight."""
+    fixed = {"mxfp4-pack-quantized": torch.float8_e8m0fnu, "nvfp4-pack-quantized": torch.float8_e4m3fn}
+    return fixed.get(scheme.format, stored)
+
+
+def global_scale(largest: float, ranges: str, device: torch.device) -> Tensor:
+    """nvfp4's global scale, float32 [1], for the largest magnitude of all weights that share it.
+
+    The group of the largest weight gets fp8's largest scale, or 256 where scales are searched: then a scale of 1.5 times its extremes
+    still fits. A scale that doesn't fit would become NaN, so the scale is a little less than that: by as much as the rounding of three
+    float32 operations can add.
+    """
+    most = (LARGEST_FLOAT[8] if ranges == "extremes" else _SEARCHED_SCALE) * LARGEST_FLOAT[4] * (1 - 2.0**-22)
+    return torch.tensor([most / max(largest, 2.0**-80)], device=device)
+
+
+def round_rows(weight: Tensor, grid: Grid, stored: torch.dtype, ranges: str, importance: Tensor | None) -> Coded:
+    """`round_weight` for a weight [..., out, in] with its scales in a row, in the dtype `stored`, and without a global scale."""
     if ranges == "half-quadratic":
         scale, zero_point = half_quadratic(weight, grid, stored)
     else:
@@ -105,7 +122,7 @@ def dequantized(coded: Coded, scheme: Scheme) -> Tensor:
 
 
 def to_tensors(name: str, scheme: Scheme, coded: Coded, *, input_scale: Tensor | None = None) -> dict[str, Tensor]:
-    """The tensors to write for the weight `name`. input_scale: the static scale of the layer's inputs."""
+    """The tensors to write for the weight `name`. input_scale [1]: the static scale of the layer's inputs, for nvfp4 the global one."""
     tensors: dict[str, Tensor] = {}
     if scheme.format == "pack-quantized":
         tensors[f"{name}_packed"] = pack_bits(coded.codes, scheme.bits)
@@ -121,7 +138,8 @@ def to_tensors(name: str, scheme: Scheme, coded: Coded, *, input_scale: Tensor |
     if coded.global_scale is not None:
         tensors[f"{name}_global_scale"] = coded.global_scale
     if input_scale is not None:
-        tensors[name.removesuffix("weight") + "input_scale"] = input_scale
+        part = "input_global_scale" if scheme.has_input_global_scale else "input_scale"
+        tensors[name.removesuffix("weight") + part] = input_scale
     return tensors
 
 
@@ -138,7 +156,7 @@ def from_tensors(name: str, scheme: Scheme, written: Mapping[str, Tensor]) -> Te
     if scheme.bits == 8:
         return dequantized(Coded(written[name].float(), scale), scheme)
     codes = unpack_e2m1(written[f"{name}_packed"])
-    if scheme.format == "mxfp4-pack-quantized":
+    if not scheme.has_global_scale:
         return dequantized(Coded(codes, scale.view(torch.float8_e8m0fnu)), scheme)
     return dequantized(Coded(codes, scale, global_scale=written[f"{name}_global_scale"]), scheme)
 

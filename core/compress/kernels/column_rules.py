@@ -7,13 +7,17 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class BlockGrid:
-    """The grid of a block's columns: a weight becomes scale · (code − zero_point), with lowest ≤ code ≤ highest."""
+    """The grid of a block's columns: a weight becomes scale · (code − zero_point), with lowest ≤ code ≤ highest.
+
+    fp4: it becomes scale times the nearest number of e2m1 instead.
+    """
 
     scale: Tensor  #: [..., rows, groups], in the weight's dtype
     zero_point: Tensor  #: [..., rows, groups], in the weight's dtype
     group: Tensor  #: int32 [..., columns], the index of each column's scale
     lowest: int
     highest: int
+    fp4: bool = False
 
 
 @dataclass(frozen=True)

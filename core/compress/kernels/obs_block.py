@@ -10,6 +10,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from nightpress.core.compress.grids.rounding import nearest_floats
 from nightpress.core.compress.kernels.column_rules import BlockGrid, BlockMask
 
 _RUN = 16  #: columns whose errors are passed on in one product
@@ -67,8 +68,11 @@ def reference(
         value = column
         if grid is not None and scales is not None and zero_points is not None:
             scale, zero_point = scales[groups[j]], zero_points[groups[j]]
-            code = torch.round(column / scale).add_(zero_point).clamp_(grid.lowest, grid.highest)
-            value = code.sub_(zero_point).mul_(scale)
+            if grid.fp4:
+                value = nearest_floats(column / scale, 4).mul_(scale)
+            else:
+                code = torch.round(column / scale).add_(zero_point).clamp_(grid.lowest, grid.highest)
+                value = code.sub_(zero_point).mul_(scale)
         if gone is not None:
             value = value.masked_fill(gone[j], 0)
         torch.sub(column, value, out=lost[j])

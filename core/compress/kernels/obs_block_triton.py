@@ -61,11 +61,22 @@ def launch(
             ROWS=_ROWS,
             WIDTH=triton.next_power_of_2(columns),
             HAS_GRID=grid is not None,
+            FP4=grid is not None and grid.fp4,
             HAS_TOLD=given_mask is not None,
             KEPT=kept,
             OF=of,
             num_warps=_WARPS,
         )
+
+
+@triton.jit
+def _nearest_fp4(values):
+    """The nearest numbers of e2m1. A tie becomes the smaller magnitude, as in `nearest_floats`."""
+    size = tl.abs(values)
+    number = tl.where(size > 0.25, 0.5, 0.0) + tl.where(size > 0.75, 0.5, 0.0) + tl.where(size > 1.25, 0.5, 0.0)
+    number += tl.where(size > 1.75, 0.5, 0.0) + tl.where(size > 2.5, 1.0, 0.0) + tl.where(size > 3.5, 1.0, 0.0)
+    number += tl.where(size > 5.0, 2.0, 0.0)
+    return tl.where(values < 0, -number, number)
 
 
 @triton.jit
@@ -94,6 +105,7 @@ def _kernel(
     ROWS: tl.constexpr,
     WIDTH: tl.constexpr,
     HAS_GRID: tl.constexpr,
+    FP4: tl.constexpr,
     HAS_TOLD: tl.constexpr,
     KEPT: tl.constexpr,
     OF: tl.constexpr,
@@ -130,10 +142,13 @@ def _kernel(
         if HAS_GRID:
             at = wide_row * scale_stride + tl.load(group + j)
             step = tl.load(scale + at, mask=real_row, other=1.0)
-            zero = tl.load(zero_point + at, mask=real_row, other=0.0)
-            code = libdevice.rint(tl.div_rn(before, step)) + zero
-            code = tl.minimum(tl.maximum(code, lowest), highest)
-            after = (code - zero) * step
+            if FP4:
+                after = _nearest_fp4(tl.div_rn(before, step)) * step
+            else:
+                zero = tl.load(zero_point + at, mask=real_row, other=0.0)
+                code = libdevice.rint(tl.div_rn(before, step)) + zero
+                code = tl.minimum(tl.maximum(code, lowest), highest)
+                after = (code - zero) * step
         if HAS_TOLD:
             gone = tl.load(given_mask + wide_row * told_stride + j, mask=real_row, other=0)
             after = tl.where(gone != 0, 0.0, after)

@@ -8,17 +8,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nightpress.core.compress.calibration.samples import calibration_samples
 from nightpress.core.compress.context import PassContext
-from nightpress.core.compress.data.calibration import calibration_samples
-from nightpress.core.compress.executors.blocks import CacheStandIn, FinalTensor, Method, RunResult, press_blocks
+from nightpress.core.compress.executors.blocks import CacheStandIn, FinalTensor, Inputs, Method, RunResult, press_blocks
 from nightpress.core.compress.executors.rewrite import Effect
+from nightpress.core.compress.grids.rounded_inputs import input_global_scale
 from nightpress.core.compress.grids.stored import Coded, dequantized, to_tensors
 from nightpress.core.compress.model.checkpoint import read_shards
 from nightpress.core.compress.model.companions import copy_companions
 from nightpress.core.compress.model.quantization_config import write_config
 from nightpress.core.compress.passes.quantize import OnGrid
+from nightpress.core.compress.solvers.gram import Gram, GramAndPeak
 from nightpress.core.handoff.report import LayerEffect, PassRecord, Series
 from nightpress.core.recipes.passes import PassOptions, Quantizing
+from nightpress.core.recipes.passes.gptq import Formatted
 from nightpress.core.recipes.schemes import Scheme
 
 #: Name of a module → the scheme in which its weight is stored.
@@ -136,20 +139,42 @@ def settle_coded(
 
     before [out, in] float32: the weight before rounding.
     """
-    return settle_all_coded({name: (coded, before)}, scheme, input_scale=input_scale)[name]
+    scales = {} if input_scale is None else {name: input_scale}
+    return settle_all_coded({name: (coded, before)}, scheme, input_scales=scales)[name]
 
 
 def settle_all_coded(
-    weights: Mapping[str, tuple[Coded, Tensor]], scheme: Scheme, *, input_scale: Tensor | None = None
+    weights: Mapping[str, tuple[Coded, Tensor]], scheme: Scheme, *, input_scales: Mapping[str, Tensor]
 ) -> dict[str, FinalTensor]:
-    """`settle_coded` for several weights of one scheme: name → (coded weight, weight before rounding). Waits for the device once."""
+    """`settle_coded` for several weights of one scheme: name → (coded weight, weight before rounding). Waits for the device once.
+
+    input_scales: by weight, of those whose inputs have a static scale.
+    """
     after = {name: dequantized(coded, scheme) for name, (coded, _) in weights.items()}
     effects = effects_of([(before, after[name]) for name, (_, before) in weights.items()])
     return {
         name: FinalTensor(
-            weight=after[name], tensors=to_tensors(name, scheme, coded, input_scale=input_scale), effect=effect
+            weight=after[name],
+            tensors=to_tensors(name, scheme, coded, input_scale=input_scales.get(name)),
+            effect=effect,
         )
         for (name, (coded, _)), effect in zip(weights.items(), effects, strict=True)
+    }
+
+
+def watch_inputs(options: Formatted, columns: int, device: torch.device) -> Gram:
+    """Return the statistic of a layer's inputs that the options need."""
+    kind = GramAndPeak if options.scheme("").has_input_global_scale else Gram
+    return kind(columns, device)
+
+
+def input_scales(inputs: Sequence[Inputs]) -> dict[str, Tensor]:
+    """Return weight → the global scale of its inputs, where these were watched for it."""
+    return {
+        name: input_global_scale(group.statistic.peak)
+        for group in inputs
+        if isinstance(group.statistic, GramAndPeak)
+        for name in group.names
     }
 
 

@@ -20,6 +20,7 @@ from nightpress.core.compress.passes.blockwise import (
     Schemes,
     effect_of,
     effects_of,
+    input_scales,
     made_up,
     press,
     quantize,
@@ -27,9 +28,10 @@ from nightpress.core.compress.passes.blockwise import (
     scheme_of,
     settle_all_coded,
     settle_coded,
+    watch_inputs,
 )
 from nightpress.core.compress.passes.folding import BlockFold, Folding, FoldTarget
-from nightpress.core.compress.passes.quantize import OnGrid
+from nightpress.core.compress.passes.quantize import OnGrid, shared_peak
 from nightpress.core.compress.passes.registry import folder_pass
 from nightpress.core.compress.passes.sensitivity import press_with_bits
 from nightpress.core.compress.passes.stacks import Stack, stacks
@@ -53,9 +55,12 @@ from nightpress.core.recipes.schemes import Scheme
 def gptq(source: Path, target: Path, options: Gptq, context: PassContext) -> PassRecord:
     """Quantize with GPTQ, and prune at the same time if `sparsity` is set. `target` becomes a compressed-tensors `pack-quantized` model."""
 
+    largest = shared_peak(source, options, context)
+
     def press(folder: Path, schemes: Schemes, summary: dict[str, Any], context: PassContext) -> PassRecord:
-        method, tables = Quantized(options, schemes), rounded_tables(source, options)
-        return quantize(source, folder, method, schemes, options, context, summary, outside=tables)
+        method, tables = Quantized(options, schemes, largest), rounded_tables(source, options)
+        told = summary | {"format": options.format, "activations": options.activations}
+        return quantize(source, folder, method, schemes, options, context, told, outside=tables)
 
     return press_with_bits(source, target, options, context, press)
 
@@ -100,19 +105,21 @@ class Quantized:
 
     by_group = True
 
-    def __init__(self, options: Gptq, schemes: Schemes) -> None:
-        self._options, self._schemes = options, schemes
+    def __init__(self, options: Gptq, schemes: Schemes, largest: float | None = None) -> None:
+        """largest: as in `round_weight`."""
+        self._options, self._schemes, self._largest = options, schemes, largest
         self._prune = None if options.sparsity is None else _prune(options.sparsity, options.pattern)
 
     def watch(self, columns: int, device: torch.device) -> Gram:
-        return Gram(columns, device)
+        return watch_inputs(self._options, columns, device)
 
     def settle(
         self, block: Mapping[str, Tensor], inputs: Sequence[Inputs], device: torch.device
     ) -> dict[str, FinalTensor]:
         settled: dict[str, FinalTensor] = {}
+        scales = input_scales(inputs)
         for scheme, solved in self._solve(block, inputs, device):
-            settled |= settle_all_coded(solved, scheme)
+            settled |= settle_all_coded(solved, scheme, input_scales=scales)
         return settled
 
     def codes(self, block: Mapping[str, Tensor], inputs: Sequence[Inputs], device: torch.device) -> dict[str, Coded]:
@@ -161,10 +168,14 @@ class Quantized:
             ranges=self._options.ranges,
             refine=self._options.refine,
             prune=self._prune,
+            largest=self._largest,
         )
         before, codes, scales = (stack.each(part, block, places) for part in (weights, coded.codes, coded.scale))
         zero_points = {} if coded.zero_point is None else stack.each(coded.zero_point, block, places)
-        return {name: (Coded(codes[name], scales[name], zero_points.get(name)), before[name]) for name in codes}
+        return {
+            name: (Coded(codes[name], scales[name], zero_points.get(name), coded.global_scale), before[name])
+            for name in codes
+        }
 
     def restore(self, name: str, written: Mapping[str, Tensor]) -> Tensor:
         return from_tensors(name, scheme_of(self._schemes, name), written)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from nightpress.core.compress.context import PassContext
 from nightpress.core.compress.data.examples import Batch, read_examples
 from nightpress.core.compress.data.tokenized import open_tokenizer, special_tokens
-from nightpress.core.compress.executors.train import TrainingResult, frozen_model, precision, train
+from nightpress.core.compress.executors.train import TrainingResult, frozen_model, precision, train, validation_losses
 from nightpress.core.compress.model.networks import (
     cast_weights,
     embeddings_of,
@@ -31,6 +31,7 @@ from nightpress.core.compress.solvers.distillation import (
     pool,
     relation_divergence,
     soft_cross_entropy,
+    with_the_rest,
 )
 from nightpress.core.errors import ErrorCode, NightpressError
 from nightpress.core.handoff.report import PassRecord
@@ -88,10 +89,14 @@ def teach(
     options: Teaching,
     context: PassContext,
     masks: "_Masks | None" = None,
+    *,
+    measured: bool = False,
+    span: tuple[float, float] = (0.0, 1.0),
 ) -> tuple[TrainingResult, dict[str, Any]]:
     """Train the student on the teacher's outputs with the losses of the options. Afterwards the student is on the CPU.
 
-    frozen: parameters that don't learn. Returns the training's result and more fields for the record's summary.
+    frozen: parameters that don't learn. measured: the loss on the validation examples is also taken before the training, as `loss_before`.
+    span: part of the pass's progress. Returns the training's result and more fields for the record's summary.
     """
     header = context.header
     torch.set_num_threads(context.threads)
@@ -115,13 +120,17 @@ def teach(
     cached = None
     if options.logits is not None and options.logits.cache:
         inputs = _Inputs(source, header, fixed=True)
-        cached = cache_logits(teacher, inputs.of, examples, options, context, span=(0.0, 0.2))
+        begin = span[0] + 0.2 * (span[1] - span[0])
+        cached = cache_logits(teacher, inputs.of, examples, options, context, span=(span[0], begin))
+        span = (begin, span[1])
     lesson = _StudentTraining(student, teacher, options, source, header, cached, masks)
     lesson.to(context.device)
     recipe = f"{options.name} {options.model_dump_json()} {header.model_dump_json()}"
-    trained = train(lesson, examples, options.train, context, recipe=recipe, span=(0.2 if cached else 0.0, 1.0))
+    before = validation_losses(lesson, examples, options.train, context) if measured else {}
+    trained = train(lesson, examples, options.train, context, recipe=recipe, span=span)
     student.to("cpu")
-    return trained, {"examples": len(examples), "cached_logits": None if cached is None else cached.size}
+    extra = {"examples": len(examples), "cached_logits": None if cached is None else cached.size}
+    return trained, extra | ({"loss_before": before["loss"]} if before else {})
 
 
 class _Inputs:
@@ -190,15 +199,15 @@ class _StudentTraining(nn.Module):
         self._pooling = header.pooling
         self.projections = nn.ModuleList()
         self._hidden_map: tuple[int, ...] = ()
-        _, ours = find_blocks(student)
-        _, theirs = find_blocks(teacher)
         if options.hidden is not None:
+            ours, theirs = _blocks(student), _blocks(teacher)
             self._hidden_map = options.hidden.layers or ends_of_spans(len(ours), len(theirs))
             widths = student.config.hidden_size, teacher.config.hidden_size
             self.projections = nn.ModuleList(nn.Linear(*widths, bias=False) for _ in ours if widths[0] != widths[1])
         self._watched = None
         if options.relations is not None:
-            self._watched = _projections(ours[-1]), _projections(theirs[options.relations.layer])
+            last, taught = _blocks(student)[-1], _blocks(teacher)[options.relations.layer]
+            self._watched = _projections(last), _projections(taught)
         if masks is not None:
             masks.keep()
 
@@ -225,7 +234,10 @@ class _StudentTraining(nn.Module):
                 found["logits"] = self._distance(logits, answer)
             else:
                 values, indices = self._cached.of(batch, where)
-                found["logits"] = self._distance(logits.gather(-1, indices), values)
+                with_rest = values.shape[-1] > indices.shape[-1]
+                temperature = options.logits.temperature
+                ours_of_them = with_the_rest(logits, indices, temperature) if with_rest else logits.gather(-1, indices)
+                found["logits"] = self._distance(ours_of_them, values)
             parts.append(options.logits.weight * options.logits.alpha * found["logits"])
             if options.logits.alpha < 1:
                 assert labels is not None
@@ -276,6 +288,10 @@ def _watch(layers: tuple[nn.Module, ...]) -> Iterator[list[Tensor]]:
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _blocks(model: Any) -> nn.ModuleList:
+    return find_blocks(model)[1]
 
 
 def _projections(block: nn.Module) -> tuple[nn.Module, ...]:

@@ -12,8 +12,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from nightpress.core.compress.calibration.samples import calibration_samples
 from nightpress.core.compress.context import PassContext
-from nightpress.core.compress.data.calibration import calibration_samples
 from nightpress.core.compress.executors.rewrite import tensor_bytes
 from nightpress.core.compress.executors.survey import survey
 from nightpress.core.compress.model.checkpoint import ShardWriter, read_shards, write_file, write_index

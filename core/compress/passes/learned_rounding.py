@@ -1,6 +1,7 @@
 """Learned rounding: each block's codes and ranges are learned by gradients of the error of the block's output."""
 
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +12,18 @@ from nightpress.core.compress.context import PassContext
 from nightpress.core.compress.executors.blocks import FinalTensor, Inputs
 from nightpress.core.compress.executors.live_block import Lessons, LiveBlock
 from nightpress.core.compress.executors.reproducible import backward
+from nightpress.core.compress.grids.rounded_inputs import round_inputs
 from nightpress.core.compress.grids.stored import Coded, dequantized, from_tensors, round_weight
-from nightpress.core.compress.model.checkpoint import read_shards
-from nightpress.core.compress.passes.blockwise import Schemes, quantize, scheme_of, settle_coded
+from nightpress.core.compress.passes.blockwise import (
+    Schemes,
+    input_scales,
+    quantize,
+    scheme_of,
+    settle_coded,
+    watch_inputs,
+)
 from nightpress.core.compress.passes.calibrated import Quantized, rounded_tables
-from nightpress.core.compress.passes.quantize import largest_weights
+from nightpress.core.compress.passes.quantize import shared_peak
 from nightpress.core.compress.passes.registry import folder_pass
 from nightpress.core.compress.passes.sensitivity import press_with_bits
 from nightpress.core.compress.solvers.gram import Gram
@@ -34,14 +42,11 @@ Codes = Mapping[str, Coded]  #: by weight
 @folder_pass(LearnedRounding)
 def learned_rounding(source: Path, target: Path, options: LearnedRounding, context: PassContext) -> PassRecord:
     """Quantize by learned rounding. `target` becomes a compressed-tensors model."""
-    largest = None
-    if options.format == "nvfp4":  # runtimes fuse layers that share inputs, and read one global scale for them
-        names = {tensor.name for shard in read_shards(source) for tensor in shard.tensors if options.takes(tensor.info)}
-        largest = max(largest_weights(source, names, context).values())
+    largest = shared_peak(source, options, context)
 
     def press(folder: Path, schemes: Schemes, summary: dict[str, Any], context: PassContext) -> PassRecord:
         method = Learned(options, schemes, largest, context.seed)
-        told = summary | {"format": options.format, "steps": options.steps}
+        told = summary | {"format": options.format, "activations": options.activations, "steps": options.steps}
         tables = rounded_tables(source, options)
         return quantize(source, folder, method, schemes, options, context, told, outside=tables, step=options.batch)
 
@@ -58,19 +63,26 @@ class Learned:
         self._options, self._schemes, self._largest, self._seed = options, schemes, largest, seed
         self._solver = None
         if options.start == "better":
-            self._solver = Quantized(Gptq(symmetric=options.symmetric, ranges=options.ranges), schemes)
+            self._solver = Quantized(Gptq(symmetric=options.symmetric, ranges=options.ranges), schemes, largest)
 
     def watch(self, columns: int, device: torch.device) -> Gram:
-        return Gram(columns, device)
+        return watch_inputs(self._options, columns, device)
 
     def settle(self, block: LiveBlock, inputs: Sequence[Inputs], device: torch.device) -> dict[str, FinalTensor]:
         lessons = block.lessons
         assert lessons is not None
         weights = {name: block[name].to(device) for group in inputs for name in group.names}
+        scales = input_scales(inputs)
+        for name in weights:
+            scheme = scheme_of(self._schemes, name)
+            if scheme.activations is not None:
+                lessons.round_inputs(name, partial(round_inputs, scheme=scheme, total=scales.get(name)))
         codes, share = self._learn(lessons, weights, self._starts(weights, inputs))
         block.figures[SHARE] = share
         return {
-            name: settle_coded(name, scheme_of(self._schemes, name), coded, weights[name].float())
+            name: settle_coded(
+                name, scheme_of(self._schemes, name), coded, weights[name].float(), input_scale=scales.get(name)
+            )
             for name, coded in codes.items()
         }
 

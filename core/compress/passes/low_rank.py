@@ -1,19 +1,28 @@
-"""Low-rank changes of linear layers, trained instead of the weights and merged into them at the end (LoRA, arXiv 2106.09685)."""
+"""Low-rank changes of linear layers, trained instead of the weights (LoRA, arXiv 2106.09685).
 
+At the end they are merged into the weights. Those of fixed codes are written as an adapter of PEFT instead.
+"""
+
+import json
 import math
+from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from nightpress.core.compress.model.checkpoint import disk_errors, sync_folder, write_file
 from nightpress.core.compress.model.networks import find_blocks
+from nightpress.core.compress.passes.scaled_linear import ScaledLinear
 from nightpress.core.recipes.passes.distill import Lora
 
 
 class LowRank(nn.Module):
     """A linear layer whose weight is W + scale · B A: W [out, in] is frozen, A [rank, in] and B [out, rank] learn. B starts at zero."""
 
-    def __init__(self, linear: nn.Linear, rank: int, scale: float) -> None:
+    def __init__(self, linear: nn.Linear | ScaledLinear, rank: int, scale: float) -> None:
         super().__init__()
         self.linear, self.scale = linear, scale
         self.a = nn.Parameter(torch.empty(rank, linear.in_features))
@@ -49,8 +58,46 @@ def merge_low_rank(model: Any, added: dict[str, LowRank]) -> None:
     """Add each change to its layer's weight, and put the plain layers back."""
     with torch.no_grad():
         for name, low_rank in added.items():
+            assert isinstance(low_rank.linear, nn.Linear)
             low_rank.linear.weight += low_rank.scale * (low_rank.b @ low_rank.a)
             _put(model, name, low_rank.linear)
+
+
+def add_adapters(model: Any, layers: Iterable[str], rank: int, alpha: float, *, seed: int) -> dict[str, LowRank]:
+    """Add a low-rank change to each of these layers, by name. Returns the changes by name. Nothing else of the model learns."""
+    model.requires_grad_(False)
+    added = {}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        for name in layers:
+            added[name] = LowRank(model.get_submodule(name), rank, alpha / rank)
+            _put(model, name, added[name])
+    return added
+
+
+def write_adapter(folder: Path, added: Mapping[str, LowRank], rank: int, alpha: float) -> None:
+    """Write the changes as an adapter that PEFT and vLLM load, in float32."""
+    targets = sorted({name.rsplit(".", 1)[-1] for name in added})
+    config = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "r": rank,
+        "lora_alpha": alpha,
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "target_modules": targets,
+        "base_model_name_or_path": None,
+        "inference_mode": True,
+    }
+    tensors = {}
+    for name, low_rank in added.items():
+        tensors[f"base_model.model.{name}.lora_A.weight"] = low_rank.a.detach().cpu().contiguous()
+        tensors[f"base_model.model.{name}.lora_B.weight"] = low_rank.b.detach().cpu().contiguous()
+    with disk_errors():
+        folder.mkdir(parents=True, exist_ok=True)
+        write_file(folder / "adapter_config.json", json.dumps(config, indent=2).encode() + b"\n")
+        save_file(tensors, folder / "adapter_model.safetensors", {"format": "pt"})
+        sync_folder(folder)
 
 
 def _put(model: nn.Module, name: str, module: nn.Module) -> None:

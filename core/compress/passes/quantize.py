@@ -115,7 +115,7 @@ def stream_rounded(
 
 
 def _needs_largest(scheme: Scheme) -> bool:
-    return scheme.strategy == "tensor" or scheme.format == "nvfp4-pack-quantized"
+    return scheme.strategy == "tensor" or scheme.has_global_scale
 
 
 def largest_weights(source: Path, names: set[str], context: PassContext) -> dict[str, float]:
@@ -128,6 +128,16 @@ def largest_weights(source: Path, names: set[str], context: PassContext) -> dict
 
     scan(read_shards(source), names, visit, context, span=(0.0, 0.3))
     return {name: max(value for (other, _), value in parts.items() if other == name) for name in names}
+
+
+def shared_peak(source: Path, options: Quantizing, context: PassContext) -> float | None:
+    """Return the largest magnitude of all weights that the options take; None if no scheme has a global scale.
+
+    Runtimes fuse layers that share inputs, and then read one global scale for the fused layer. So nvfp4 has one for the whole model.
+    """
+    infos = [tensor.info for shard in read_shards(source) for tensor in shard.tensors]
+    names = {info.name for info in infos if options.takes(info) and options.scheme(module_of(info)).has_global_scale}
+    return max(largest_weights(source, names, context).values()) if names else None
 
 
 @dataclass(frozen=True)

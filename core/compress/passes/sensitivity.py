@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nightpress.core.compress.calibration.samples import calibration_samples
 from nightpress.core.compress.context import PassContext
-from nightpress.core.compress.data.calibration import calibration_samples
 from nightpress.core.compress.executors.blocks import FinalTensor, Inputs, press_blocks
 from nightpress.core.compress.executors.rewrite import Effect
 from nightpress.core.compress.grids.stored import dequantized, round_weight

@@ -16,8 +16,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from nightpress.core.compress.calibration.samples import calibration_samples
 from nightpress.core.compress.context import PassContext
-from nightpress.core.compress.data.calibration import calibration_samples
 from nightpress.core.compress.graph.static_ranges import Texts, calibrated, session
 from nightpress.core.compress.graph.tracing import Traced
 from nightpress.core.compress.model.checkpoint import disk_errors, write_file

@@ -1,4 +1,4 @@
-"""A teacher's logits, computed once and kept on disk. Of a vocabulary's logits, only the largest are kept."""
+"""A teacher's logits, computed once and kept on disk. Of a vocabulary's logits, only the largest are kept, and the others' sum."""
 
 import hashlib
 from collections.abc import Callable, Iterator
@@ -16,6 +16,7 @@ from nightpress.core.compress.context import PassContext
 from nightpress.core.compress.data.examples import Batch, Examples, collate
 from nightpress.core.compress.executors.rewrite import tensor_bytes
 from nightpress.core.compress.model.checkpoint import ShardWriter, tensor_info
+from nightpress.core.compress.solvers.distillation import with_the_rest
 from nightpress.core.errors import ErrorCode, NightpressError
 from nightpress.core.recipes.passes.distill import Teaching
 
@@ -25,14 +26,17 @@ Inputs = Callable[[Batch], tuple[dict[str, Tensor], Tensor | None, Tensor | None
 
 @dataclass(frozen=True)
 class CachedLogits:
-    """The k largest logits of every scored position. The positions of all texts are stored one after the other."""
+    """The k largest logits of every scored position. The positions of all texts are stored one after the other.
+
+    If there are more than k classes, a last value stands for the others together, as in `with_the_rest`.
+    """
 
     file: Path
     starts: Tensor  #: int64 [N + 1], index of each text's first position; the last value is the number of positions
     size: int  #: bytes
 
     def of(self, batch: Batch, where: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Return (values float32, indices int64), [M, k] each: for the batch's scored positions, in their order, on its device."""
+        """Return (values float32 [M, k or k + 1], indices int64 [M, k]): for the batch's scored positions, in their order, on its device."""
         del where
         values, indices = [], []
         with safe_open(self.file, framework="pt") as file:
@@ -66,14 +70,15 @@ def cache_logits(
         if context.header.task == "classification"
         else teacher.config.vocab_size
     )
-    top = min(options.logits.cache_top, classes)
+    top, temperature = min(options.logits.cache_top, classes), options.logits.temperature
     counts: list[int] = []
     for chosen in _in_batches(examples, options.train.batch):
         _, where, _ = inputs(collate(examples, chosen, torch.device("cpu")))
         counts += [1] * len(chosen) if where is None else where.sum(1).tolist()
     starts = torch.tensor([0, *counts]).cumsum(0)
     rows = int(starts[-1])
-    infos = [tensor_info("values", "F32", (rows, top)), tensor_info("indices", "I32", (rows, top))]
+    width = top + (top < classes)
+    infos = [tensor_info("values", "F32", (rows, width)), tensor_info("indices", "I32", (rows, top))]
     size = sum(info.size for info in infos)
     if size > options.logits.cache_bytes:
         raise NightpressError(
@@ -82,7 +87,7 @@ def cache_logits(
             hint="Lower `cache_top`, raise `cache_bytes`, or leave `cache` out.",
         )
     # A pass has one teacher: its own source, or the job's source. The key has the pass's index: another pass may have another teacher.
-    key = hashlib.sha256(examples.digest() + f"{context.index} {top} {device.type}".encode())
+    key = hashlib.sha256(examples.digest() + f"{context.index} {top} {temperature} {device.type}".encode())
     file = context.work_dir / "answers" / f"{key.hexdigest()[:16]}.safetensors"
     if not file.is_file():
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -91,10 +96,12 @@ def cache_logits(
                 start = int(chosen[0])
                 read, where, _ = inputs(collate(examples, chosen, device))
                 logits = teacher(**read).logits
-                best = (logits if where is None else logits[where]).float().topk(top, dim=-1)
-                at = int(starts[start]) * top * 4
-                shard.write("values", at, _bytes(best.values))
-                shard.write("indices", at, _bytes(best.indices.int()))
+                scored = (logits if where is None else logits[where]).float()
+                best = scored.topk(top, dim=-1)
+                values = with_the_rest(scored, best.indices, temperature) if top < classes else best.values
+                at = int(starts[start]) * 4
+                shard.write("values", at * width, _bytes(values))
+                shard.write("indices", at * top, _bytes(best.indices.int()))
                 done = start / len(examples)
                 context.progress(
                     span[0] + (span[1] - span[0]) * done, f"asking the teacher, {start:,} of {len(examples):,}"

@@ -1,5 +1,6 @@
 """Loads a model folder with transformers: in fp32 on the CPU, or in its own number type on a GPU."""
 
+import json
 import sys
 import time
 from functools import partial
@@ -27,6 +28,12 @@ model = {auto_class}.from_pretrained({folder!r}, dtype="auto", device_map={devic
 model.eval()
 """
 
+#: For fp4 weights with rounded inputs: transformers leaves them packed, and the first call would unpack them to bfloat16 for every model.
+UNPACK = """
+model.hf_quantizer.compressor.decompress_model(model)
+torch.nn.Module.to(model, model.dtype)
+"""
+
 _FILLED = 0.9  #: share of a GPU's free memory that weights may take; the rest is for what the model computes
 _SCORED_ROWS = 512  #: positions whose logits are in float32 at a time
 
@@ -41,6 +48,8 @@ def load(request: dict[str, Any]) -> tuple[Any, ...]:
         snippet = GPU_SNIPPET.format(**given, device_map=_device_map(request["folder"]))
     else:
         snippet = SNIPPET.format(**given, threads=request["threads"])
+    if rounds_fp4_inputs(request["folder"]):
+        snippet += UNPACK
     model = measure.execute(snippet)["model"]
     import torch
     import transformers
@@ -48,6 +57,17 @@ def load(request: dict[str, Any]) -> tuple[Any, ...]:
     forward = (OnGpu if on_gpu else OnCpu)(model, task)
     versions = {"torch": torch.__version__, "transformers": transformers.__version__}
     return forward, versions, snippet, partial(_generate, model), partial(_waits, model)
+
+
+def rounds_fp4_inputs(folder: str) -> bool:
+    """Whether the folder holds fp4 weights whose inputs a runtime rounds: to fp4, or to fp8."""
+    stored = json.loads(Path(folder, "config.json").read_bytes()).get("quantization_config") or {}
+    groups = (stored.get("config_groups") or {}).values()
+    return any(
+        group.get("input_activations") is not None
+        and (group["weights"]["num_bits"], group["weights"]["type"]) == (4, "float")
+        for group in groups
+    )
 
 
 def _device_map(folder: str) -> str:

@@ -15,6 +15,18 @@ def soft_cross_entropy(student: Tensor, teacher: Tensor, temperature: float) -> 
     return temperature**2 * F.kl_div(ours, theirs, reduction="batchmean", log_target=True)
 
 
+def with_the_rest(logits: Tensor, indices: Tensor, temperature: float) -> Tensor:
+    """The chosen logits [N, k], and one for all other classes together: [N, k + 1] float32. logits [N, C]; indices [N, k] with k < C.
+
+    Their softmax at this temperature has the probabilities of the chosen classes, and the sum of those of the others.
+    """
+    scaled = logits.float() / temperature
+    chosen = scaled.gather(-1, indices)
+    total = scaled.logsumexp(-1, keepdim=True)
+    covered = (chosen.logsumexp(-1, keepdim=True) - total).clamp(max=-1e-6)
+    return temperature * torch.cat([chosen, total + torch.log1p(-covered.exp())], dim=-1)
+
+
 def number_error(student: Tensor, teacher: Tensor) -> Tensor:
     """Mean squared error of numbers [N, C] relative to the variance of the teacher's over the batch."""
     theirs = teacher.float()

@@ -3,12 +3,15 @@
 Frantar et al., GPTQ (arXiv 2210.17323).
 """
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
+from nightpress.core.compress.grids.grid import Grid
 from nightpress.core.compress.grids.refine import fit_scales
 from nightpress.core.compress.grids.rounding import dequantize
-from nightpress.core.compress.grids.stored import Coded, dequantized, grid_of, round_weight
+from nightpress.core.compress.grids.stored import Coded, global_scale, grid_of, round_rows, scale_dtype
 from nightpress.core.compress.solvers.obs import Factor, Prune, Quantize, Solved, output_loss, solve
 from nightpress.core.compress.solvers.products import fast_products
 from nightpress.core.recipes.schemes import Scheme
@@ -28,17 +31,41 @@ def round_obs(
     ranges: str = "extremes",
     refine: bool = False,
     prune: Prune | None = None,
+    largest: float | None = None,
 ) -> Coded:
     """Round a weight [..., out, in] float32 with the Optimal Brain Surgeon solver.
 
-    gram [..., in, in] is the Gram matrix that `factor` was made from. stored: the dtype of the scales. ranges: as in `Quantize`. refine: refit
-    the scales to the chosen codes. Without `prune`, no row costs the outputs more than rounding to nearest. With `prune`, rows are not
-    compared with rounding to nearest, and `refine` has no effect. Raises NightpressError(numerical_failure) as `solve` does.
+    gram [..., in, in] is the Gram matrix that `factor` was made from. stored: the dtype of the scales, unless the format fixes it. ranges:
+    as in `Quantize`. refine: refit the scales to the chosen codes. largest: nvfp4 needs it, as in `round_weight`. Without `prune`, no row
+    costs the outputs more than rounding to nearest. With `prune`, rows are not compared with rounding to nearest, and `refine` has no
+    effect. Raises NightpressError(numerical_failure) as `solve` does.
     """
+    grid, held = grid_of(scheme), scale_dtype(scheme, stored)
+    if not scheme.has_global_scale:
+        return _round(weight, gram, factor, grid, held, ranges, refine=refine, prune=prune)
+    assert largest is not None
+    total = global_scale(largest, ranges, weight.device)
+    return replace(
+        _round(weight * total, gram, factor, grid, held, ranges, refine=refine, prune=prune), global_scale=total
+    )
+
+
+def _round(
+    weight: Tensor,
+    gram: Tensor,
+    factor: Factor,
+    grid: Grid,
+    stored: torch.dtype,
+    ranges: str,
+    *,
+    refine: bool,
+    prune: Prune | None,
+) -> Coded:
+    """As `round_obs`, without a global scale."""
     importance = factor.power if ranges == "least-error" else None
-    nearest = None if prune else round_weight(weight, scheme, stored, ranges=ranges, importance=importance)
+    nearest = None if prune else round_rows(weight, grid, stored, ranges, importance)
     known = None if nearest is None else _ranges_of(nearest)
-    solved = solve(weight, factor, Quantize(grid_of(scheme), stored, ranges, known), prune)
+    solved = solve(weight, factor, Quantize(grid, stored, ranges, known), prune)
     assert solved.codes is not None
     assert solved.scale is not None
     if nearest is None:
@@ -50,12 +77,13 @@ def round_obs(
             fitted_loss = output_loss(weight, dequantize(solved.codes, fitted, solved.zero_point), factor)
             scale = torch.where((fitted_loss < loss)[..., None], fitted, scale)
             loss = torch.minimum(fitted_loss, loss)
-        nearest_loss = output_loss(weight, dequantized(nearest, scheme), factor)
+        nearest_loss = output_loss(weight, dequantize(nearest.codes, nearest.scale, nearest.zero_point), factor)
     worse = (loss > _CLEARLY * nearest_loss)[..., None]
     zero_point = solved.zero_point
     if zero_point is not None and nearest.zero_point is not None:
         zero_point = torch.where(worse, nearest.zero_point, zero_point)
-    return Coded(torch.where(worse, nearest.codes, solved.codes), torch.where(worse, nearest.scale, scale), zero_point)
+    kept = torch.where(worse, nearest.scale.float(), scale.float()).to(stored)  # torch selects few numbers of 8 bits
+    return Coded(torch.where(worse, nearest.codes, solved.codes), kept, zero_point)
 
 
 def _ranges_of(coded: Coded) -> tuple[Tensor, Tensor]:

@@ -52,6 +52,19 @@ class Gram:
         return self._sum
 
 
+class GramAndPeak(Gram):
+    """A running Σ xxᵀ, and the largest magnitude of all inputs."""
+
+    def __init__(self, columns: int, device: torch.device | str) -> None:
+        super().__init__(columns, device)
+        self.peak = torch.zeros((), device=device)
+
+    def add(self, inputs: Tensor) -> None:
+        super().add(inputs)
+        if inputs.numel():
+            torch.maximum(self.peak, inputs.abs().amax().float(), out=self.peak)
+
+
 def damped_cholesky(matrix: Tensor, damping: Tensor) -> tuple[Tensor, Tensor]:
     """Return the lower Cholesky factors [..., n, n] of matrix + damping · I, and the damping [...] that was used. Overwrites `matrix`.
 

@@ -2,7 +2,7 @@
 
 A weight w with the scale s and the zero point z gets the code q = clamp(⌊w/s + v⌉ + z). Its offset v, from −½ to ½, and factors of its
 group's range are learned. They move by the sign of their gradient times a rate that falls linearly to zero. Gradients pass through the
-rounding as if it were the identity.
+rounding as if it were the identity. The scales of fp4 weights don't move.
 
 No graph of gradients is kept for this: given the gradient g of ŵ = s·(q − z), with i = 1 where q is not clamped and 0 elsewhere,
 ∂/∂v = g·s·i, ∂/∂s = Σ g·(q − z) − Σ g·i·w / s and ∂/∂z = −s·Σ g·(1 − i), summed over the group.
@@ -13,7 +13,7 @@ Cheng et al., SignRound (arXiv 2309.05516), eq. 3–6.
 import torch
 from torch import Tensor
 
-from nightpress.core.compress.grids.grid import SMALLEST_SCALE
+from nightpress.core.compress.grids.grid import E2M1, SMALLEST_SCALE
 from nightpress.core.compress.grids.rounding import dequantize, nearest_floats
 from nightpress.core.compress.grids.stored import Coded, grid_of
 from nightpress.core.recipes.schemes import Scheme
@@ -82,19 +82,34 @@ class LearnedWeight:
         self.offset.sub_(inside.sign_(), alpha=rate).clamp_(-0.5, 0.5)
 
     def _move(self, number: int, slope: Tensor, rate: float) -> None:
+        if self._grid.is_fp4:
+            return  # fp8 scales and powers of two change by leaps, and the codes can't follow them: see decision 0162
         self.factors[number].sub_(slope.sign(), alpha=rate).clamp_(_LEAST, _MOST)
 
     def _with_the_codes(self, weight: Tensor) -> Tensor:
         """The weight in groups, moved to where the start's codes are the nearest ones: rounded without offsets, it gives these codes."""
         grouped = weight.view(*self._scale.shape, -1)
         if self._grid.kind == "float":
-            return grouped
+            return self._with_the_floats(grouped)
         codes = self._start.codes.view(grouped.shape)
         centre = codes.float() if self._zero_point is None else codes - self._zero_point[..., None]
         away = (grouped / self._scale[..., None]).sub_(centre)
         beyond = (codes == self._grid.top - 1) & (away > 0) | (codes == -self._grid.top) & (away < 0)
         near = away.clamp(-_EDGE, _EDGE).add_(centre).mul_(self._scale[..., None])
         return torch.where((away.abs() < 0.5) | beyond, grouped, near)
+
+    def _with_the_floats(self, grouped: Tensor) -> Tensor:
+        """As `_with_the_codes`, for a weight [out, groups, width] and codes of e2m1."""
+        codes = self._start.codes.view(grouped.shape)
+        steps = grouped / self._scale[..., None]
+        numbers = torch.tensor(E2M1, device=codes.device)
+        places = torch.bucketize(codes.abs(), numbers)
+        gaps = numbers.diff()
+        outwards = torch.cat([gaps, gaps.new_full((1,), torch.inf)])[places]  # beyond the largest, it stays the nearest
+        inwards = torch.cat([gaps[:1], gaps])[places]
+        away = (steps - codes) * torch.where(codes < 0, -1.0, 1.0)  # > 0: to larger magnitudes
+        near = codes + away.clamp(-_EDGE * inwards, _EDGE * outwards) * torch.where(codes < 0, -1.0, 1.0)
+        return torch.where(nearest_floats(steps, 4) == codes, grouped, near * self._scale[..., None])
 
     def _ends(self) -> tuple[Tensor, Tensor]:
         """The lowest and highest number of each group's grid at the start, [out, groups]."""

@@ -38,7 +38,7 @@ _OUTER = 1024  #: columns whose errors are passed on to all later columns in one
 
 @dataclass(frozen=True)
 class Quantize:
-    """Settle weights on an integer grid.
+    """Settle weights on a grid of integers or fp4.
 
     If a group is no wider than a block, its range is found when its columns are reached, from weights that already compensate for earlier
     errors. If groups are wider, or if columns are settled out of order, all ranges are found in advance from the original weight.
@@ -79,7 +79,7 @@ class Solved:
 
     weight: Tensor  #: [..., out, in], on the grid and under the mask
     loss: Tensor  #: [..., out], (w − q)H(w − q)ᵀ of each row, where H includes the damping
-    codes: Tensor | None = None  #: int8 [..., out, in]
+    codes: Tensor | None = None  #: [..., out, in], int8 or numbers of e2m1 in the weight's dtype
     scale: Tensor | None = None  #: [..., out, groups], in the stored dtype
     zero_point: Tensor | None = None  #: int8 [..., out, groups]; None if the grid is symmetric
 
@@ -174,15 +174,17 @@ class _Ranges:
         if self._as_they_come:
             groups = slice(start // self._width, end // self._width)
             self._scale[..., groups], self._zero_point[..., groups] = self._find(now, start, end)
-        top = self._quantize.grid.top
-        return BlockGrid(self._scale, self._zero_point, self._group[..., start:end], -top, top - 1)
+        grid = self._quantize.grid
+        columns = self._group[..., start:end]
+        return BlockGrid(self._scale, self._zero_point, columns, -grid.top, grid.top - 1, grid.is_fp4)
 
     def encode(self, settled: Tensor, loss: Tensor) -> Solved:
         grid = self._quantize.grid
+        codes = nearest_codes(settled, self._scale, self._zero_point, grid)
         return Solved(
             weight=settled,
             loss=loss,
-            codes=nearest_codes(settled, self._scale, self._zero_point, grid).to(torch.int8),
+            codes=codes if grid.kind == "float" else codes.to(torch.int8),
             scale=self._scale.to(self._quantize.stored),
             zero_point=None if grid.symmetric else self._zero_point.to(torch.int8),
         )

@@ -7,14 +7,16 @@ from nightpress.core.recipes.passes.caching import GenerationCache
 from nightpress.core.recipes.passes.distill import Distill, Recover
 from nightpress.core.recipes.passes.embedders import StaticEmbeddings, TruncateEmbeddings
 from nightpress.core.recipes.passes.experts import ExpertPruning
+from nightpress.core.recipes.passes.gptq import Gptq
 from nightpress.core.recipes.passes.layers import Layers
 from nightpress.core.recipes.passes.learned_rounding import LearnedRounding
 from nightpress.core.recipes.passes.measure import Profiling
 from nightpress.core.recipes.passes.named import Pass
 from nightpress.core.recipes.passes.prune import Magnitude, SparseGpt, Wanda
 from nightpress.core.recipes.passes.qat import Qat
-from nightpress.core.recipes.passes.quantize import Awq, Gptq, WeightOnly
+from nightpress.core.recipes.passes.quantize import Awq, WeightOnly
 from nightpress.core.recipes.passes.quantizing import Quantizing
+from nightpress.core.recipes.passes.recover_scales import RecoverScales
 from nightpress.core.recipes.passes.requantize import Requantize
 from nightpress.core.recipes.passes.rotate import Rotate
 from nightpress.core.recipes.passes.shrink import Channels, Heads
@@ -42,6 +44,7 @@ __all__ = [
     "Qat",
     "Quantizing",
     "Recover",
+    "RecoverScales",
     "Requantize",
     "Rotate",
     "SmoothQuant",

@@ -38,6 +38,7 @@ class PassOptions(BaseModel):
     runs_on: ClassVar[frozenset[str]] = frozenset({"cpu", "cuda"})
     exports: ClassVar[frozenset[ExportFormat]]  #: the formats that can carry the result
     last: ClassVar[bool] = False  #: whether no other pass can follow
+    reads_codes: ClassVar[bool] = False  #: whether it follows a pass that leaves codes, which no other pass reads
     quantizes: ClassVar[bool] = False  #: whether the result is codes and scales, which `compressed-tensors` carries
     relation: ClassVar[Relation] = "finetune"
     #: Script in core/compress/runners that loads the result; empty: that of the export's format.

@@ -1,17 +1,16 @@
 """The options of `learned-rounding`."""
 
-from typing import Literal, Self
+from typing import Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
 from nightpress.core.recipes.calibration import Calibration
 from nightpress.core.recipes.costs import Cost, learning_cost
 from nightpress.core.recipes.header import ModelHeader
-from nightpress.core.recipes.passes.quantize import Bits, Budgeted, with_float_format
-from nightpress.core.recipes.schemes import Scheme, Strategy
+from nightpress.core.recipes.passes.gptq import Formatted
 
 
-class LearnedRounding(Budgeted):
+class LearnedRounding(Formatted):
     """Learn which way each linear weight is rounded, and the range of each scale, against each block's output (arXiv 2309.05516).
 
     Each block learns by signed gradient descent, from the nearest codes or GPTQ's. It takes much longer than `gptq` and
@@ -20,38 +19,12 @@ class LearnedRounding(Budgeted):
     """
 
     pass_: Literal["learned-rounding"] = Field("learned-rounding", alias="pass")
-    format: Literal["int", "mxfp4", "nvfp4"] = "int"
-    bits: Bits = 4
     start: Literal["nearest", "better"] = Field(
         "nearest",
         description="The codes to start from: the nearest ones, or the better of these and GPTQ's at the block's output. GPTQ's fit the calibration text, and may do worse on other text.",
     )
     steps: int = Field(200, ge=10, le=10_000, description="Learning steps of each block.")
     batch: int = Field(8, ge=1, le=1024, description="Calibration samples of a step.")
-
-    @model_validator(mode="before")
-    @classmethod
-    def _fixed_by_format(cls, raw: object) -> object:
-        return with_float_format(raw)
-
-    @model_validator(mode="after")
-    def _floats_have_no_zero(self) -> Self:
-        if self.format != "int" and (not self.symmetric or self.overrides or self.embeddings or self.chooses_bits):
-            raise ValueError(
-                f"`format: {self.format}` takes neither zero points, `overrides`, `embeddings`, a `budget` nor `within`"
-            )
-        if self.format != "int" and self.start != "nearest":
-            raise ValueError("GPTQ's codes are integers; leave `start` at `nearest`")
-        if self.format != "int" and self.ranges == "half-quadratic":
-            raise ValueError("half-quadratic ranges are for integers")
-        return self
-
-    @property
-    def _plain(self) -> Scheme:
-        if self.format == "int":
-            return super()._plain
-        strategy: Strategy = "group"
-        return Scheme(self.bits, "float", strategy, self.group_size)
 
     def describe(self) -> str:
         return f"{super().describe()}, {self.steps} steps a block"

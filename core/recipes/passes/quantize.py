@@ -18,13 +18,14 @@ from nightpress.core.recipes.passes.base import (
     ExportFormat,
 )
 from nightpress.core.recipes.passes.quantizing import Quantizing
-from nightpress.core.recipes.passes.sparsity import Pattern, pattern_divisor, with_sparsity
 from nightpress.core.recipes.passes.within import Searching
-from nightpress.core.recipes.schemes import Scheme, Strategy
+from nightpress.core.recipes.schemes import BLOCK, Activations, Scheme, Strategy
 
 Bits = Literal[2, 3, 4, 5, 6, 7, 8]
+RoundedInputs = Literal["none", "fp8", "fp4"]
 Ranges = Literal["extremes", "least-error", "half-quadratic"]
 _RANGES = "How a scale is chosen: from its weights' extremes, for the least rounding error, or by half-quadratic splitting, which gives outliers less weight."
+INPUTS = "How a runtime rounds what enters a layer, with fp4 weights alone: to `fp4` in groups as the weights are, or to `fp8` with a scale for each 128 inputs (`mxfp4` only). none: inputs stay in float."
 _ONE_GRID = "transformers takes the zero points of one grid alone: leave `symmetric` at true with {}"
 
 
@@ -163,6 +164,7 @@ class WeightOnly(Rounding):
         description="Number of inputs that share a scale; null: one scale for each row. Default 128 below 8 bits.",
     )
     ranges: Ranges = Field("extremes", description=_RANGES)
+    activations: RoundedInputs = Field("none", description=INPUTS)
 
     @model_validator(mode="before")
     @classmethod
@@ -185,6 +187,11 @@ class WeightOnly(Rounding):
             raise ValueError(f"`format: {self.format}` takes neither zero points, `overrides` nor `embeddings`")
         if self.format != "int" and self.ranges == "half-quadratic":
             raise ValueError("half-quadratic ranges are for integers")
+        check_inputs(self.format, self.activations)
+        if self.activations != "none" and self.format == "nvfp4":
+            raise ValueError(
+                "nvfp4 inputs need a scale from calibration, and `weight-only` has none; use `gptq` or `learned-rounding`"
+            )
         return self
 
     @property
@@ -192,7 +199,10 @@ class WeightOnly(Rounding):
         if self.format == "int":
             return super()._plain
         strategy: Strategy = "channel" if self.group_size is None else "group"
-        return Scheme(self.bits, "float", strategy, self.group_size)
+        return Scheme(self.bits, "float", strategy, self.group_size, activations=rounded_inputs(self.activations))
+
+    def divisor(self) -> Divisor | None:
+        return inputs_divisor(self.activations)
 
 
 _FLOATS: dict[str, dict[str, int | None]] = {
@@ -212,6 +222,26 @@ def with_float_format(raw: object) -> object:
         if raw.get(key, value) != value:
             raise ValueError(f"`format: {kind}` has {key} {value}; leave it out")
     return {**raw, **fixed}
+
+
+def check_inputs(form: str, inputs: RoundedInputs) -> None:
+    """Raise ValueError if no runtime rounds a layer's inputs so where its weights have this format."""
+    if inputs != "none" and form not in {"mxfp4", "nvfp4"}:
+        raise ValueError(f"`activations: {inputs}` goes with fp4 weights: set `format` to `mxfp4` or `nvfp4`")
+    if inputs == "fp8" and form == "nvfp4":
+        raise ValueError(
+            "compressed-tensors has no scheme with nvfp4 weights and fp8 inputs; use `mxfp4`, or `fp4` inputs"
+        )
+
+
+def rounded_inputs(inputs: RoundedInputs) -> Activations | None:
+    """Return how a runtime rounds the inputs of fp4 weights."""
+    return None if inputs == "none" else Activations(bits=4 if inputs == "fp4" else 8)
+
+
+def inputs_divisor(inputs: RoundedInputs) -> Divisor | None:
+    """Return the number that must divide the inputs, so that each scale belongs to as many of them."""
+    return Divisor(BLOCK, "activations: fp8") if inputs == "fp8" else None
 
 
 def _bytes_of(size: str, whole: int) -> float:
@@ -326,48 +356,6 @@ class Budgeted(Searching, Rounding, Calibrated):
 
     def _once(self, header: ModelHeader, calibration: Calibration) -> Cost:
         return blocks_cost(header, calibration, bits=self.coarsest_bits)
-
-
-class Gptq(Budgeted):
-    """Round linear weights one column after another; the columns that follow compensate for each column's error (arXiv 2210.17323).
-
-    With `sparsity` or a `pattern`, weights are also pruned by the same rule (SparseGPT). With a `budget`, each layer gets its bits by its
-    measured error. The result is `pack-quantized`.
-    """
-
-    pass_: Literal["gptq"] = Field("gptq", alias="pass")
-    bits: Bits = 4
-    order: Literal["activation", "natural"] = Field(
-        "activation",
-        description="`activation`: columns of inputs with the most power are rounded first. The result has the same format and speed.",
-    )
-    damping: float = Field(
-        0.01, gt=0, le=1, description="Added to the diagonal of the inputs' Gram matrix, as a share of its mean."
-    )
-    refine: bool = Field(True, description="Fit the scales again after the codes are chosen.")
-    sparsity: float | None = Field(None, gt=0, lt=1, description="Share of the weights that are also set to zero.")
-    pattern: Pattern = "unstructured"
-
-    @model_validator(mode="before")
-    @classmethod
-    def _pattern_gives_sparsity(cls, raw: object) -> object:
-        return with_sparsity(raw)
-
-    @model_validator(mode="after")
-    def _pattern_in_order(self) -> Self:
-        if self.pattern != "unstructured" and self.order == "activation":
-            raise ValueError("a pattern N:M needs `order: natural`")
-        return self
-
-    @property
-    def rounding_bits(self) -> int | None:
-        return super().rounding_bits if self.sparsity is None else None
-
-    def describe(self) -> str:
-        return super().describe() + (f", {self.sparsity:.0%} zeros" if self.sparsity is not None else "")
-
-    def divisor(self) -> Divisor | None:
-        return pattern_divisor(self.pattern)
 
 
 class Awq(Budgeted):

@@ -79,13 +79,20 @@ class DataSetRegistry(FetchingRegistry[DataSetView]):
     def page(
         self, tenant_id: str, *, cursor: str | None = None, limit: int = 50
     ) -> tuple[list[DataSetView], str | None]:
-        items, following = super().page(tenant_id, cursor=cursor, limit=limit)
-        if following is not None:
-            return items, following
-        builtin = [_builtin(name) for name in sorted(BUILTIN_DATA)]
-        # The built-in data sets end the list. If the last page has no room for them, they get a page of their own.
-        if not items or len(items) + len(builtin) <= limit:
-            return items + builtin, None
+        left = sorted(BUILTIN_DATA)  # the built-in data sets end the list; their names are cursors
+        items: list[DataSetView] = []
+        if cursor in BUILTIN_DATA:
+            left = left[left.index(cursor) + 1 :]
+        else:
+            items, following = super().page(tenant_id, cursor=cursor, limit=limit)
+            if following is not None:
+                return items, following
+        shown = left[: limit - len(items)]
+        found = items + [_builtin(name) for name in shown]
+        if len(shown) == len(left):
+            return found, None
+        if shown:
+            return found, shown[-1]
         last = items[-1]
         assert last.created_at is not None  # only built-in data sets have no such time
         return items, cursor_after(last.created_at, last.id)

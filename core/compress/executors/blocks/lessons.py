@@ -5,8 +5,11 @@ blocks before it pass on, and is to answer what the source's block answers in th
 blocks before it.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -51,6 +54,7 @@ class BlockLessons:
     layers: Mapping[str, nn.Module]
     step_batches: int
     context: PassContext
+    input_rules: dict[str, Callable[[Tensor], Tensor]] = field(default_factory=dict)  #: by the names of the weights
 
     @property
     def batches(self) -> int:
@@ -61,8 +65,14 @@ class BlockLessons:
         self.layers[name].weight = parameter
         return parameter
 
+    def round_inputs(self, name: str, rule: Callable[[Tensor], Tensor]) -> None:
+        self.input_rules[name] = rule
+
     def squared_error(self, batch: int) -> Tensor:
-        with torch.autocast(self.plan.device.type, torch.bfloat16, enabled=self._dtype != self.plan.skeleton.dtype):
+        in_bfloat16 = torch.autocast(
+            self.plan.device.type, torch.bfloat16, enabled=self._dtype != self.plan.skeleton.dtype
+        )
+        with in_bfloat16, self._rounding():
             out = self.forward.run_batch(self.index, batch, self.forward.hidden.look_at(batch))
         lost = (out.float() - self.source.hidden.look_at(batch).float()).square()
         real = self.forward.real(batch)
@@ -72,8 +82,20 @@ class BlockLessons:
         count = self.plan.blocks
         self.context.progress((self.index + done) / count, f"block {self.index + 1} of {count}, {done:.0%} learned")
 
+    @contextmanager
+    def _rounding(self) -> Iterator[None]:
+        with ExitStack() as stack:
+            for name, rule in self.input_rules.items():
+                hook = partial(_round_first, rule)
+                stack.callback(self.layers[name].register_forward_pre_hook(hook).remove)
+            yield
+
     @property
     def _dtype(self) -> torch.dtype:
         """The dtype of the layers' products. Gradients in float16 would vanish: bfloat16 has float32's range."""
         dtype = self.plan.skeleton.dtype
         return torch.bfloat16 if dtype == torch.float16 else dtype
+
+
+def _round_first(rule: Callable[[Tensor], Tensor], _module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    return (rule(args[0]), *args[1:])

@@ -2,14 +2,15 @@
 
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor
 
+from nightpress.core.compress.calibration.mixture import from_another, mixed_windows
 from nightpress.core.compress.context import PassContext
 from nightpress.core.compress.data.images import read_images
 from nightpress.core.compress.data.pairs import has_pairs, pair_rows
 from nightpress.core.compress.data.tokenized import DataSource, open_tokenizer, text_rows, text_windows
+from nightpress.core.recipes.calibration import MIXTURE
 from nightpress.core.recipes.header import ModelHeader
 
 
@@ -23,12 +24,13 @@ def calibration_samples(source: Path, context: PassContext) -> dict[str, Tensor]
     if header.sees_images:
         images = read_images(wanted.data, file, source, header, samples=wanted.samples, seed=wanted.seed)
         return {"pixel_values": torch.from_numpy(images.pixels)}
-    data = DataSource(wanted.data, file, source, purpose="calibration")
+    if wanted.data == MIXTURE and header.task == "causal-lm":
+        return model_inputs(torch.from_numpy(mixed_windows(source, context)), header)
+    ref = "builtin:prose" if wanted.data == MIXTURE else wanted.data
+    data = DataSource(ref, file, source, purpose="calibration")
     paired = header.task == "classification" and (has_pairs(data) or (header.scores_pairs and file is None))
     rows = pair_rows(data) if paired else data.rows()
-    if wanted.seed:  # start at another row, but keep the order: neighbouring texts stay neighbours
-        start = int(np.random.default_rng(wanted.seed).integers(len(rows)))
-        rows = rows[start:] + rows[:start]
+    rows = from_another(rows, wanted.seed)
     tokenizer = open_tokenizer(source)
     length = min(wanted.length, header.positions or wanted.length)
     if wanted.packing and not paired:

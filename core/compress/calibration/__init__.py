@@ -1,0 +1,1 @@
+"""The calibration text of passes: token ids or pixels, as a model reads them."""
