@@ -56,11 +56,11 @@ class ScaledLinear(nn.Module):
         return self._held(self.scale.float() * (1 + self.change.detach()))
 
     def _held(self, wanted: Tensor) -> Tensor:
-        """The nearest numbers of the scale's dtype. A scale that would become zero or less stays as it was."""
+        """The nearest numbers of the scale's dtype. A scale that would become zero or change its sign stays as it was."""
         if self.scale.dtype == torch.float8_e4m3fn:
             wanted = wanted.clamp(max=LARGEST_FLOAT[8])
         held = wanted.to(self.scale.dtype).float()
-        return torch.where(held > 0, held, self.scale.float()).to(self.scale.dtype)
+        return torch.where(held * self.scale.float() > 0, held, self.scale.float()).to(self.scale.dtype)
 
 
 def _fixed(tensor: Tensor) -> nn.Parameter:
