@@ -116,6 +116,8 @@ def _kind(source: PressedWeights, tensor: str, name: str, weights: str) -> Type:
 
 def _kept(source: PressedWeights, tensor: str) -> Type | None:
     """The layout of the codes that a pass chose. None if the tensor has no codes or no layout holds them."""
+    if (blocks := source.block_type(tensor)) is not None:
+        return type_named(blocks.name)
     if tensor not in source.packed:
         return None
     grid = source.grid(tensor)
@@ -126,6 +128,9 @@ def _kept(source: PressedWeights, tensor: str) -> Type | None:
 def _encoded(family: GgufFamily, source: PressedWeights, tensor: str, kind: Type) -> NDArray[np.generic]:
     """A tensor's data as the file stores it."""
     order = family.row_order(tensor)
+    if source.block_type(tensor) is not None:
+        blocks = source.block_bytes(tensor)
+        return blocks if order is None else np.ascontiguousarray(blocks[order])
     if _kept(source, tensor) is not None:
         codes = source.codes(tensor)
         return encode_codes(codes if order is None else codes.take_rows(order))
