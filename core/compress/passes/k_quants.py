@@ -69,7 +69,8 @@ def _chosen(
 ) -> tuple[dict[str, GgufType], dict[str, dict[str, float]]]:
     """Choose each weight's type by its measured errors → the types, and for the record each layer's error by candidate."""
     errors_of = partial(type_errors, candidates=options.candidates)
-    _, errors = measure_errors(source, frozenset(linear), errors_of, options, context)
+    recipe = options.model_dump_json(include={"pass_", "candidates", "ignore"})
+    _, errors = measure_errors(source, frozenset(linear), errors_of, recipe, context)
     sizes = [[options.size_of(linear[name], kind) for kind in options.candidates] for name in errors]
     picked = choose(sizes, list(errors.values()), room)
     names = {name: options.candidates[at] for name, at in zip(errors, picked, strict=True)}

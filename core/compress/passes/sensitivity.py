@@ -26,7 +26,6 @@ from nightpress.core.compress.solvers.knapsack import choose
 from nightpress.core.compress.solvers.upgrades import upgrades
 from nightpress.core.handoff.report import PassRecord
 from nightpress.core.recipes.linears import is_linear_weight
-from nightpress.core.recipes.passes.base import PassOptions
 from nightpress.core.recipes.passes.quantize import Budgeted
 
 _ERRORS = "_errors"  #: suffix of the tensor that is written for a weight: its unit, then its relative squared output error per candidate
@@ -118,7 +117,8 @@ def _module(weight: str) -> str:
 def _sweep(source: Path, options: Budgeted, context: PassContext) -> Sweep:
     infos = {tensor.name: tensor.info for shard in read_shards(source) for tensor in shard.tensors}
     chosen = frozenset(info.name for info in infos.values() if is_linear_weight(info, options.ignore))
-    units, errors = measure_errors(source, chosen, partial(output_errors, options=options), options, context)
+    errors_of = partial(output_errors, options=options)
+    units, errors = measure_errors(source, chosen, errors_of, options.model_dump_json(), context)
     sizes = [
         [sum(options.candidate(bits).stored_bytes(infos[name]) for name in names) for bits in options.candidates]
         for names in units
@@ -128,14 +128,13 @@ def _sweep(source: Path, options: Budgeted, context: PassContext) -> Sweep:
 
 
 def measure_errors(
-    source: Path, chosen: frozenset[str], errors_of: ErrorsOf, options: PassOptions, context: PassContext
+    source: Path, chosen: frozenset[str], errors_of: ErrorsOf, recipe: str, context: PassContext
 ) -> tuple[list[list[str]], dict[str, list[float]]]:
     """Measure the errors of the chosen weights in one sweep → the units of weights with the same inputs, and each weight's errors.
 
-    The result is a checkpoint in the job's work folder. options: of the pass, which decide the errors.
+    The result is a checkpoint in the job's work folder. recipe: the options that decide the errors.
     """
     kept = context.work_dir / f"sensitivity-{context.index}.json"
-    recipe = options.model_dump_json()
     known: dict[str, Any] = json.loads(kept.read_bytes()) if kept.exists() else {}
     if known.get("recipe") != recipe:
         # The sweep deletes its files at its end, so only its result is a checkpoint.
