@@ -88,9 +88,7 @@ def measure(source: Path, work: Path, seed: int, texts: Texts, options: Any) -> 
     """Yield each class's file of llama.cpp and of ours, with one calibration text."""
     header = inspect_model(FolderFiles(source))
     known = options.calibration.exists()
-    calibration = Calibration(
-        data="text" if known else "builtin:prose", samples=options.samples, length=512, seed=seed
-    )
+    calibration = Calibration(data="text" if known else "builtin:prose", samples=options.samples, length=512, seed=seed)
     context = PassContext(
         header=header,
         work_dir=work / "work",

@@ -31,6 +31,19 @@ class BlockRanges:
             return None
         return self.least_unit.float()[..., None] * self.minima.float()
 
+    def choose(self, chosen: Tensor, other: "BlockRanges") -> "BlockRanges":
+        """These ranges where `chosen` [out] or [out, blocks] is True, and those of `other` elsewhere."""
+        unit, scales = _where(chosen, self.unit, other.unit), _where(chosen, self.scales, other.scales)
+        if self.least_unit is None or self.minima is None or other.least_unit is None or other.minima is None:
+            return BlockRanges(unit, scales)
+        least_unit = _where(chosen, self.least_unit, other.least_unit)
+        return BlockRanges(unit, scales, least_unit, _where(chosen, self.minima, other.minima))
+
+
+def _where(chosen: Tensor, ours: Tensor, theirs: Tensor) -> Tensor:
+    """`torch.where` for a condition with fewer dimensions, which are the first."""
+    return torch.where(chosen.view(*chosen.shape, *[1] * (ours.dim() - chosen.dim())), ours, theirs)
+
 
 @dataclass(frozen=True)
 class BlockCoded:
@@ -50,18 +63,8 @@ class BlockCoded:
 
     def choose_rows(self, chosen: Tensor, other: "BlockCoded") -> "BlockCoded":
         """The rows of this weight where `chosen` [out] is True, and the rows of `other` elsewhere."""
-
-        def pick(ours: Tensor | None, theirs: Tensor | None) -> Tensor | None:
-            if ours is None or theirs is None:
-                return None
-            return torch.where(chosen.view(-1, *[1] * (ours.dim() - 1)), ours, theirs)
-
-        mine, its = self.ranges, other.ranges
-        unit, scales = pick(mine.unit, its.unit), pick(mine.scales, its.scales)
-        codes = pick(self.codes, other.codes)
-        assert unit is not None and scales is not None and codes is not None
-        ranges = BlockRanges(unit, scales, pick(mine.least_unit, its.least_unit), pick(mine.minima, its.minima))
-        return BlockCoded(self.kind, codes, ranges)
+        codes = _where(chosen, self.codes, other.codes)
+        return BlockCoded(self.kind, codes, self.ranges.choose(chosen, other.ranges))
 
     def to_bytes(self) -> Tensor:
         """The blocks as a file has them: uint8 [out, bytes of a row]."""

@@ -39,7 +39,7 @@ def fit_ranges(weight: Tensor, kind: GgufType, importance: Tensor | None = None)
         cost = torch.where(mean > 0, (importance / mean).clamp(min=_LEAST_COST), torch.ones_like(importance))
         cost = cost.view(1, *blocks.shape[1:])
     fitted = [_fit(rows, _cost(rows, kind) if cost is None else cost, kind) for rows in _chunks(blocks)]
-    return BlockRanges(*(None if parts[0] is None else torch.cat(parts) for parts in zip(*fitted, strict=True)))
+    return _joined(fitted)
 
 
 def nearest_block_codes(weight: Tensor, kind: GgufType, ranges: BlockRanges) -> Tensor:
@@ -53,9 +53,19 @@ def solvable(scale: Tensor) -> Tensor:
     return torch.where(scale == 0, SMALLEST_SCALE, scale)
 
 
+def _joined(parts: list[BlockRanges]) -> BlockRanges:
+    """The ranges of a weight whose rows were fitted in parts."""
+    unit, scales = torch.cat([part.unit for part in parts]), torch.cat([part.scales for part in parts])
+    least_units = [part.least_unit for part in parts if part.least_unit is not None]
+    minima = [part.minima for part in parts if part.minima is not None]
+    if not minima:
+        return BlockRanges(unit, scales)
+    return BlockRanges(unit, scales, torch.cat(least_units), torch.cat(minima))
+
+
 def _chunks(blocks: Tensor) -> Iterator[Tensor]:
     step = len(blocks) if blocks.is_cuda else max(_CHUNK // max(blocks[0].numel(), 1), 1)
-    yield from blocks.split(max(step, 1))
+    yield from torch.split(blocks, max(step, 1))
 
 
 def _cost(blocks: Tensor, kind: GgufType) -> Tensor:
@@ -76,33 +86,22 @@ def _codes(blocks: Tensor, kind: GgufType, scale: Tensor, minimum: Tensor | None
 def _error(blocks: Tensor, cost: Tensor, kind: GgufType, scale: Tensor, minimum: Tensor | None) -> Tensor:
     """The weighted squared error of each part [..., parts] with the nearest codes."""
     codes = _codes(blocks, kind, scale, minimum)
-    return _error_of(blocks, cost, kind, codes, scale, minimum)
-
-
-def _error_of(
-    blocks: Tensor, cost: Tensor, kind: GgufType, codes: Tensor, scale: Tensor, minimum: Tensor | None
-) -> Tensor:
-    if minimum is None:
-        meant = (codes - kind.half) * scale[..., None]
-    else:
-        meant = codes * scale[..., None] - minimum[..., None]
+    steps = codes if kind.minimum else codes - kind.half
+    meant = steps * scale[..., None]
+    if minimum is not None:
+        meant -= minimum[..., None]
     return meant.sub_(blocks).square_().mul_(cost).sum(-1)
 
 
-def _fit(
-    blocks: Tensor, cost: Tensor, kind: GgufType
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-    """The fields of `BlockRanges` for rows [out, blocks, parts, part]."""
+def _fit(blocks: Tensor, cost: Tensor, kind: GgufType) -> BlockRanges:
+    """The ranges of rows [out, blocks, parts, part]."""
     scale, minimum = _searched(blocks, cost, kind)
     if kind.scale_bits is None:
         ones = torch.ones(scale.shape, dtype=torch.int32, device=scale.device)
-        least = None if minimum is None else minimum[..., 0].half()
-        return scale[..., 0].half(), ones, least, None if minimum is None else ones
+        unit = scale[..., 0].half()
+        return BlockRanges(unit, ones) if minimum is None else BlockRanges(unit, ones, minimum[..., 0].half(), ones)
     unit, scales = _in_units(scale, kind)
-    if minimum is None:
-        best = BlockRanges(unit, scales)
-    else:
-        best = BlockRanges(unit, scales, *_in_units(minimum, kind))
+    best = BlockRanges(unit, scales) if minimum is None else BlockRanges(unit, scales, *_in_units(minimum, kind))
     lost = _error(blocks, cost, kind, best.scale(), best.minimum()).sum(-1)  # [out, blocks]
     now = best
     for _ in range(_ROUNDS):
@@ -110,19 +109,8 @@ def _fit(
         error = _error(blocks, cost, kind, now.scale(), now.minimum()).sum(-1)
         better = error < lost
         lost = torch.where(better, error, lost)
-        best = _better(better, now, best)
-    return best.unit, best.scales, best.least_unit, best.minima
-
-
-def _better(better: Tensor, now: BlockRanges, best: BlockRanges) -> BlockRanges:
-    def pick(ours: Tensor | None, theirs: Tensor | None) -> Tensor | None:
-        if ours is None or theirs is None:
-            return None
-        return torch.where(better if ours.dim() == 2 else better[..., None], ours, theirs)
-
-    unit, scales = pick(now.unit, best.unit), pick(now.scales, best.scales)
-    assert unit is not None and scales is not None
-    return BlockRanges(unit, scales, pick(now.least_unit, best.least_unit), pick(now.minima, best.minima))
+        best = now.choose(better, best)
+    return best
 
 
 def _searched(blocks: Tensor, cost: Tensor, kind: GgufType) -> tuple[Tensor, Tensor | None]:
@@ -181,7 +169,9 @@ def _in_units(values: Tensor, kind: GgufType, unit: Tensor | None = None) -> tup
     unit: one that is kept. Types with minima have multiples without a sign.
     """
     assert kind.scale_bits is not None
-    lowest, highest = (0, 2**kind.scale_bits - 1) if kind.minimum else (-(2 ** (kind.scale_bits - 1)), 2 ** (kind.scale_bits - 1) - 1)
+    lowest, highest = (
+        (0, 2**kind.scale_bits - 1) if kind.minimum else (-(2 ** (kind.scale_bits - 1)), 2 ** (kind.scale_bits - 1) - 1)
+    )
     if unit is None:
         largest = values.gather(-1, values.abs().argmax(-1, keepdim=True))[..., 0]
         unit = (largest / (highest if kind.minimum else lowest)).half()
@@ -204,7 +194,9 @@ def _refined(blocks: Tensor, cost: Tensor, kind: GgufType, ranges: BlockRanges) 
     _, minima = _in_units(minimum, kind, ranges.least_unit)
     up, down = codes * wide, minima.float()[..., None].expand_as(codes)  # w ≈ unit · up − least_unit · down
     weighted_up, weighted_down = cost * up, cost * down
-    both, ups, downs = ((a * b).sum((-1, -2)) for a, b in ((weighted_up, down), (weighted_up, up), (weighted_down, down)))
+    both, ups, downs = (
+        (a * b).sum((-1, -2)) for a, b in ((weighted_up, down), (weighted_up, up), (weighted_down, down))
+    )
     to_up, to_down = (weighted_up * blocks).sum((-1, -2)), (weighted_down * blocks).sum((-1, -2))
     spread = ups * downs - both.square()
     unit = _divided(to_up * downs - to_down * both, spread)

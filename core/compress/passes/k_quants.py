@@ -50,12 +50,13 @@ def k_quants(source: Path, target: Path, options: KQuants, context: PassContext)
         if options.takes_table(info)
     }
     done = press(source, target, OnBlocks(types, options.damping), options, rest, outside=tables)
-    rounded = [*linear.values(), *(table.info for table in tables.values())]
-    held = sum(done.bytes_after[name] for name in linear) + sum(table.outputs[0].size for table in tables.values())
+    rounded = [infos[name] for name in done.effects]
     summary: dict[str, Any] = {
         "type": options.type if options.bits_per_weight is None else None,
         "table": options.table,
-        "bits_per_weight": 8 * held / max(1, sum(info.shape[0] * info.shape[1] for info in rounded)),
+        "bits_per_weight": 8
+        * sum(done.bytes_after[info.name] for info in rounded)
+        / max(1, sum(info.shape[0] * info.shape[1] for info in rounded)),
     }
     return record(options, context, done, start, summary | told)
 
@@ -74,7 +75,7 @@ def _chosen(
     sizes = [[options.size_of(linear[name], kind) for kind in options.candidates] for name in errors]
     picked = choose(sizes, list(errors.values()), room)
     names = {name: options.candidates[at] for name, at in zip(errors, picked, strict=True)}
-    told = {_module(name): dict(zip(options.candidates, lost, strict=True)) for name, lost in errors.items()}
+    told = {_module(name): dict(zip(map(str, options.candidates), lost, strict=True)) for name, lost in errors.items()}
     # A weight that no calibration text reached has no errors.
     return {name: options.type_of(info, names.get(name, options.candidates[0])) for name, info in linear.items()}, told
 
