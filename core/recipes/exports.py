@@ -31,7 +31,7 @@ TYPES: Mapping[str, tuple[str, ...]] = {
 _TEXT_BYTES = 7000
 #: GGUF type → bits per weight, scales included.
 GGUF_BITS: Mapping[str, float] = {"f32": 32, "f16": 16} | {
-    name: kind.bits_per_weight for name, kind in GGUF_TYPES.items()
+    name: kind.bits_per_weight for name, kind in GGUF_TYPES.items() if kind.even
 }
 
 

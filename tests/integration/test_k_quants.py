@@ -1,12 +1,13 @@
 """`k-quants` from a model's folder to a file that llama.cpp runs."""
 
+import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from gguf import GGUFReader, quants
+from gguf import GGMLQuantizationType, GGUFReader, quants
 
 from nightpress.core.compress.context import PassContext
 from nightpress.core.compress.export import gguf
@@ -15,9 +16,11 @@ from nightpress.core.compress.grids.pressed_weights import PressedWeights
 from nightpress.core.compress.model.checkpoint import read_shards
 from nightpress.core.compress.model.source import SourceTensors
 from nightpress.core.compress.passes import MODEL_PASSES
+from nightpress.core.compress.solvers.ggml import GgmlQuantizer
 from nightpress.core.errors import NightpressError
 from nightpress.core.handoff.report import PassRecord
 from nightpress.core.recipes.calibration import Calibration
+from nightpress.core.recipes.gguf_types import GGUF_TYPES
 from nightpress.core.recipes.inspect import FolderFiles, inspect_model
 from nightpress.core.recipes.models import parse_recipe
 from nightpress.core.recipes.passes import KQuants
@@ -115,6 +118,49 @@ def test_with_real_inputs_it_loses_less_than_the_nearest_codes_of_the_same_grid(
             lost[method] += float(((weight - exact) @ inputs.T).square().sum() / (exact @ inputs.T).square().sum())
     assert lost["solved"] < 0.8 * lost["nearest"]
     assert {layer.name for layer in record.layers} >= {"encoder.layer.0.output.dense"}
+
+
+UNEVEN = ("iq1_m", "iq2_xs", "iq3_s", "iq4_nl", "iq4_xs", "tq2_0", "mxfp4")
+
+
+@pytest.mark.parametrize("name", UNEVEN)
+def test_ggml_rounds_to_uneven_grids_with_our_importance(name: str):
+    pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed: pip install '.[llama]'")
+    kind, random = GGUF_TYPES[name], torch.Generator().manual_seed(0)
+    weight = torch.randn(16, 512, generator=random) * 0.02
+    importance = torch.randn(512, generator=random).mul(2).exp()
+
+    def lost(power: torch.Tensor, threads: int) -> tuple[float, torch.Tensor]:
+        with GgmlQuantizer(threads) as ggml:
+            ggml.blocks(weight, kind, power)  # a process takes several weights
+            blocks = ggml.blocks(weight, kind, power)
+        back = torch.from_numpy(quants.dequantize(blocks.numpy(), GGMLQuantizationType[name.upper()]))
+        return float(((back - weight).square() * importance).sum() / (weight.square() * importance).sum()), blocks
+
+    error, blocks = lost(importance, 3)
+    assert torch.equal(blocks, lost(importance, 1)[1]), "the number of threads changed the bytes"
+    assert error < 2.0 ** (-2 * kind.bits + 2)
+    if name.startswith("iq"):
+        assert error < lost(torch.ones(512), 1)[0]
+
+
+def test_a_mean_of_bits_may_choose_uneven_grids(llama: Path, tmp_path: Path):
+    pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed: pip install '.[llama]'")
+    folder, record = _press(llama, tmp_path, bits_per_weight=4.0, candidates=["iq3_s", "q4_k", "q6_k"])
+    types = record.summary["type_by_layer"]
+    assert "iq3_s" in types.values()
+    weights, source = PressedWeights(folder), SourceTensors(read_shards(llama))
+    for layer in record.layers:
+        name = f"{layer.name}.weight"
+        exact, found = source.read(name).float().numpy(), weights.floats(name)
+        assert np.linalg.norm(found - exact) / np.linalg.norm(exact) == pytest.approx(layer.relative_error, rel=1e-3)
+
+
+def test_without_llama_cpp_the_error_says_what_to_install(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(sys, "executable", sys._base_executable)  # type: ignore[attr-defined]
+    with GgmlQuantizer(1) as ggml, pytest.raises(NightpressError, match="not installed here") as caught:
+        ggml.blocks(torch.ones(1, 256), GGUF_TYPES["iq3_s"], torch.ones(256))
+    assert "nightpress[llama]" in caught.value.hint
 
 
 def test_a_killed_pass_goes_on_to_the_same_bytes(llama: Path, chosen: tuple[Path, PassRecord], tmp_path: Path):

@@ -35,11 +35,15 @@ def fit_ranges(weight: Tensor, kind: GgufType, importance: Tensor | None = None)
     blocks = weight.view(len(weight), -1, kind.block // kind.part, kind.part)  # [out, blocks, parts, part]
     cost = None
     if importance is not None:
-        mean = importance.mean()
-        cost = torch.where(mean > 0, (importance / mean).clamp(min=_LEAST_COST), torch.ones_like(importance))
-        cost = cost.view(1, *blocks.shape[1:])
+        cost = relative_cost(importance).view(1, *blocks.shape[1:])
     fitted = [_fit(rows, _cost(rows, kind) if cost is None else cost, kind) for rows in _chunks(blocks)]
     return _joined(fitted)
+
+
+def relative_cost(importance: Tensor) -> Tensor:
+    """What an error in a column costs, as a share of the mean, and never nothing: [in]. Without any importance, all cost the same."""
+    mean = importance.mean()
+    return torch.where(mean > 0, (importance / mean).clamp(min=_LEAST_COST), torch.ones_like(importance))
 
 
 def nearest_block_codes(weight: Tensor, kind: GgufType, ranges: BlockRanges) -> Tensor:

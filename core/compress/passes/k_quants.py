@@ -17,9 +17,10 @@ from nightpress.core.compress.executors.rewrite import Effect, Put
 from nightpress.core.compress.grids.gguf_ranges import round_to_blocks
 from nightpress.core.compress.grids.workspace import Workspace
 from nightpress.core.compress.model.checkpoint import read_shards, tensor_info
-from nightpress.core.compress.passes.blockwise import effects_of, press, record
+from nightpress.core.compress.passes.blockwise import effect_of, press, record
 from nightpress.core.compress.passes.registry import folder_pass
 from nightpress.core.compress.passes.sensitivity import measure_errors, part_of, relative_errors
+from nightpress.core.compress.solvers.ggml import GgmlQuantizer
 from nightpress.core.compress.solvers.gguf_codes import solve_blocks
 from nightpress.core.compress.solvers.gram import Gram
 from nightpress.core.compress.solvers.knapsack import choose
@@ -29,6 +30,8 @@ from nightpress.core.recipes.gguf_types import GgufType, blocks_name, gguf_type
 from nightpress.core.recipes.header import TensorInfo
 from nightpress.core.recipes.passes.k_quants import KQuants
 
+_ROWS = 128  #: of a weight, at most, on which the errors of its candidates are measured
+
 
 @folder_pass(KQuants)
 def k_quants(source: Path, target: Path, options: KQuants, context: PassContext) -> PassRecord:
@@ -36,20 +39,22 @@ def k_quants(source: Path, target: Path, options: KQuants, context: PassContext)
     start = time.monotonic()
     infos = {tensor.name: tensor.info for shard in read_shards(source) for tensor in shard.tensors}
     linear = {name: info for name, info in infos.items() if options.takes_linear(info)}
-    rest, told = context, {}
-    if options.bits_per_weight is None:
-        types = {name: options.type_of(info, options.type) for name, info in linear.items()}
-    else:
-        sweep = replace(context, progress=part_of(context, 0.0, 0.5))
-        types, errors = _chosen(source, linear, options.room(infos.values()), options, sweep)
-        rest = replace(context, progress=part_of(context, 0.5, 1.0))
-        told = {"type_by_layer": {_module(name): kind.name for name, kind in types.items()}, "error_by_layer": errors}
     tables = {
         name: InBlocks(info, options.type_of(info, options.table))
         for name, info in infos.items()
         if options.takes_table(info)
     }
-    done = press(source, target, OnBlocks(types, options.damping), options, rest, outside=tables)
+    rest, told = context, {}
+    with GgmlQuantizer(context.threads) as ggml:
+        if options.bits_per_weight is None:
+            types = {name: options.type_of(info, options.type) for name, info in linear.items()}
+        else:
+            sweep = replace(context, progress=part_of(context, 0.0, 0.5))
+            types, errors = _chosen(source, linear, options.room(infos.values()), options, ggml, sweep)
+            rest = replace(context, progress=part_of(context, 0.5, 1.0))
+            names = {_module(name): kind.name for name, kind in types.items()}
+            told = {"type_by_layer": names, "error_by_layer": errors}
+        done = press(source, target, OnBlocks(types, options.damping, ggml), options, rest, outside=tables)
     rounded = [infos[name] for name in done.effects]
     summary: dict[str, Any] = {
         "type": options.type if options.bits_per_weight is None else None,
@@ -66,10 +71,15 @@ def _module(weight: str) -> str:
 
 
 def _chosen(
-    source: Path, linear: Mapping[str, TensorInfo], room: int, options: KQuants, context: PassContext
+    source: Path,
+    linear: Mapping[str, TensorInfo],
+    room: int,
+    options: KQuants,
+    ggml: GgmlQuantizer,
+    context: PassContext,
 ) -> tuple[dict[str, GgufType], dict[str, dict[str, float]]]:
     """Choose each weight's type by its measured errors → the types, and for the record each layer's error by candidate."""
-    errors_of = partial(type_errors, candidates=options.candidates)
+    errors_of = partial(type_errors, candidates=options.candidates, ggml=ggml)
     recipe = options.model_dump_json(include={"pass_", "candidates", "ignore"})
     _, errors = measure_errors(source, frozenset(linear), errors_of, recipe, context)
     sizes = [[options.size_of(linear[name], kind) for kind in options.candidates] for name in errors]
@@ -80,22 +90,31 @@ def _chosen(
     return {name: options.type_of(info, names.get(name, options.candidates[0])) for name, info in linear.items()}, told
 
 
-def type_errors(weight: Tensor, gram: Tensor, candidates: Sequence[str]) -> list[float]:
-    """The relative squared output error of a weight [out, in], rounded to nearest, for each type. gram [in, in]."""
-    exact, importance = weight.float(), gram.diagonal()
+def type_errors(weight: Tensor, gram: Tensor, candidates: Sequence[str], ggml: GgmlQuantizer) -> list[float]:
+    """The relative squared output error of a weight [out, in], rounded to nearest, for each type, on some of its rows. gram [in, in]."""
+    exact, importance = weight[:: -(-len(weight) // _ROWS)].float(), gram.diagonal()
+
+    def rounded(kind: GgufType) -> Tensor:
+        if kind.even:
+            return round_to_blocks(exact, kind, importance).dequantize()
+        return _decoded(ggml.blocks(exact, kind, importance), kind).to(weight.device)
+
     kinds = (gguf_type(name, weight.shape[1]) for name in candidates)
-    return relative_errors(
-        exact, gram, (round_to_blocks(exact, kind, importance).dequantize() for kind in kinds if kind is not None)
-    )
+    return relative_errors(exact, gram, (rounded(kind) for kind in kinds if kind is not None))
+
+
+def _decoded(blocks: Tensor, kind: GgufType) -> Tensor:
+    """Blocks, uint8 [out, bytes of a row] → float32 [out, in] on the processor."""
+    return torch.from_numpy(quants.dequantize(blocks.cpu().numpy(), GGMLQuantizationType[kind.name.upper()]))
 
 
 class OnBlocks:
-    """The method: codes on each weight's grid by the Optimal-Brain-Surgeon solver."""
+    """The method: codes on each weight's grid by the Optimal-Brain-Surgeon solver, or by ggml where the grid is uneven."""
 
     by_group = True
 
-    def __init__(self, types: Mapping[str, GgufType], damping: float) -> None:
-        self._types, self._damping = types, damping
+    def __init__(self, types: Mapping[str, GgufType], damping: float, ggml: GgmlQuantizer) -> None:
+        self._types, self._damping, self._ggml = types, damping, ggml
 
     def watch(self, columns: int, device: torch.device) -> Gram:
         return Gram(columns, device)
@@ -107,20 +126,24 @@ class OnBlocks:
         for group in inputs:
             assert isinstance(group.statistic, Gram)
             gram = group.statistic.matrix()
-            factor = factorize(gram, damping=self._damping, by_power=True)
+            even = any(self._types[name].even for name in group.names)
+            factor = factorize(gram, damping=self._damping, by_power=True) if even else None
             for name in group.names:
                 kind, weight = self._types[name], block[name].to(device).float()
-                coded = solve_blocks(weight, gram, factor, kind)
-                after = coded.dequantize()
-                tensors = {blocks_name(name, kind): coded.to_bytes()}
-                (effect,) = effects_of([(weight, after)])
-                settled[name] = FinalTensor(weight=after, tensors=tensors, effect=effect)
+                if factor is not None and kind.even:
+                    coded = solve_blocks(weight, gram, factor, kind)
+                    blocks, after = coded.to_bytes(), coded.dequantize()
+                else:
+                    blocks = self._ggml.blocks(weight, kind, gram.diagonal())
+                    after = _decoded(blocks, kind).to(device)
+                settled[name] = FinalTensor(
+                    weight=after, tensors={blocks_name(name, kind): blocks}, effect=effect_of(weight, after)
+                )
         return settled
 
     def restore(self, name: str, written: Mapping[str, Tensor]) -> Tensor:
         kind = self._types[name]
-        blocks = written[blocks_name(name, kind)].cpu().numpy()
-        return torch.from_numpy(quants.dequantize(blocks, GGMLQuantizationType[kind.name.upper()]))
+        return _decoded(written[blocks_name(name, kind)], kind)
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,11 @@ from nightpress.core.recipes.header import ModelHeader, TensorInfo
 from nightpress.core.recipes.linears import invalid, is_token_embedding
 from nightpress.core.recipes.passes.base import Calibrated, ExportFormat, Relation
 
-TypeName = Literal["q2_k", "q3_k", "q4_k", "q5_k", "q6_k", "q4_0", "q4_1", "q5_0", "q5_1", "q8_0"]
+EvenType = Literal["q2_k", "q3_k", "q4_k", "q5_k", "q6_k", "q4_0", "q4_1", "q5_0", "q5_1", "q8_0"]
+#: Types whose codes are found by ggml's own quantizer
+IqType = Literal["iq1_s", "iq1_m", "iq2_xxs", "iq2_xs", "iq2_s", "iq3_xxs", "iq3_s", "iq4_nl", "iq4_xs"]
+UnevenType = IqType | Literal["tq1_0", "tq2_0", "mxfp4"]
+TypeName = EvenType | UnevenType
 _HEAD = "lm_head.weight"
 _FLOATS = frozenset({"F64", "F32", "F16", "BF16"})
 
@@ -23,6 +27,9 @@ class KQuants(Calibrated):
     The ranges of each block are fitted with the inputs' power as importance and rounded to the bits that the type has for them, before the
     codes are chosen. So the file holds exactly the numbers that the pass computed with. Rows that blocks of 256 don't divide take the
     type that llama.cpp would take there, or one of the same size.
+
+    The codes of the types IQ, TQ and MXFP4, whose steps are uneven, are found by llama.cpp's own quantizer with the same importance. The
+    worker needs `llama-cpp-python` for them.
     """
 
     exports: ClassVar[frozenset[ExportFormat]] = frozenset({"gguf"})
@@ -31,7 +38,7 @@ class KQuants(Calibrated):
 
     pass_: Literal["k-quants"] = Field("k-quants", alias="pass")
     type: TypeName = Field("q4_k", description="The type of linear weights.")
-    table: TypeName = Field(
+    table: EvenType = Field(
         "q6_k",
         description="The type of the token embeddings and of an output head that is not tied to them. They are rounded to nearest.",
     )
