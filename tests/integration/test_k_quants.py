@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from gguf import GGMLQuantizationType, GGUFReader, quants
+from gguf import GGMLQuantizationType, GGUFReader, LlamaFileType, quants
 
 from nightpress.core.compress.context import PassContext
 from nightpress.core.compress.export import gguf
@@ -54,12 +54,16 @@ def test_a_file_holds_exactly_the_numbers_of_the_pass(llama: Path, chosen: tuple
     folder, _ = chosen
     header = inspect_model(FolderFiles(llama))
     gguf.save(folder, tmp_path / "out", header, weights="f16", pooling="mean")
-    tensors = {tensor.name: tensor for tensor in GGUFReader(tmp_path / "out" / gguf.FILE_NAME).tensors}
+    reader = GGUFReader(tmp_path / "out" / gguf.FILE_NAME)
+    tensors = {tensor.name: tensor for tensor in reader.tensors}
     weights = PressedWeights(folder)
     for name, part in (("attn_v", "self_attn.v_proj"), ("ffn_down", "mlp.down_proj"), ("ffn_gate", "mlp.gate_proj")):
         found = tensors[f"blk.1.{name}.weight"]
         meant = weights.floats(f"model.layers.1.{part}.weight")
         np.testing.assert_array_equal(quants.dequantize(found.data, found.tensor_type), meant)
+    field = reader.get_field("general.file_type")
+    assert field is not None
+    assert LlamaFileType(field.contents()).name.startswith("MOSTLY_Q")
     assert tensors["token_embd.weight"].tensor_type.name == "Q6_K"
     assert all(tensor.tensor_type.name == "F32" for tensor in tensors.values() if len(tensor.shape) == 1)
 
@@ -120,7 +124,8 @@ def test_with_real_inputs_it_loses_less_than_the_nearest_codes_of_the_same_grid(
     assert {layer.name for layer in record.layers} >= {"encoder.layer.0.output.dense"}
 
 
-UNEVEN = ("iq1_m", "iq2_xs", "iq3_s", "iq4_nl", "iq4_xs", "tq2_0", "mxfp4")
+#: Type → the weighted relative squared error of normal weights
+UNEVEN = {"iq3_s": 0.0625, "iq4_nl": 0.0156, "iq4_xs": 0.0156, "tq2_0": 0.7, "mxfp4": 0.03}
 
 
 @pytest.mark.parametrize("name", UNEVEN)
@@ -130,25 +135,32 @@ def test_ggml_rounds_to_uneven_grids_with_our_importance(name: str):
     weight = torch.randn(16, 512, generator=random) * 0.02
     importance = torch.randn(512, generator=random).mul(2).exp()
 
-    def lost(power: torch.Tensor, threads: int) -> tuple[float, torch.Tensor]:
-        with GgmlQuantizer(threads) as ggml:
-            ggml.blocks(weight, kind, power)  # a process takes several weights
-            blocks = ggml.blocks(weight, kind, power)
+    def lost(blocks: torch.Tensor) -> float:
         back = torch.from_numpy(quants.dequantize(blocks.numpy(), GGMLQuantizationType[name.upper()]))
-        return float(((back - weight).square() * importance).sum() / (weight.square() * importance).sum()), blocks
+        return float(((back - weight).square() * importance).sum() / (weight.square() * importance).sum())
 
-    error, blocks = lost(importance, 3)
-    assert torch.equal(blocks, lost(importance, 1)[1]), "the number of threads changed the bytes"
-    assert error < 2.0 ** (-2 * kind.bits + 2)
+    with GgmlQuantizer(3) as ggml:
+        weighted, plain = (ggml.blocks(weight, kind, power) for power in (importance, torch.ones(512)))
+    assert lost(weighted) < UNEVEN[name]
     if name.startswith("iq"):
-        assert error < lost(torch.ones(512), 1)[0]
+        assert lost(weighted) < lost(plain)
+
+
+def test_the_number_of_threads_changes_no_byte():
+    pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed: pip install '.[llama]'")
+    weight = torch.randn(17, 256, generator=torch.Generator().manual_seed(0))
+    found = []
+    for threads in (1, 3):
+        with GgmlQuantizer(threads) as ggml:
+            found.append(ggml.blocks(weight, GGUF_TYPES["iq4_xs"], torch.ones(256)))
+    assert torch.equal(*found)
 
 
 def test_a_mean_of_bits_may_choose_uneven_grids(llama: Path, tmp_path: Path):
     pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed: pip install '.[llama]'")
-    folder, record = _press(llama, tmp_path, bits_per_weight=4.0, candidates=["iq3_s", "q4_k", "q6_k"])
+    folder, record = _press(llama, tmp_path, bits_per_weight=4.9, candidates=["iq4_xs", "q5_k", "q6_k"])
     types = record.summary["type_by_layer"]
-    assert "iq3_s" in types.values()
+    assert "iq4_xs" in types.values()
     weights, source = PressedWeights(folder), SourceTensors(read_shards(llama))
     for layer in record.layers:
         name = f"{layer.name}.weight"
@@ -202,6 +214,6 @@ def test_a_job_ends_with_a_file_that_llama_cpp_answers_from(llama: Path, tmp_pat
     _, report, _ = press(lay_out(tmp_path / "job", llama, recipe))
     (artifact,) = report.artifacts
     assert artifact.verification is not None
-    assert artifact.verification.value > 0.98
+    assert artifact.verification.value > 0.95
     size = (tmp_path / "job" / "out" / "gguf" / "model.gguf").stat().st_size
     assert abs(plan.output_bytes["gguf"] / size - 1) < 0.1

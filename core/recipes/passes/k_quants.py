@@ -130,7 +130,10 @@ class KQuants(Calibrated):
             return self.size_of(tensor, self.table)
         if not self.takes_linear(tensor):
             return tensor.size
-        return max(self.size_of(tensor, name) for name in self.types)
+        most = max(self.size_of(tensor, name) for name in self.types)
+        if self.bits_per_weight is None:
+            return most
+        return min(most, int(self.bits_per_weight * tensor.shape[0] * tensor.shape[1] / 8))
 
     def cost(self, header: ModelHeader, calibration: Calibration) -> Cost:
         once = blocks_cost(header, calibration, bits=self.rounding_bits)
