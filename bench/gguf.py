@@ -175,17 +175,16 @@ def judged(file: Path, folder: Path, seconds: float, texts: Texts, device: str) 
 def figures_of(name: str, made: Mapping[tuple[str, str], list[Made]]) -> list[Figure]:
     figures = []
     for method in (PEER, OURS):
-        files = made[name, method]
-        figures.append(Figure(f"{name}/{method}/MB", round(statistics.mean(file.megabytes for file in files), 2)))
+        files, row = made[name, method], f"files/{name}, {method}"
+        figures.append(Figure(f"{row}/size", round(statistics.mean(file.megabytes for file in files), 2), "MB"))
         for at, domain in enumerate(DOMAINS):
             values = [file.divergence[at] for file in files]
-            spread = (min(values), max(values))
-            figures.append(Figure(f"{name}/{method}/{domain}", round(statistics.mean(values), 5), "nats", spread))
-        seconds = statistics.mean(file.seconds for file in files)
-        figures.append(Figure(f"{name}/{method}/seconds", round(seconds, 1), "s"))
+            spread = (min(values), max(values)) if len(values) > 1 else None
+            figures.append(Figure(f"{row}/{domain}", round(statistics.mean(values), 5), "nats", spread))
+        figures.append(Figure(f"{row}/seconds", round(statistics.mean(file.seconds for file in files), 1), "s"))
     for at, domain in enumerate(DOMAINS):
         ours, theirs = (statistics.mean(file.divergence[at] for file in made[name, kind]) for kind in (OURS, PEER))
-        figures.append(Figure(f"{name}/ours over llama.cpp's/{domain}", round(ours / theirs, 3), bar="<= 0.9"))
+        figures.append(Figure(f"ratios/{name}, {domain}/value", round(ours / theirs, 3), bar="<= 0.9"))
     return figures
 
 

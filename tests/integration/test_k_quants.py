@@ -11,6 +11,7 @@ from gguf import GGMLQuantizationType, GGUFReader, LlamaFileType, quants
 
 from nightpress.core.compress.context import PassContext
 from nightpress.core.compress.export import gguf
+from nightpress.core.compress.export.gguf.families import GgufFamily
 from nightpress.core.compress.grids.gguf_ranges import round_to_blocks
 from nightpress.core.compress.grids.pressed_weights import PressedWeights
 from nightpress.core.compress.model.checkpoint import read_shards
@@ -61,6 +62,10 @@ def test_a_file_holds_exactly_the_numbers_of_the_pass(llama: Path, chosen: tuple
         found = tensors[f"blk.1.{name}.weight"]
         meant = weights.floats(f"model.layers.1.{part}.weight")
         np.testing.assert_array_equal(quants.dequantize(found.data, found.tensor_type), meant)
+    queries, name = tensors["blk.1.attn_q.weight"], "model.layers.1.self_attn.q_proj.weight"
+    order = GgufFamily(header).row_order(name)
+    assert order is not None
+    np.testing.assert_array_equal(quants.dequantize(queries.data, queries.tensor_type), weights.floats(name)[order])
     field = reader.get_field("general.file_type")
     assert field is not None
     assert LlamaFileType(field.contents()).name.startswith("MOSTLY_Q")
@@ -78,7 +83,9 @@ def test_a_mean_of_bits_is_kept_and_told(chosen: tuple[Path, PassRecord], llama:
     with pytest.raises(NightpressError, match=r"2\.2 bits a weight is less than the smallest types take"):
         KQuants(bits_per_weight=2.2).check(header)
     with pytest.raises(ValueError, match="name one of them"):
-        KQuants(bits_per_weight=4.0, type="q4_k")
+        KQuants(bits_per_weight=4.0, type="q5_k")
+    mean = KQuants(bits_per_weight=4.0)
+    assert KQuants.model_validate(mean.model_dump()) == mean, "a stored recipe can be read again"
 
 
 def test_more_bits_lose_less(llama: Path, chosen: tuple[Path, PassRecord]):
@@ -216,4 +223,5 @@ def test_a_job_ends_with_a_file_that_llama_cpp_answers_from(llama: Path, tmp_pat
     assert artifact.verification is not None
     assert artifact.verification.value > 0.95
     size = (tmp_path / "job" / "out" / "gguf" / "model.gguf").stat().st_size
-    assert abs(plan.output_bytes["gguf"] / size - 1) < 0.1
+    assert plan.estimate is not None
+    assert plan.estimate.output_bytes["gguf"] == pytest.approx(size, rel=0.1)

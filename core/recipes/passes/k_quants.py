@@ -29,7 +29,7 @@ class KQuants(Calibrated):
     type that llama.cpp would take there, or one of the same size.
 
     The codes of the types IQ, TQ and MXFP4, whose steps are uneven, are found by llama.cpp's own quantizer with the same importance. The
-    worker needs `llama-cpp-python` for them.
+    worker needs `llama-cpp-python` for them. IQ1 and IQ2 take it much longer than the others.
     """
 
     exports: ClassVar[frozenset[ExportFormat]] = frozenset({"gguf"})
@@ -60,7 +60,7 @@ class KQuants(Calibrated):
 
     @model_validator(mode="after")
     def _a_type_or_a_mean(self) -> Self:
-        if self.bits_per_weight is not None and "type" in self.model_fields_set:
+        if self.bits_per_weight is not None and self.type != type(self).model_fields["type"].default:
             raise ValueError("`type` and `bits_per_weight` both choose the types: name one of them")
         return self
 
