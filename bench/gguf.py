@@ -1,10 +1,11 @@
 """GGUF files of ours and of llama.cpp's quantizer with its importance matrix: same model, same calibration tokens, by turns.
 
-    python -m bench.gguf [--only NAME …] [--seeds 1] [--calibration FILE] [--text FILE]
+    python -m bench.gguf [--only NAME …] [--methods NAME …] [--seeds 1] [--calibration FILE] [--text FILE]
 
 The model is that of bench.offgrid. llama.cpp's quantizer gets the importance matrix that its own tool would make of the calibration tokens:
 the mean square of each linear layer's inputs. It writes the file type that its users take for the class, e.g. Q4_K_M. Ours is `k-quants`
-with `bits_per_weight`: at most the bytes of llama.cpp's matrices. Both files are read back by the package `gguf`, and run in float32.
+with the type of the class for all layers, and with `bits_per_weight` at the bytes of llama.cpp's matrices. No file of ours is larger than
+llama.cpp's. The files are read back by the package `gguf`, and run in float32.
 
 Each figure is the divergence from the float model in nats a token (KL), on text that calibrated nothing: in domain (a novel; the
 calibration text is novels) and out of domain (the reference of the Python language). Mean over the seeds, and their range. A seed chooses
@@ -48,7 +49,8 @@ CLASSES = {
     "Q3_K": gguf.LlamaFileType.MOSTLY_Q3_K_M,
     "Q2_K": gguf.LlamaFileType.MOSTLY_Q2_K,
 }
-OURS, PEER = "ours", "llama.cpp"
+PEER, OURS, MIXED = "llama.cpp", "ours", "ours by error"
+METHODS = (PEER, OURS, MIXED)
 CANDIDATES = ("q2_k", "q3_k", "q4_k", "q4_1", "q5_k", "q6_k")
 
 
@@ -64,6 +66,7 @@ class Made:
 def main() -> int:
     parser = make_parser("gguf", __doc__)
     parser.add_argument("--only", nargs="*", choices=sorted(CLASSES))
+    parser.add_argument("--methods", nargs="*", choices=METHODS, default=METHODS)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--samples", type=int, default=16, help="of 512 tokens of calibration text")
@@ -81,11 +84,11 @@ def main() -> int:
                 print(name, method, "seed", seed, file, file=sys.stderr, flush=True)
                 made.setdefault((name, method), []).append(file)
     figures = [figure for name in options.only or CLASSES for figure in figures_of(name, made)]
-    return finish("gguf", figures, parser, options, choices=("only", "device", "calibration", "text"))
+    return finish("gguf", figures, parser, options, choices=("only", "methods", "device", "calibration", "text"))
 
 
 def measure(source: Path, work: Path, seed: int, texts: Texts, options: Any) -> Iterator[tuple[str, str, Made]]:
-    """Yield each class's file of llama.cpp and of ours, with one calibration text."""
+    """Yield each class's files, with one calibration text."""
     header = inspect_model(FolderFiles(source))
     known = options.calibration.exists()
     calibration = Calibration(data="text" if known else "builtin:prose", samples=options.samples, length=512, seed=seed)
@@ -108,15 +111,18 @@ def measure(source: Path, work: Path, seed: int, texts: Texts, options: Any) -> 
         matrix = {GgufFamily(header).name(layer) or layer: values for layer, values in importance.items()}
         quantize(work / "plain" / "model.gguf", theirs, CLASSES[name], matrix)
         seconds = time.perf_counter() - start + matrix_seconds
-        yield name, PEER, judged(theirs, work / f"{name}-read", seconds, texts, options.device)
-        start = time.perf_counter()
-        chosen = KQuants(bits_per_weight=bits_of(theirs), candidates=CANDIDATES)
-        MODEL_PASSES["k-quants"](source, work / name, chosen, context)
-        save(work / name, work / f"{name}-ours", header, weights="f16", pooling="")
-        seconds, ours = time.perf_counter() - start, work / f"{name}-ours" / "model.gguf"
-        if ours.stat().st_size > theirs.stat().st_size:
-            raise RuntimeError(f"{name}: ours has {ours.stat().st_size} bytes, llama.cpp's {theirs.stat().st_size}")
-        yield name, OURS, judged(ours, work / f"{name}-ours-read", seconds, texts, options.device)
+        if PEER in options.methods:
+            yield name, PEER, judged(theirs, work / f"{name}-read", seconds, texts, options.device)
+        for method in set(options.methods) - {PEER}:
+            start, folder = time.perf_counter(), work / f"{name}-{method}"
+            means = {"bits_per_weight": bits_of(theirs), "candidates": CANDIDATES}
+            chosen = KQuants.model_validate({"type": name.lower()} if method == OURS else means)
+            MODEL_PASSES["k-quants"](source, folder, chosen, context)
+            save(folder, folder / "file", header, weights="f16", pooling="")
+            seconds, ours = time.perf_counter() - start, folder / "file" / "model.gguf"
+            if ours.stat().st_size > theirs.stat().st_size:
+                raise RuntimeError(f"{name}: ours has {ours.stat().st_size} bytes, llama.cpp's {theirs.stat().st_size}")
+            yield name, method, judged(ours, folder / "read", seconds, texts, options.device)
 
 
 @torch.inference_mode()
@@ -174,17 +180,20 @@ def judged(file: Path, folder: Path, seconds: float, texts: Texts, device: str) 
 
 def figures_of(name: str, made: Mapping[tuple[str, str], list[Made]]) -> list[Figure]:
     figures = []
-    for method in (PEER, OURS):
-        files, row = made[name, method], f"files/{name}, {method}"
+    for method in METHODS:
+        files, row = made.get((name, method), []), f"files/{name}, {method}"
+        if not files:
+            continue
         figures.append(Figure(f"{row}/size", round(statistics.mean(file.megabytes for file in files), 2), "MB"))
         for at, domain in enumerate(DOMAINS):
             values = [file.divergence[at] for file in files]
             spread = (min(values), max(values)) if len(values) > 1 else None
             figures.append(Figure(f"{row}/{domain}", round(statistics.mean(values), 5), "nats", spread))
+            if method != PEER and (name, PEER) in made:
+                theirs = statistics.mean(file.divergence[at] for file in made[name, PEER])
+                ratio = round(statistics.mean(values) / theirs, 3)
+                figures.append(Figure(f"ratios/{name}, {method}, {domain}/value", ratio, bar="<= 0.9"))
         figures.append(Figure(f"{row}/seconds", round(statistics.mean(file.seconds for file in files), 1), "s"))
-    for at, domain in enumerate(DOMAINS):
-        ours, theirs = (statistics.mean(file.divergence[at] for file in made[name, kind]) for kind in (OURS, PEER))
-        figures.append(Figure(f"ratios/{name}, {domain}/value", round(ours / theirs, 3), bar="<= 0.9"))
     return figures
 
 
