@@ -53,6 +53,7 @@ BENCHES = {
     "quality": Bench(
         "Size and perplexity of every method on a small language model; hours without a GPU.", 15, "a GPU"
     ),
+    "gguf": Bench("GGUF files of ours, beside llama.cpp's quantizer with its importance matrix.", 25),
     "offgrid": Bench("Trains the language model that doesn't flatter 4-bit methods.", 3, "a GPU"),
     "low_bits": Bench("Losses at 4 bits and below, beside auto-round, on text that calibrated nothing.", 60, "a GPU"),
     "blocks_gpu": Bench("Seconds and GPU memory of calibrated passes, a layer of known shapes.", 10, "a GPU"),

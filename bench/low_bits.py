@@ -240,9 +240,8 @@ def run_peer(python: str, source: Path, settings: dict[str, Any], tokens: Path, 
     return float(json.loads(line.removeprefix("@result "))["seconds"])
 
 
-def held_out(source: Path, samples: int, device: str) -> Texts:
-    persuasion = SHARED / "lm_eval_persuasion.txt.gz"
-    novel = windows(persuasion if persuasion.exists() else None, source, samples, 512)
+def held_out(source: Path, samples: int, device: str, text: Path = SHARED / "lm_eval_persuasion.txt.gz") -> Texts:
+    novel = windows(text if text.exists() else None, source, samples, 512)
     encoded = torch.tensor(open_tokenizer(source).encode(reference(), special=False))
     whole = encoded[: len(encoded) // 512 * 512].view(-1, 512)
     manual = whole[np.linspace(0, len(whole) - 1, samples).round().astype(int)]

@@ -6,6 +6,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, model_serializer, model_validator
 
+from nightpress.core.recipes.gguf_types import GGUF_TYPES
 from nightpress.core.recipes.header import ModelHeader, TensorInfo
 from nightpress.core.recipes.linears import invalid
 from nightpress.core.recipes.llama_cpp import why_not_llama_cpp
@@ -24,22 +25,13 @@ TYPES: Mapping[str, tuple[str, ...]] = {
     "onnx": ("fp32", "fp16"),
     "openvino": ("fp32", "fp16"),
     "transformers.js": ("fp32", "fp16"),
-    "gguf": ("f16", "f32", "q8_0", "q4_0", "q4_1", "q5_0", "q5_1", "q4_k", "q5_k", "q6_k"),
+    "gguf": ("f16", "f32", "q8_0", "q4_0", "q4_1", "q5_0", "q5_1", "q2_k", "q3_k", "q4_k", "q5_k", "q6_k"),
 }
 #: Bytes of XML in an OpenVINO graph for a matrix and the operations around it. Measured: 6,000 in float to 12,000 in static int8.
 _TEXT_BYTES = 7000
 #: GGUF type → bits per weight, scales included.
-GGUF_BITS: Mapping[str, float] = {
-    "f32": 32,
-    "f16": 16,
-    "q8_0": 8.5,
-    "q6_k": 6.5625,
-    "q5_1": 6,
-    "q5_0": 5.5,
-    "q5_k": 5.5,
-    "q4_1": 5,
-    "q4_0": 4.5,
-    "q4_k": 4.5,
+GGUF_BITS: Mapping[str, float] = {"f32": 32, "f16": 16} | {
+    name: kind.bits_per_weight for name, kind in GGUF_TYPES.items() if kind.even
 }
 
 

@@ -52,6 +52,9 @@ EXPECTED = {
         "large encoder": ANYWHERE,
     },
     "mlx-4bit": {"small lm": ANYWHERE, "large lm": ON_A_GPU},
+    "gguf-4bit": {"small lm": ANYWHERE, "large lm": ON_A_GPU},
+    "gguf-3bit": {"small lm": ANYWHERE, "large lm": ON_A_GPU},
+    "gguf-2bit": {"small lm": ANYWHERE, "large lm": ON_A_GPU},
     "reranker": {"reranker": NO_GPU},
     "small-lm": {"small lm": ANYWHERE, "large lm": ON_A_GPU},
     "sparse-half": {

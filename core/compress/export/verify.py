@@ -29,7 +29,13 @@ _CONSTANT = 1e-3  #: variation relative to the size of the answers; below it, th
 _ACROSS = 0.995
 #: GGUF's type → least cosine if nothing else was rounded. A model with random weights, where errors are largest, has 0.9985 in q8_0 and
 #: 0.965 in q5_1.
-_WRITTEN = {"f32": HALVED, "f16": HALVED, "q8_0": 0.995, "q6_k": 0.97, "q5_k": 0.9, "q5_1": 0.9, "q5_0": 0.9}
+_WRITTEN: dict[str, float | None] = {
+    **dict.fromkeys(("f32", "f16"), HALVED),
+    "q8_0": 0.995,
+    "q6_k": 0.97,
+    **dict.fromkeys(("q5_k", "q5_1", "q5_0"), 0.9),
+    **dict.fromkeys(("q2_k", "q3_k")),  # no bound, as for passes at 2 and 3 bits
+}
 
 
 def verify(

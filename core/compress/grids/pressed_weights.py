@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from gguf import GGMLQuantizationType, quants
 from numpy.typing import NDArray
 
 from nightpress.core.compress.grids.grid import LARGEST_FLOAT, Grid
@@ -13,6 +14,7 @@ from nightpress.core.compress.grids.packing import unpack_bits
 from nightpress.core.compress.grids.stored import unpack_e2m1
 from nightpress.core.compress.model.checkpoint import read_shards
 from nightpress.core.compress.model.source import SourceTensors
+from nightpress.core.recipes.gguf_types import GgufType, blocks_of
 from nightpress.core.recipes.schemes import BLOCK
 
 _PACKED = "_packed"
@@ -57,7 +59,11 @@ class PressedWeights:
         self._source = SourceTensors(read_shards(model_dir))
         self._packed = {name.removesuffix(_PACKED) for name in self._source.names() if name.endswith(_PACKED)}
         parts = {f"{name}_{part}" for name in self._packed for part in ("packed", "scale", "shape", "zero_point")}
-        self.names = sorted(self._packed | (set(self._source.names()) - parts))
+        #: Weight → the tensor that holds its GGUF blocks
+        self._blocked = {found[0]: name for name in self._source.names() if (found := blocks_of(name)) is not None}
+        self.names = sorted(
+            self._packed | set(self._blocked) | (set(self._source.names()) - parts - set(self._blocked.values()))
+        )
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.names)
@@ -77,7 +83,20 @@ class PressedWeights:
         """The names of the weights that a pass has replaced by codes of any kind and scales."""
         return frozenset(name for name in self.names if f"{name}_scale" in self._source)
 
+    def block_type(self, name: str) -> GgufType | None:
+        """The type of the GGUF blocks that a pass has rounded a weight to; None: it has none."""
+        found = blocks_of(self._blocked.get(name, ""))
+        return None if found is None else found[1]
+
+    def block_bytes(self, name: str) -> NDArray[np.uint8]:
+        """The GGUF blocks of a weight: [out, bytes of a row]."""
+        stored: NDArray[np.uint8] = self._source.read(self._blocked[name]).numpy()
+        return stored
+
     def shape(self, name: str) -> tuple[int, ...]:
+        if (kind := self.block_type(name)) is not None:
+            rows, width = self._source.stored(self._blocked[name]).info.shape
+            return rows, width // kind.block_bytes * kind.block
         if name in self._packed:
             if name not in self.integers:
                 rows, pairs = self._source.stored(f"{name}_packed").info.shape  # two fp4 numbers in a byte
@@ -90,6 +109,9 @@ class PressedWeights:
         """Whether two tensors hold the same numbers. False if one of them is packed or missing."""
         if {name, other} & self._packed or not {name, other} <= set(self.names):
             return False
+        if {name, other} & set(self._blocked):
+            same_type = self.block_type(name) == self.block_type(other)
+            return same_type and np.array_equal(self.block_bytes(name), self.block_bytes(other))
         return torch.equal(self._source.read(name), self._source.read(other))
 
     def grid(self, name: str) -> Grid:
@@ -151,6 +173,11 @@ class PressedWeights:
         """The tensor in float32, dequantized if it is packed."""
         if name in self._packed:
             return self.codes(name).dequantize()
+        if (kind := self.block_type(name)) is not None:
+            decoded: NDArray[np.float32] = quants.dequantize(
+                self.block_bytes(name), GGMLQuantizationType[kind.name.upper()]
+            )
+            return decoded
         array: NDArray[np.float32] = self._source.read(name).to(torch.float32).numpy()
         return array
 

@@ -11,13 +11,12 @@ from torch import Tensor
 from nightpress.core.compress.calibration.samples import calibration_samples
 from nightpress.core.compress.context import PassContext
 from nightpress.core.compress.executors.blocks import CacheStandIn, FinalTensor, Inputs, Method, RunResult, press_blocks
-from nightpress.core.compress.executors.rewrite import Effect
+from nightpress.core.compress.executors.rewrite import Effect, Rewrite
 from nightpress.core.compress.grids.rounded_inputs import input_global_scale
 from nightpress.core.compress.grids.stored import Coded, dequantized, to_tensors
 from nightpress.core.compress.model.checkpoint import read_shards
 from nightpress.core.compress.model.companions import copy_companions
 from nightpress.core.compress.model.quantization_config import write_config
-from nightpress.core.compress.passes.quantize import OnGrid
 from nightpress.core.compress.solvers.gram import Gram, GramAndPeak
 from nightpress.core.handoff.report import LayerEffect, PassRecord, Series
 from nightpress.core.recipes.passes import PassOptions, Quantizing
@@ -41,7 +40,7 @@ def quantize(
     context: PassContext,
     summary: dict[str, Any],
     *,
-    outside: Mapping[str, OnGrid] | None = None,
+    outside: Mapping[str, Rewrite] | None = None,
     step: int | None = None,
 ) -> PassRecord:
     """Run a method that stores weights in `schemes`, and write the `quantization_config` into config.json.
@@ -62,7 +61,7 @@ def press(
     options: PassOptions,
     context: PassContext,
     *,
-    outside: Mapping[str, OnGrid] | None = None,
+    outside: Mapping[str, Rewrite] | None = None,
     cache: CacheStandIn | None = None,
     step: int | None = None,
 ) -> RunResult:

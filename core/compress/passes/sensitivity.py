@@ -3,8 +3,9 @@
 import json
 import shutil
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,8 @@ class Sweep:
         return [[sum(each) for each in zip(*(self.errors[name] for name in unit), strict=True)] for unit in self.units]
 
 
+#: (weight [out, in], Gram matrix [in, in] float32 of its inputs) → its relative squared output error, by candidate
+ErrorsOf = Callable[[Tensor, Tensor], list[float]]
 #: (folder to write, module → its scheme, fields for the record's summary, context) → the record
 Press = Callable[[Path, Schemes, dict[str, Any], PassContext], PassRecord]
 
@@ -112,38 +115,52 @@ def _module(weight: str) -> str:
 
 
 def _sweep(source: Path, options: Budgeted, context: PassContext) -> Sweep:
+    infos = {tensor.name: tensor.info for shard in read_shards(source) for tensor in shard.tensors}
+    chosen = frozenset(info.name for info in infos.values() if is_linear_weight(info, options.ignore))
+    errors_of = partial(output_errors, options=options)
+    units, errors = measure_errors(source, chosen, errors_of, options.model_dump_json(), context)
+    sizes = [
+        [sum(options.candidate(bits).stored_bytes(infos[name]) for name in names) for bits in options.candidates]
+        for names in units
+    ]
+    room = None if options.budget is None else options.room(infos.values(), errors)
+    return Sweep(units, sizes, errors, room)
+
+
+def measure_errors(
+    source: Path, chosen: frozenset[str], errors_of: ErrorsOf, recipe: str, context: PassContext
+) -> tuple[list[list[str]], dict[str, list[float]]]:
+    """Measure the errors of the chosen weights in one sweep → the units of weights with the same inputs, and each weight's errors.
+
+    The result is a checkpoint in the job's work folder. recipe: the options that decide the errors.
+    """
     kept = context.work_dir / f"sensitivity-{context.index}.json"
-    recipe = options.model_dump_json()
     known: dict[str, Any] = json.loads(kept.read_bytes()) if kept.exists() else {}
     if known.get("recipe") != recipe:
         # The sweep deletes its files at its end, so only its result is a checkpoint.
-        measured = _measure(source, options, replace(context, checkpoint=lambda _path, _step: None))
-        known = {"recipe": recipe, **asdict(measured)}
+        quiet = replace(context, checkpoint=lambda _path, _step: None)
+        units, errors = _measure(source, chosen, errors_of, recipe, quiet)
+        known = {"recipe": recipe, "units": units, "errors": errors}
         write_file(kept, json.dumps(known).encode())
         context.whole(0, kept)
-    return Sweep(**{name: known[name] for name in ("units", "sizes", "errors", "room")})
+    return known["units"], known["errors"]
 
 
-def _measure(source: Path, options: Budgeted, context: PassContext) -> Sweep:
-    infos = {tensor.name: tensor.info for shard in read_shards(source) for tensor in shard.tensors}
-    chosen = frozenset(info.name for info in infos.values() if is_linear_weight(info, options.ignore))
+def _measure(
+    source: Path, chosen: frozenset[str], errors_of: ErrorsOf, recipe: str, context: PassContext
+) -> tuple[list[list[str]], dict[str, list[float]]]:
     scratch = context.work_dir / f"sensitivity-{context.index}"
-    method = Sensitivity(options, source)
-    recipe = "sensitivity " + options.model_dump_json()
-    press_blocks(source, scratch, method, calibration_samples(source, context), context, chosen=chosen, recipe=recipe)
+    method = Sensitivity(errors_of, source)
+    samples = calibration_samples(source, context)
+    press_blocks(source, scratch, method, samples, context, chosen=chosen, recipe=f"sensitivity {recipe}")
     written = SourceTensors(read_shards(scratch))
-    found = {name: written.read(name + _ERRORS).tolist() for name in infos if name + _ERRORS in written}
+    names = (tensor.name for shard in read_shards(source) for tensor in shard.tensors)
+    found = {name: written.read(name + _ERRORS).tolist() for name in names if name + _ERRORS in written}
     shutil.rmtree(scratch)
     units: dict[float, list[str]] = {}
     for name, (unit, *_) in found.items():
         units.setdefault(unit, []).append(name)
-    together = list(units.values())
-    sizes = [
-        [sum(options.candidate(bits).stored_bytes(infos[name]) for name in names) for bits in options.candidates]
-        for names in together
-    ]
-    room = None if options.budget is None else options.room(infos.values(), found)
-    return Sweep(together, sizes, {name: errors for name, (_, *errors) in found.items()}, room)
+    return list(units.values()), {name: errors for name, (_, *errors) in found.items()}
 
 
 class Sensitivity:
@@ -151,8 +168,8 @@ class Sensitivity:
 
     by_group = True
 
-    def __init__(self, options: Budgeted, source: Path) -> None:
-        self._options, self._source = options, SourceTensors(read_shards(source))
+    def __init__(self, errors_of: ErrorsOf, source: Path) -> None:
+        self._errors_of, self._source = errors_of, SourceTensors(read_shards(source))
         self._places = {name: place for place, name in enumerate(self._source.names())}
 
     def watch(self, columns: int, device: torch.device) -> Gram:
@@ -167,7 +184,7 @@ class Sensitivity:
             gram = group.statistic.matrix()
             unit = min(self._places[name] for name in group.names)
             for name in group.names:
-                errors = output_errors(block[name].to(device), gram, self._options)
+                errors = self._errors_of(block[name].to(device), gram)
                 tensor = torch.tensor([unit, *errors], dtype=torch.float64)
                 settled[name] = FinalTensor(weight=block[name], tensors={name + _ERRORS: tensor}, effect=Effect())
         return settled
@@ -183,11 +200,16 @@ def output_errors(weight: Tensor, gram: Tensor, options: Budgeted) -> list[float
     weight W [out, in]; gram H [in, in] float32 = Σ xxᵀ.
     """
     exact = weight.float()
-    power = float(((exact @ gram) * exact).sum())
-    errors = []
-    for bits in options.candidates:
-        scheme = options.candidate(bits)
-        coded = round_weight(exact, scheme, weight.dtype, ranges=options.ranges, importance=gram.diagonal())
-        lost = exact - dequantized(coded, scheme)
-        errors.append(float(((lost @ gram) * lost).sum()) / power if power else 0.0)
-    return errors
+    schemes = [options.candidate(bits) for bits in options.candidates]
+    coded = (
+        (round_weight(exact, scheme, weight.dtype, ranges=options.ranges, importance=gram.diagonal()), scheme)
+        for scheme in schemes
+    )
+    return relative_errors(exact, gram, (dequantized(*pair) for pair in coded))
+
+
+def relative_errors(weight: Tensor, gram: Tensor, rounded: Iterable[Tensor]) -> list[float]:
+    """Return tr((W − Ŵ)H(W − Ŵ)ᵀ) / tr(WHWᵀ) for each rounded weight Ŵ. All float32: W, Ŵ [out, in]; gram H [in, in] = Σ xxᵀ."""
+    power = float(((weight @ gram) * weight).sum())
+    lost = (weight - other for other in rounded)
+    return [float(((error @ gram) * error).sum()) / power if power else 0.0 for error in lost]

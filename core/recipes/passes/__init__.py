@@ -8,6 +8,7 @@ from nightpress.core.recipes.passes.distill import Distill, Recover
 from nightpress.core.recipes.passes.embedders import StaticEmbeddings, TruncateEmbeddings
 from nightpress.core.recipes.passes.experts import ExpertPruning
 from nightpress.core.recipes.passes.gptq import Gptq
+from nightpress.core.recipes.passes.k_quants import KQuants
 from nightpress.core.recipes.passes.layers import Layers
 from nightpress.core.recipes.passes.learned_rounding import LearnedRounding
 from nightpress.core.recipes.passes.measure import Profiling
@@ -34,6 +35,7 @@ __all__ = [
     "GenerationCache",
     "Gptq",
     "Heads",
+    "KQuants",
     "KvCache",
     "Layers",
     "LearnedRounding",

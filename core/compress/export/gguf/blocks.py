@@ -3,28 +3,20 @@
 A row is divided into blocks of 32 or 256 consecutive weights. The layouts are those of ggml's `ggml-common.h`.
 """
 
-from collections.abc import Callable
-
 import numpy as np
-from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, quants
+import torch
+from gguf import GGMLQuantizationType, quants
 from numpy.typing import NDArray
 
-from nightpress.core.compress.export.gguf.kquants import encode_q4_k, encode_q5_k, encode_q6_k
+from nightpress.core.compress.grids.gguf_ranges import round_to_blocks
 from nightpress.core.compress.grids.pressed_weights import Codes
+from nightpress.core.recipes.gguf_types import GGUF_TYPES, gguf_type
 
 Bytes = NDArray[np.uint8]
 Floats = NDArray[np.float32]
 Type = GGMLQuantizationType
-Encoder = Callable[[Floats], Bytes]
 
 _BLOCK = 32
-_ENCODERS: dict[GGMLQuantizationType, Encoder] = {
-    Type.Q4_K: encode_q4_k,
-    Type.Q5_K: encode_q5_k,
-    Type.Q6_K: encode_q6_k,
-}
-#: Type → the type that replaces it in rows that its blocks don't divide. As in llama.cpp, it is the next type that is no less precise.
-_NARROWER = {Type.Q4_K: Type.Q5_0, Type.Q5_K: Type.Q5_1, Type.Q6_K: Type.Q8_0}
 
 
 def type_named(name: str) -> GGMLQuantizationType:
@@ -34,9 +26,11 @@ def type_named(name: str) -> GGMLQuantizationType:
 
 def fitting_type(wanted: GGMLQuantizationType, columns: int) -> GGMLQuantizationType:
     """Return `wanted`, or the type that replaces it in rows of so many columns."""
-    while columns % GGML_QUANT_SIZES[wanted][0]:
-        wanted = _NARROWER.get(wanted, Type.F16)
-    return wanted
+    name = wanted.name.lower()
+    if name not in GGUF_TYPES:
+        return wanted
+    kind = gguf_type(name, columns)
+    return Type.F16 if kind is None else type_named(kind.name)
 
 
 def encode(weight: Floats, kind: GGMLQuantizationType) -> Bytes:
@@ -44,9 +38,8 @@ def encode(weight: Floats, kind: GGMLQuantizationType) -> Bytes:
 
     K-quants search the range of each block with the least rounding error. Other types are encoded as in ggml's reference.
     """
-    if kind in _ENCODERS:
-        rows, columns = weight.shape
-        return _ENCODERS[kind](weight.reshape(-1, 256)).reshape(rows, columns // 256 * GGML_QUANT_SIZES[kind][1])
+    if kind.name.endswith("_K"):
+        return round_to_blocks(torch.from_numpy(weight), GGUF_TYPES[kind.name.lower()]).to_bytes().numpy()
     encoded: Bytes = np.ascontiguousarray(quants.quantize(weight, kind)).view(np.uint8)
     return encoded
 

@@ -2,6 +2,7 @@
 
 import math
 import os
+from collections import Counter
 from pathlib import Path
 
 import gguf
@@ -22,6 +23,12 @@ FILE_NAME = "model.gguf"
 
 Type = gguf.GGMLQuantizationType
 _FEWEST_DIMS = 2  #: tensors with fewer dimensions stay in float32: vectors are small, and llama.cpp expects this
+#: Type → llama.cpp's name for a file of it, where the two differ
+_FILE_TYPES = {
+    "f32": "ALL_F32",
+    **{kind: f"MOSTLY_{kind.upper()}_M" for kind in ("q3_k", "q4_k", "q5_k")},
+    "mxfp4": "MOSTLY_MXFP4_MOE",
+}
 _HEAD, _TABLE = "lm_head.weight", "model.embed_tokens.weight"
 #: Matrices whose rows are looked up. They are not multiplied with anything.
 _LOOKED_UP = frozenset({"position_embd.weight", "token_types.weight"})
@@ -41,7 +48,7 @@ def save(model_dir: Path, out_dir: Path, header: ModelHeader, *, weights: str, p
         path = out_dir / FILE_NAME
         writer = gguf.GGUFWriter(path, family.architecture)
         try:
-            _describe(writer, family, model_dir, header, weights, pooling)
+            _describe(writer, family, source, model_dir, weights, pooling)
             extra = family.extra_tensors()
             for name, values in extra.items():
                 writer.add_tensor_info(name, values.shape, values.dtype, values.nbytes)
@@ -92,16 +99,23 @@ def _names(family: GgufFamily, source: PressedWeights) -> dict[str, str]:
 
 
 def _describe(
-    writer: gguf.GGUFWriter, family: GgufFamily, model_dir: Path, header: ModelHeader, weights: str, pooling: str
+    writer: gguf.GGUFWriter, family: GgufFamily, source: PressedWeights, model_dir: Path, weights: str, pooling: str
 ) -> None:
     writer.add_type(gguf.GGUFType.MODEL)
     family.describe(writer, pooling=pooling)
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
-    kind = {"f32": "ALL_F32", "q4_k": "MOSTLY_Q4_K_M", "q5_k": "MOSTLY_Q5_K_M"}.get(
-        weights, f"MOSTLY_{weights.upper()}"
-    )
-    writer.add_file_type(gguf.LlamaFileType[kind])
-    add_vocabulary(writer, model_dir, header)
+    writer.add_file_type(_file_type(source, weights))
+    add_vocabulary(writer, model_dir, family.header)
+
+
+def _file_type(source: PressedWeights, weights: str) -> gguf.LlamaFileType:
+    """What programs show as the file's quantization: the type of most weights in blocks that a pass has left, or `weights`."""
+    counts: Counter[str] = Counter()
+    for name in source:
+        if (kind := source.block_type(name)) is not None:
+            counts[kind.name] += math.prod(source.shape(name))
+    name = counts.most_common(1)[0][0] if counts else weights
+    return gguf.LlamaFileType[_FILE_TYPES.get(name, f"MOSTLY_{name.upper()}")]
 
 
 def _kind(source: PressedWeights, tensor: str, name: str, weights: str) -> Type:
@@ -116,6 +130,8 @@ def _kind(source: PressedWeights, tensor: str, name: str, weights: str) -> Type:
 
 def _kept(source: PressedWeights, tensor: str) -> Type | None:
     """The layout of the codes that a pass chose. None if the tensor has no codes or no layout holds them."""
+    if (blocks := source.block_type(tensor)) is not None:
+        return type_named(blocks.name)
     if tensor not in source.packed:
         return None
     grid = source.grid(tensor)
@@ -126,6 +142,9 @@ def _kept(source: PressedWeights, tensor: str) -> Type | None:
 def _encoded(family: GgufFamily, source: PressedWeights, tensor: str, kind: Type) -> NDArray[np.generic]:
     """A tensor's data as the file stores it."""
     order = family.row_order(tensor)
+    if source.block_type(tensor) is not None:
+        blocks = source.block_bytes(tensor)
+        return blocks if order is None else np.ascontiguousarray(blocks[order])
     if _kept(source, tensor) is not None:
         codes = source.codes(tensor)
         return encode_codes(codes if order is None else codes.take_rows(order))
