@@ -34,9 +34,8 @@ class Slot:
         self._ttl_s = ttl_s
         self._changed = threading.Condition()
         self._free = offer.shares
-        self._gpus_in_use: set[str] = (
-            set()
-        )  #: of jobs that run, also of one that has lost its lease and is about to end
+        #: UUIDs of the GPUs of jobs that run, also of a job that has lost its lease and is about to end
+        self._gpus_in_use: frozenset[str] = frozenset()
         self._claiming = False
         self._claim_again = False  #: a ring came, or a job ended, since the last claim was sent
         self._threads = [
@@ -76,7 +75,7 @@ class Slot:
         try:
             while self._may_claim():
                 asked, asked_ns = time.monotonic(), time.time_ns()
-                claimed = self._store.claims.claim(self._offer, ttl_s=self._ttl_s, in_use=frozenset(self._gpus_in_use))
+                claimed = self._store.claims.claim(self._offer, ttl_s=self._ttl_s, in_use=self._gpus_in_use)
                 if claimed is not None:
                     self._start(claimed, asked, asked_ns)
         except BaseException:

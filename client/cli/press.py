@@ -139,10 +139,11 @@ def _device(recipe: Recipe, header: ModelHeader, threads: int, *, quiet: bool) -
     from nightpress.core.compress.environment import gpu_memory
 
     memory, on_gpu = int(psutil.virtual_memory().total), gpu_memory()
-    if recipe.device == "gpu" and on_gpu is None:
+    if (recipe.device == "gpu" or recipe.wants_several_gpus) and on_gpu is None:
+        asked = f"gpus: {recipe.gpus}" if recipe.wants_several_gpus else "device: gpu"
         raise ClientError(
-            "The recipe says `device: gpu`, and torch finds no GPU here.",
-            hint="Set `device: auto`, or pass --device cpu.",
+            f"The recipe says `{asked}`, and torch finds no GPU here.",
+            hint="Set `device: auto` and leave out `gpus`, or pass --device cpu.",
         )
     vllm = load_settings().vllm_python is not None
     fleet = [Seat("cpu", memory, threads, vllm=vllm)]
