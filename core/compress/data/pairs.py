@@ -72,7 +72,7 @@ def pair_rows(source: DataSource) -> list[Row]:
     for at, record in enumerate(source.records()):
         first = source.field(record, at, "text", *_FIRST)
         label = record.get("label")
-        plain = label if isinstance(label, int | str) and not isinstance(label, bool) else None
+        plain = label if isinstance(label, int | float | str) and not isinstance(label, bool) else None
         named = slice_of(record.get("slice"))
         found += [Row(first, plain, second, named) for second in _seconds(source, record, at)]
     return found

@@ -32,7 +32,7 @@ class Sequences:
 
     ids: NDArray[Any]
     mask: Ids
-    labels: Ids | None = None  #: [N], classification
+    labels: NDArray[Any] | None = None  #: [N], the class; [N, C], labels that hold (0 or 1), or numbers
     types: Ids | None = None  #: [N, S], 1 at the second text of a pair; None: the model reads no types, or single texts
     targets: Ids | None = None  #: [N, S], the token that each position should predict; -1: the position is not scored
     slices: Slices | None = None  #: of each example; None: the data has no slices
@@ -44,7 +44,7 @@ class Sequences:
     def take(self, kept: NDArray[np.bool_]) -> "Sequences":
         """Some of the examples. kept [N]."""
 
-        def of(array: Ids | None) -> Ids | None:
+        def of(array: NDArray[Any] | None) -> NDArray[Any] | None:
             return None if array is None else array[kept]
 
         return Sequences(self.ids[kept], self.mask[kept], of(self.labels), of(self.types), of(self.targets))
@@ -176,19 +176,22 @@ def _spread(rows: list[Row], tokens: int) -> list[Row]:
 
 
 def labelled_rows(
-    rows: list[Row], tokenizer: Tokenizer, header: ModelHeader, *, samples: int, length: int, seed: int, ref: str
+    rows: list[Row],
+    labels: NDArray[Any],
+    tokenizer: Tokenizer,
+    header: ModelHeader,
+    *,
+    samples: int,
+    length: int,
+    seed: int,
 ) -> Sequences:
-    """For classifiers: rows drawn without replacement, each with its class, cut at `length` tokens and padded."""
-    labels = [class_index(row.label, header, ref) for row in rows]
+    """For classifiers: rows drawn without replacement, each with its label, cut at `length` tokens and padded. labels [N] or [N, C]."""
     order = draw([row.slice for row in rows], samples, seed)
     # Sorted by length, so that rows of a batch are of similar length and little is computed on padding.
     encoded = sorted(((encode_row(rows[at], tokenizer, length), at) for at in order), key=lambda pair: len(pair[0][0]))
     sequences = pad_typed([row for row, _ in encoded], tokenizer.pad_id, header)
-    return replace(
-        sequences,
-        labels=np.asarray([labels[at] for _, at in encoded], np.int64),
-        slices=slices_of(rows[at].slice for _, at in encoded),
-    )
+    taken = [at for _, at in encoded]
+    return replace(sequences, labels=labels[taken], slices=slices_of(rows[at].slice for at in taken))
 
 
 def text_rows(

@@ -7,10 +7,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nightpress.core.compress.data import tokenized
-from nightpress.core.compress.data.pairs import has_pairs, pair_rows
 from nightpress.core.compress.data.slices import Slices, slices_of
 from nightpress.core.compress.data.tokenized import pad
 from nightpress.core.compress.evaluate import fidelity
+from nightpress.core.compress.evaluate.many_labels import ManyLabels, labelled, many_labels
 from nightpress.core.compress.evaluate.scores import class_f1, counts_by_class, macro_f1, spans
 from nightpress.core.compress.evaluate.statistics import Array, Statistic, of_sums
 from nightpress.core.compress.evaluate.view import OutputPair, ScorerRequest
@@ -58,22 +58,18 @@ class Classification:
         return replace(self, examples=self.examples.take(units)).figures(view.only(self.examples, units))
 
 
-def classification(request: ScorerRequest) -> Classification:
-    """Read rows with `text`, or a pair of texts, and `label`."""
-    wanted = request.wanted
+def classification(request: ScorerRequest) -> Classification | ManyLabels:
+    """Read rows with `text`, or a pair of texts, and `label`: a class, or several where the model's labels are independent."""
+    if request.header.head == "labels":
+        return many_labels(request)
+    wanted, header = request.wanted, request.header
+    rows = labelled(request)
+    classes = np.asarray([tokenized.class_index(row.label, header, request.ref) for row in rows], np.int64)
     sequences = tokenized.labelled_rows(
-        pair_rows(request.source) if has_pairs(request.source) else request.source.rows(),
-        request.tokenizer,
-        request.header,
-        samples=wanted.samples,
-        length=wanted.length,
-        seed=request.seed,
-        ref=request.ref,
+        rows, classes, request.tokenizer, header, samples=wanted.samples, length=wanted.length, seed=request.seed
     )
-    return Classification(
-        TokenSet(request.name, "logits", sequences, alone=request.header.one_text_a_batch),
-        fidelity.output_names(request.header),
-    )
+    examples = TokenSet(request.name, "logits", sequences, alone=header.one_text_a_batch)
+    return Classification(examples, fidelity.output_names(header))
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from nightpress.core.compress.data import tokenized
 from nightpress.core.compress.data.images import Images, read_images
 from nightpress.core.compress.data.pairs import has_pairs, pair_rows
 from nightpress.core.compress.data.rows import Row
-from nightpress.core.compress.evaluate import embeddings, fidelity, labels, language, neighbours, ranking
+from nightpress.core.compress.evaluate import embeddings, fidelity, labels, language, many_labels, neighbours, ranking
 from nightpress.core.compress.evaluate.screening import SAMPLES
 from nightpress.core.compress.evaluate.slices import by_slice, worst_first
 from nightpress.core.compress.evaluate.view import OutputPair, Scorer, ScorerRequest
@@ -35,6 +35,7 @@ _SCORERS: dict[Metric, Callable[[ScorerRequest], Scorer]] = {
     "multiple-choice": language.choices,
     "generation": language.generation,
     "accuracy": labels.classification,
+    "regression": many_labels.numbers,
     "entities": labels.entities,
     "similarity": embeddings.similarity,
     "retrieval": embeddings.retrieval,
@@ -276,10 +277,13 @@ def _metric(quality: Quality, header: ModelHeader, source: tokenized.DataSource)
             return "masked-lm"
         case "classification" if header.scores_pairs and (source.ref.startswith("builtin:") or has_pairs(source)):
             return "ranking" if _is_judged(source) else "fidelity"
-        case "classification" if header.head == "classes" and has_pairs(source):
-            return "accuracy" if all(row.label is not None for row in pair_rows(source)) else "fidelity"
-        case "classification" if header.head == "classes" and all(row.label is not None for row in source.rows()):
-            return "accuracy"
+        case "classification":
+            rows = pair_rows(source) if has_pairs(source) else source.rows()
+            if header.head == "numbers":
+                fits = not header.scores_pairs and many_labels.are_numbers(rows, header.classes)
+                return "regression" if fits else "fidelity"
+            if all(row.label is not None for row in rows):
+                return "accuracy"
         case "token-classification" if source.has("tags", "ner_tags"):
             return "entities"
     return "fidelity"
