@@ -57,6 +57,8 @@ _ASKED_FOR = [
     "modernvbert",
     "bart",
     "marian",
+    "clip",
+    "siglip",
 ]
 _ORDER = {"works": 2, "refused": 1, "fails": 0}
 
@@ -75,7 +77,7 @@ def test_the_table_of_classes_is_that_of_the_installed_transformers():
 
 
 def _kind_of(model_type: str) -> str:
-    order = ("masked language models", "encoder-decoders", "causal language models")
+    order = ("masked language models", "encoder-decoders", "causal language models", "image classifiers")
     of_both = {"bart", "marian"}
     kinds = [kind for kind in order if model_type in classes_of(kind)]
     return "encoder-decoders" if model_type in of_both else kinds[-1] if "causal language models" in kinds else kinds[0]
@@ -136,15 +138,24 @@ def test_a_model_without_rows_of_blocks_is_held_whole_and_rounded_as_well(tmp_pa
     assert as_floats(source, out, tmp_path / "floats", recipe_of("gptq")).exists()
 
 
-def test_the_tower_of_a_model_that_sees_is_left_as_it_is(tmp_path: Path):
-    source = save_tiny("gemma3", "Gemma3ForConditionalGeneration", tmp_path / "source")
+@pytest.mark.parametrize(
+    ("model_type", "class_name"),
+    [
+        ("gemma3", "Gemma3ForConditionalGeneration"),
+        ("llava", "LlavaForConditionalGeneration"),
+        ("mistral3", "Mistral3ForConditionalGeneration"),  # its tower is a Pixtral
+        ("qwen3_vl", "Qwen3VLForConditionalGeneration"),
+    ],
+)
+def test_the_tower_of_a_model_that_sees_is_left_as_it_is(tmp_path: Path, model_type: str, class_name: str):
+    source = save_tiny(model_type, class_name, tmp_path / "source")
     out, changed = pressed(recipe_of("gptq"), source, tmp_path / "work")
     before, after = load_tensors(source), load_tensors(out)
-    tower = [name for name in before if "vision_tower" in name or "multi_modal" in name]
+    tower = [name for name in before if any(part in name for part in ("vision_tower", "multi_modal", "visual."))]
     assert tower
     assert changed
     assert all(torch.equal(before[name], after[name]) for name in tower)
-    assert not any("vision" in name for name in changed)
+    assert not set(tower) & set(changed)
 
 
 def test_what_a_model_can_have_is_said_with_the_reason_of_what_it_can_not(tmp_path: Path):

@@ -35,7 +35,8 @@ def read_images(
     A built-in data set has no images. Smooth random fields are used in their place, the same ones for the same seed. A measurement on them
     shows how close a pressed model is to its source. It does not show how well the model recognises images.
     """
-    size, channels = int(header.config.get("image_size") or 224), int(header.config.get("num_channels") or 3)
+    config = header.vision_config
+    size, channels = int(config.get("image_size") or 224), int(config.get("num_channels") or 3)
     settings = _settings(model_dir)
     if ref.startswith("builtin:"):
         pixels = _synthetic(samples, size, channels, seed)
