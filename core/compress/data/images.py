@@ -36,7 +36,9 @@ def read_images(
     shows how close a pressed model is to its source. It does not show how well the model recognises images.
     """
     config = header.vision_config
-    size, channels = int(config.get("image_size") or 224), int(config.get("num_channels") or 3)
+    wanted = config.get("image_size") or 224
+    size = int(wanted[0] if isinstance(wanted, list) else wanted)
+    channels = int(config.get("num_channels") or 3)
     settings = _settings(model_dir)
     if ref.startswith("builtin:"):
         pixels = _synthetic(samples, size, channels, seed)
