@@ -1,9 +1,11 @@
-"""Reading a model of 1,000 shards and 700 GB from its headers: the time, and the memory of the process that reads it.
+"""Reading a model of 1,000 shards and 700 GB from its headers, and finding its structure: the time, and the memory of the process.
 
     python -m bench.headers [--shards 1000] [--runs 5]
 
 The folder has the tensors of a DeepSeek-V3: 61 layers with 256 experts each, in fp8 with a scale for 128 × 128. The shards are sparse files:
-real headers and an index, and no bytes on the disk behind them. A fresh process reads the folder as the API does, without torch.
+real headers and an index, and no bytes on the disk behind them. A fresh process reads the folder as the API does, without torch. Another one
+builds the model on torch's meta device, as a worker does, and finds its blocks and the files' name of each weight. The time without the imports
+is the processor's, of one thread, so that other work on the machine doesn't count.
 """
 
 import json
@@ -18,18 +20,37 @@ from pathlib import Path
 
 from bench.record import Figure, finish, make_parser
 
-_LAYERS, _EXPERTS, _WIDTH, _INNER = 61, 256, 7168, 2048
+_LAYERS, _DENSE, _EXPERTS, _WIDTH, _INNER = 61, 3, 256, 7168, 2048
 _WIDTHS = {"F8_E4M3": 1, "F32": 4, "BF16": 2}
 _CODE = """
 import resource, sys, time
 from pathlib import Path
 from nightpress.core.recipes.inspect import FolderFiles, inspect_model
 peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-before, started = peak(), time.perf_counter()
+before, started, worked = peak(), time.perf_counter(), time.process_time()
 header = inspect_model(FolderFiles(Path(sys.argv[1])))
-taken = time.perf_counter() - started
+taken, worked = time.perf_counter() - started, time.process_time() - worked
 assert not {"torch", "numpy", "transformers"} & sys.modules.keys()
-print(taken, peak() - before, peak(), len(header.tensors), header.brought.size if header.brought else header.size)
+print(taken, peak() - before, peak(), len(header.tensors), header.brought.size if header.brought else header.size, worked)
+"""
+
+_STRUCTURE = """
+import sys, time
+from pathlib import Path
+import torch
+from nightpress.core.compress.model.on_meta import build, lacking
+from nightpress.core.compress.model.rows import possible_rows
+from nightpress.core.recipes.inspect import FolderFiles, inspect_model
+import transformers.models.deepseek_v3.modeling_deepseek_v3
+torch.set_num_threads(1)
+folder = Path(sys.argv[1])
+names = [tensor.name for tensor in inspect_model(FolderFiles(folder)).tensors]
+started = time.process_time()
+built = build(folder, names, torch.bfloat16)
+rows = possible_rows(built.model)
+taken = time.process_time() - started
+assert lacking(built) is None
+print(taken, len(built.names), *(len(blocks) for _, blocks in rows))
 """
 
 Tensor = tuple[str, str, tuple[int, ...]]  #: name, dtype, shape
@@ -41,16 +62,31 @@ def tensors() -> Iterator[Tensor]:
     yield "model.norm.weight", "BF16", (_WIDTH,)
     for layer in range(_LAYERS):
         prefix = f"model.layers.{layer}"
-        yield f"{prefix}.input_layernorm.weight", "BF16", (_WIDTH,)
-        for name, rows, columns in (("q_b_proj", 24576, 1536), ("o_proj", _WIDTH, 16384)):
+        norms = {"input_layernorm": _WIDTH, "post_attention_layernorm": _WIDTH}
+        norms |= {"self_attn.q_a_layernorm": 1536, "self_attn.kv_a_layernorm": 512}
+        for name, width in norms.items():
+            yield f"{prefix}.{name}.weight", "BF16", (width,)
+        for name, rows, columns in (
+            ("q_a_proj", 1536, _WIDTH),
+            ("q_b_proj", 24576, 1536),
+            ("kv_a_proj_with_mqa", 576, _WIDTH),
+            ("kv_b_proj", 32768, 512),
+            ("o_proj", _WIDTH, 16384),
+        ):
             yield from _fp8(f"{prefix}.self_attn.{name}", rows, columns)
+        if layer < _DENSE:
+            yield from _feed_forward(f"{prefix}.mlp", 18432)
+            continue
+        yield f"{prefix}.mlp.gate.weight", "BF16", (_EXPERTS, _WIDTH)
+        yield f"{prefix}.mlp.gate.e_score_correction_bias", "F32", (_EXPERTS,)
+        yield from _feed_forward(f"{prefix}.mlp.shared_experts", _INNER)
         for expert in range(_EXPERTS):
-            for name, rows, columns in (
-                ("gate_proj", _INNER, _WIDTH),
-                ("up_proj", _INNER, _WIDTH),
-                ("down_proj", _WIDTH, _INNER),
-            ):
-                yield from _fp8(f"{prefix}.mlp.experts.{expert}.{name}", rows, columns)
+            yield from _feed_forward(f"{prefix}.mlp.experts.{expert}", _INNER)
+
+
+def _feed_forward(module: str, inner: int) -> Iterator[Tensor]:
+    for name, rows, columns in (("gate_proj", inner, _WIDTH), ("up_proj", inner, _WIDTH), ("down_proj", _WIDTH, inner)):
+        yield from _fp8(f"{module}.{name}", rows, columns)
 
 
 def _fp8(module: str, rows: int, columns: int) -> Iterator[Tensor]:
@@ -95,15 +131,22 @@ def measure(shards: int, runs: int) -> list[Figure]:
         for _ in range(runs):
             done = subprocess.run(command, capture_output=True, text=True, check=True)
             found.append([float(word) for word in done.stdout.split()])
+        command = [sys.executable, "-c", _STRUCTURE, str(folder)]
+        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+        structure, weights, blocks = (float(word) for word in done.stdout.split())
     finally:
         shutil.rmtree(folder)
     seconds, more, whole = ([run[column] for run in found] for column in range(3))
     return [
         Figure("inspect/seconds", round(statistics.median(seconds), 2), "s", (round(min(seconds), 2), round(max(seconds), 2)), "< 3"),
+        Figure("inspect/processor", round(statistics.median(run[5] for run in found), 2), "s of the processor"),
         Figure("inspect/memory", round(max(whole)), "MB, the whole process", bar="< 200"),
         Figure("inspect/memory more than before", round(max(more)), "MB"),
         Figure("inspect/tensors", found[0][3]),
         Figure("inspect/size", round(found[0][4] / 1e9), "GB"),
+        Figure("structure/seconds", round(structure, 1), "s of the processor", bar="< 20"),
+        Figure("structure/blocks", blocks),
+        Figure("structure/weights", weights),
     ]  # fmt: skip
 
 

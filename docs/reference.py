@@ -148,7 +148,7 @@ def recipes_page() -> str:
     parts.append("### generation-speed\n\n" + _doc(GenerationSpeed) + "\n\n" + _fields(GenerationSpeed))
     parts.append(
         '## Gates\n\nA gate bounds a figure: `perplexity: "<= +3%"` (a signed percentage is a change against the source), `size: "<= 35%"` '
-        '(an unsigned one is a share of the source), `throughput: ">= 1.5x"` (a factor; `"<= 0.7x best"` and `"<= 0.7x runtime"` compare a speed with the [uncompressed model in the same runtime](evaluation.md#intervals-and-gates)), `cosine: ">= 0.99"` (the value itself). '
+        '(an unsigned one is a share of the source), `throughput: ">= 1.5x"` (a factor; `"<= 0.7x best"` and `"<= 0.7x runtime"` compare a speed with the [uncompressed model in the same runtime](evaluation.md#intervals-and-gates)), `cosine: ">= 0.99"` (the value itself), `"kl_divergence[code]": "<= 0.2"` (a [slice of the data](evaluation.md#slices); `[*]` is every slice). '
         "The unfavourable end of the figure's 95% interval decides. When a gate is missed, the verdict is `rejected`, and the artifacts are kept.\n\n"
         f"Figures: {', '.join(f'`{name}`' for name in GATE_METRICS)}.\n"
     )

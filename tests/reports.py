@@ -197,6 +197,19 @@ def _gate(artifact: str, verdict: str) -> dict[str, Any]:
     }
 
 
+def _slice(name: str, accuracy: float, flips: float, compared: bool, examples: int) -> dict[str, Any]:
+    figures = [_figure("accuracy", accuracy, compared) | {"n": examples}]
+    if compared:
+        base = {"n": examples, "better": "lower", "data": "reviews"}
+        figures += [
+            base | {"name": "flips", "value": flips, "low": max(0.0, flips - 0.05), "high": flips + 0.05},
+            base | {"name": "right_to_wrong", "value": flips / 2, "low": 0.0, "high": flips},
+        ]
+    if examples < 10:
+        figures = [figure | {"low": None, "high": None} for figure in figures]
+    return {"name": name, "data": "reviews", "examples": examples, "measurements": figures}
+
+
 def _subject(
     name: str, kind: str, size: int, accuracy: float, p50: list[float], memory: int, consumer: str = ""
 ) -> dict[str, Any]:
@@ -231,6 +244,11 @@ def _subject(
     found: dict[str, Any] = {
         "name": name,
         "format": kind,
+        "slices": [
+            _slice("second language", 0.83, 0.125, compared, 48),
+            _slice("chat & code", 0.85, 0.02, compared, 48),
+            _slice("poems", 0.9, 0.0, compared, 5),
+        ],
         "digest": DIGEST if compared else None,
         "size_bytes": size,
         "parameters": 22_713_986,

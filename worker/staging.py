@@ -135,6 +135,11 @@ def _metrics(subject: Subject) -> list[MetricRow]:
         MetricRow(subject.name, measured.name, measured.value, measured.unit, measured.low, measured.high)
         for measured in subject.measurements
     ]
+    rows += [
+        MetricRow(subject.name, f"{ranked.name}[{part.name}]", ranked.value, ranked.unit, ranked.low, ranked.high)
+        for part in subject.slices
+        if (ranked := part.ranked) is not None
+    ]
     for timing in subject.timings:
         shape = f"{timing.batch}x{timing.length}"
         rows.append(MetricRow(subject.name, f"latency_{shape}", timing.p50_ms, "ms"))

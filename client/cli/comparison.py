@@ -14,6 +14,7 @@ from nightpress.core.handoff.report import (
     same_device,
     speedup,
 )
+from nightpress.core.handoff.slices import figure_of, figures_shown
 
 
 def print_report(raw: dict[str, object]) -> None:
@@ -25,6 +26,8 @@ def print_report(raw: dict[str, object]) -> None:
     rows = comparison_rows(report)
     headers = ["", *("source" if subject is report.source else subject.format for subject in subjects)]
     output.print_table(headers, rows, right=range(1, len(headers)))
+    for artifact in report.artifacts:
+        print_slices(artifact)
     for gate in report.gates:
         mark, style = ("met   ", "green") if gate.passed else ("MISSED", "red")
         output.say(
@@ -40,6 +43,20 @@ def print_report(raw: dict[str, object]) -> None:
     for note in report.notes:
         output.say(f"note {note}", "yellow")
     output.say(f"verdict: {report.verdict}", "green" if report.verdict == "accepted" else "red")
+
+
+def print_slices(artifact: Subject) -> None:
+    """Print the figures of each slice of the data, the farthest from the source first. Nothing if the data has no slices."""
+    if not artifact.slices:
+        return
+    names = figures_shown(artifact.slices)
+    output.say(f"{artifact.format} by slice, the worst first", "bold")
+    rows = [
+        [part.name, part.data, f"{part.examples:,}", *(_quality(figure_of(part, name)) for name in names)]
+        for part in artifact.slices
+    ]
+    headers = ["slice", "data", "examples", *names]
+    output.print_table(headers, rows, right=range(2, len(headers)))
 
 
 def comparison_rows(report: Report) -> list[list[str]]:

@@ -38,7 +38,10 @@ def compare_jobs(
         list[str],
         typer.Argument(metavar="JOB...", help="Job ids, report.json files, or folders that hold a report.json."),
     ],
-    metric: Annotated[str | None, typer.Option(help="The quality figure to compare by, e.g. accuracy.")] = None,
+    metric: Annotated[
+        str | None,
+        typer.Option(help="The quality figure to compare by, e.g. accuracy, or kl_divergence[code] of a slice."),
+    ] = None,
     html: Annotated[Path | None, typer.Option("--html", metavar="FILE", help="Write the comparison as a page.")] = None,
 ) -> None:
     """Compare the artifacts of several jobs by size, quality and latency. Artifacts that another beats in everything are marked."""

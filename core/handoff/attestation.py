@@ -81,6 +81,7 @@ def make_statement(
         "environment": report.environment,
         "data": [{"ref": used.ref, "sha256": used.sha256} for used in report.data],
         "figures": [measured.model_dump(mode="json") for measured in subject.measurements],
+        "slices": [part.model_dump(mode="json") for part in subject.slices],
         "source_figures": [measured.model_dump(mode="json") for measured in report.source.measurements],
         "timings": [timing.model_dump(mode="json") for timing in subject.timings],
         "generation": [timing.model_dump(mode="json") for timing in subject.generation],

@@ -1,6 +1,6 @@
 """Compares artifacts of one or more jobs on size, latency and quality, for the command line and the web pages. Plain data, no I/O."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from nightpress.core.handoff.report import Measurement, Report, Subject
@@ -10,6 +10,7 @@ _OF_ITSELF = {
     **dict.fromkeys(("cosine", "centred_cosine", "top1_agreement", "label_agreement"), 1.0),
     **dict.fromkeys(("rank_correlation", "correlation", "generation_match", "prefix_match"), 1.0),
     **dict.fromkeys(("kl_divergence", "kl_median", "kl_p90", "kl_p99", "kl_p999", "kl_max", "rms_dp"), 0.0),
+    **dict.fromkeys(("flips", "right_to_wrong"), 0.0),
     **dict.fromkeys(("mean_error", "largest_error"), 0.0),
 }
 
@@ -52,7 +53,7 @@ class Comparison:
 def compare(reports: Sequence[Report], metric: str | None = None) -> Comparison:
     """Compare the reports' artifacts, and each source once, on common scales, and mark the points that another point dominates.
 
-    metric: the quality figure to compare by; None: the first figure that every artifact has.
+    metric: the quality figure to compare by, perhaps of a slice as in `kl_divergence[code]`; None: the first figure that every artifact has.
     """
     artifacts = [(report, artifact) for report in reports for artifact in report.artifacts]
     key, better = _shared_metric([artifact for _, artifact in artifacts], metric)
@@ -72,11 +73,20 @@ def compare(reports: Sequence[Report], metric: str | None = None) -> Comparison:
 
 
 def _shared_metric(subjects: Sequence[Subject], wanted: str | None) -> tuple[tuple[str, str] | None, str]:
-    for measured in subjects[0].measurements if subjects else ():
+    first = subjects[0] if subjects else None
+    for measured in () if first is None else first.measurements if wanted is None else _figures(first):
         named = wanted is None or measured.name == wanted
         if named and not measured.of and all(_find(other, measured.name, measured.data) for other in subjects):
             return (measured.name, measured.data), measured.better
     return None, "higher"
+
+
+def _figures(subject: Subject) -> Iterator[Measurement]:
+    """The figures of all data, and then those of slices, which are named as in `kl_divergence[code]`."""
+    yield from subject.measurements
+    for part in subject.slices:
+        for figure in part.measurements:
+            yield figure.model_copy(update={"name": f"{figure.name}[{part.name}]"})
 
 
 def _shared_shape(subjects: Sequence[Subject]) -> tuple[int, int] | None:
@@ -86,18 +96,14 @@ def _shared_shape(subjects: Sequence[Subject]) -> tuple[int, int] | None:
 
 def _find(subject: Subject, name: str, data: str) -> Measurement | None:
     return next(
-        (
-            measured
-            for measured in subject.measurements
-            if (measured.name, measured.data, measured.of) == (name, data, "")
-        ),
+        (measured for measured in _figures(subject) if (measured.name, measured.data, measured.of) == (name, data, "")),
         None,
     )
 
 
 def _point(report: Report, subject: Subject, key: tuple[str, str] | None, shape: tuple[int, int] | None) -> Point:
     measured = _find(subject, *key) if key else None
-    itself = _OF_ITSELF.get(key[0]) if key and subject is report.source else None
+    itself = _OF_ITSELF.get(key[0].split("[")[0]) if key and subject is report.source else None
     timing = next(
         (shape_timing for shape_timing in subject.timings if (shape_timing.batch, shape_timing.length) == shape), None
     )

@@ -183,6 +183,33 @@ class Serving(_Model):
     peak_gpu_bytes: int | None = None  #: of the GPU's memory that vLLM took; None: it ran on the processor
 
 
+#: Figures by which slices are put in order: of those that a slice has, the first.
+RANKED_BY = (
+    "kl_divergence",
+    "kendall_tau",
+    "flips",
+    "generation_match",
+    "mean_error",
+    "centred_cosine",
+    "rank_correlation",
+)
+
+
+class Slice(_Model):
+    """The figures of one part of a data set: the examples with one value in the column `slice`."""
+
+    name: str  #: the value, e.g. "code"
+    data: str
+    examples: int  #: rows, questions, queries or windows of text; a single one gives no figures, fewer than ten give no intervals
+    measurements: tuple[Measurement, ...] = ()
+
+    @property
+    def ranked(self) -> Measurement | None:
+        """The figure by which the slice is compared with others; None for a source, and for a slice without figures."""
+        whole = {figure.name: figure for figure in self.measurements if not figure.of}
+        return next((whole[name] for name in RANKED_BY if name in whole), None)
+
+
 class Subject(_Model):
     """The source model or one artifact."""
 
@@ -192,6 +219,9 @@ class Subject(_Model):
     size_bytes: int
     parameters: int | None = None
     measurements: tuple[Measurement, ...] = ()
+    slices: tuple[
+        Slice, ...
+    ] = ()  #: of data sets with a column `slice`; of an artifact, the farthest from the source first
     timings: tuple[Timing, ...] = ()
     generation: tuple[GenerationTiming, ...] = ()
     measurements_by: str | None = None  #: the earlier job that measured the source's outputs; None: this job

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from nightpress.core.handoff.report import Measurement, Report
+from nightpress.core.handoff.report import Measurement, Report, Subject
 
 Outcome = Literal["identical", "equivalent", "different"]
 
@@ -73,8 +73,8 @@ def judge(before: Report, after: Report) -> Reproduction:
     subjects = {"source": after.source, **again}
     figures = []
     for subject in (before.source, *before.artifacts):
-        theirs = subjects[subject.name].measurements if subject.name in subjects else ()
-        for measured in subject.measurements:
+        theirs = _figures(subjects[subject.name]) if subject.name in subjects else []
+        for measured in _figures(subject):
             match = next((other for other in theirs if _key(other) == _key(measured)), None)
             name = f"{measured.name} {measured.of}".strip()
             value = match.value if match else None
@@ -98,6 +98,17 @@ def judge(before: Report, after: Report) -> Reproduction:
         },
         verdicts=(before.verdict, after.verdict),
     )
+
+
+def _figures(subject: Subject) -> list[Measurement]:
+    """All figures of a model. Those of slices name the slice; where they have no interval, nothing says how far they may move."""
+    of_slices = (
+        figure.model_copy(update={"of": f"{figure.of} slice {part.name}".strip()})
+        for part in subject.slices
+        for figure in part.measurements
+        if figure.low is not None
+    )
+    return [*subject.measurements, *of_slices]
 
 
 def _key(measured: Measurement) -> tuple[str, str, str]:

@@ -137,6 +137,7 @@ _METRICS: dict[str, tuple[frozenset[str], bool]] = {
     "multiple-choice": (frozenset({"causal-lm"}), False),
     "masked-lm": (frozenset({"masked-lm"}), True),
     "accuracy": (frozenset({"classification"}), False),
+    "regression": (frozenset({"classification"}), False),
     "entities": (frozenset({"token-classification"}), False),
     "similarity": (frozenset({"embedding"}), False),
     "retrieval": (frozenset({"embedding"}), True),
@@ -155,10 +156,17 @@ def _check_metric(quality: Quality, header: ModelHeader) -> None:
             f"evaluate: {quality.metric} is for {' and '.join(sorted(tasks))} models, and this one is for {header.task}.",
             f"Use {', '.join(f'`{name}`' for name in ['auto', *others, 'fidelity'])}.",
         )
-    if quality.metric == "accuracy" and header.head != "classes":
+    if quality.metric in {"accuracy", "regression"} and (quality.metric == "regression") != (header.head == "numbers"):
+        what = "answer with numbers" if quality.metric == "regression" else "choose among classes"
         raise invalid(
-            f"evaluate: accuracy is for models that choose one class, and this one's outputs are {header.head} (`problem_type` and `num_labels` in its config.json).",
-            "Use `fidelity`, which compares them with the source's.",
+            f"evaluate: {quality.metric} is for models that {what}, and this one's outputs are {header.head} (`problem_type` and `num_labels` in its config.json).",
+            f"Use `{'regression' if header.head == 'numbers' else 'accuracy'}` or `fidelity`.",
+        )
+    if header.sees_images and (
+        quality.metric == "regression" or (quality.metric, header.head) == ("accuracy", "labels")
+    ):
+        raise invalid(
+            "evaluate: of images, only models that choose one class are measured against labels.", "Use `fidelity`."
         )
     if quality.metric == "ranking" and header.classes != 1:
         raise invalid(

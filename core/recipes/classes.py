@@ -42,6 +42,9 @@ MAPPINGS: Mapping[str, Kind] = {
     "MODEL": Kind("embedding", "text", "AutoModel"),
 }
 
+#: XLM's class finds hidden words and keeps no keys and values; transformers has it among the language models, too.
+_NOT_AS = frozenset({("MODEL_FOR_CAUSAL_LM", "XLMWithLMHeadModel")})
+
 #: For classes that no mapping has: the end of the name → the task.
 _SUFFIXES: tuple[tuple[str, Task], ...] = (
     ("ForCausalLM", "causal-lm"),
@@ -57,7 +60,7 @@ _SUFFIXES: tuple[tuple[str, Task], ...] = (
 def kind_of(architecture: str, model_type: str) -> Kind:
     """Return the kind of a class. Its loader is the class itself if transformers' mappings lead to another class for this type of model."""
     for mapping, kind in MAPPINGS.items():
-        if architecture in _classes(mapping):
+        if architecture in _classes(mapping) and (mapping, architecture) not in _NOT_AS:
             own = _table()[mapping].get(model_type) == architecture
             return kind if own else kind._replace(loader=architecture)
     tasks: list[Task] = [task for suffix, task in _SUFFIXES if architecture.endswith(suffix)]

@@ -10,15 +10,16 @@ import csv
 import io
 import json
 import zlib
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
-from typing import Any, Literal
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Literal, TypeVar
 
 from nightpress.core.errors import ErrorCode, NightpressError
 from nightpress.core.recipes.jsonfile import is_text
-from nightpress.core.recipes.labels import Label, LabelError, label_of
+from nightpress.core.recipes.labels import Label, LabelError, label_of, slice_of
 
 Kind = Literal["txt", "jsonl", "csv", "parquet"]
+Value = TypeVar("Value")
 
 READ_BYTES = 64 * 1024**2  #: unpacked bytes of a data set that are read; a quality figure needs far less
 READ_LINES = 1_000_000  #: lines that are read, blank lines included; for prose, paragraphs
@@ -39,10 +40,11 @@ class DataRow:
     """A row, or a paragraph of prose. A row has a text, a conversation, or columns that only some metrics read."""
 
     place: str  #: place in the file for error messages, e.g. "line 3"
-    values: Mapping[str, Any]  #: all columns; of a CSV only `text` and `label`
+    values: Mapping[str, Any]  #: all columns; of a CSV only `text`, `label` and `slice`
     text: str | None = None
     messages: tuple[Mapping[str, str], ...] = ()
     label: Label | None = None
+    slice: str | None = None  #: the part of the data that the row belongs to, e.g. "code"
 
 
 @dataclass
@@ -97,13 +99,20 @@ def read_data(ref: str, name: str, pieces: Iterable[bytes], window: Window | Non
 
 def row_of(ref: str, place: str, values: Mapping[str, Any]) -> DataRow | None:
     """Make a row from its columns. None: the row is blank. Raises NightpressError(invalid_data) for invalid columns."""
+    row = _row(ref, place, values)
+    if row is None or values.get("slice") is None:
+        return row
+    return replace(row, slice=_checked(ref, place, "slice", slice_of, values))
+
+
+def _row(ref: str, place: str, values: Mapping[str, Any]) -> DataRow | None:
     text = values.get("text")
     if not _OTHER_COLUMNS.isdisjoint(values):
         # Each metric checks these columns when it reads them.
         found = values.get("label")
         plain = found if isinstance(found, int | str) and not isinstance(found, bool) else None
         return DataRow(place, values, text if isinstance(text, str) else None, label=plain)
-    label = _label(ref, place, values.get("label"))
+    label = _checked(ref, place, "label", label_of, values)
     if values.get("messages") is not None:
         messages = _messages(ref, place, values["messages"])
         says = any(message["content"].strip() for message in messages)
@@ -122,11 +131,12 @@ def invalid(ref: str, what: str, hint: str) -> NightpressError:
     return NightpressError(ErrorCode.INVALID_DATA, f"The data set {ref} can't be used: {what}.", hint=hint, data=ref)
 
 
-def _label(ref: str, place: str, raw: object) -> Label | None:
+def _checked(ref: str, place: str, column: str, read: Callable[[object], Value], values: Mapping[str, Any]) -> Value:
+    """Read a column. Raises NightpressError(invalid_data) for a value that it can't have."""
     try:
-        return label_of(raw)
+        return read(values.get(column))
     except LabelError as error:
-        raise invalid(ref, f"{place}: `label` {error}", error.hint) from None
+        raise invalid(ref, f"{place}: `{column}` {error}", error.hint) from None
 
 
 def _messages(ref: str, place: str, raw: object) -> tuple[Mapping[str, str], ...]:
@@ -152,8 +162,7 @@ def _paragraphs(texts: Iterator[str], window: Window) -> Iterator[DataRow]:
     for _, part in _split(texts, "\n\n", window):
         text = part.strip("\n")
         for at in range(0, len(text), MAX_LINE):
-            piece = text[at : at + MAX_LINE]
-            if piece.strip():
+            if (piece := text[at : at + MAX_LINE]).strip():
                 yield DataRow("", {"text": piece}, piece)
 
 
@@ -175,8 +184,7 @@ def _objects(ref: str, texts: Iterator[str], window: Window) -> Iterator[DataRow
             raise invalid(ref, f"line {number} has characters that are no text", "Leave out the escape.")
         if not isinstance(values, dict):
             raise invalid(ref, f"line {number} is no JSON object", 'Write lines like {"text": "…", "label": 1}.')
-        row = row_of(ref, f"line {number}", values)
-        if row is not None:
+        if (row := row_of(ref, f"line {number}", values)) is not None:
             yield row
 
 
@@ -205,9 +213,8 @@ def _table(ref: str, texts: Iterator[str], window: Window) -> Iterator[DataRow]:
             if not fields or names is None:
                 continue
             cells = dict(zip(names, [*fields, *[None] * (len(names) - len(fields))], strict=False))
-            values: dict[str, Any] = {name: cells[name] for name in cells.keys() & {"text", "label"}}
-            row = row_of(ref, f"line {table.line_num}", values)
-            if row is not None:
+            values: dict[str, Any] = {name: cells[name] for name in cells.keys() & {"text", "label", "slice"}}
+            if (row := row_of(ref, f"line {table.line_num}", values)) is not None:
                 yield row
     except csv.Error as error:
         if window.cut:

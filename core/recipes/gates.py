@@ -6,7 +6,8 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict
 
 _BOUND = re.compile(r"^\s*(<=|>=|<|>)\s*([+-]?\d+(?:\.\d+)?)\s*(%|x)?(?:\s+(source|runtime|best))?\s*$")
-_GATE = re.compile(r"^\s*([a-z0-9_]+)\s*((?:<=|>=|<|>).+)$")
+_GATE = re.compile(r"^\s*([a-z0-9_]+(?:\[[^\[\]]+\])?)\s*((?:<=|>=|<|>).+)$")
+_FIGURE = re.compile(r"^([a-z0-9_]+)(?:\[\s*([^\[\]]*[^\[\]\s])\s*\])?$")
 
 
 class Gate(BaseModel):
@@ -20,6 +21,7 @@ class Gate(BaseModel):
     relative: Literal["absolute", "change", "share", "times"]
     #: What a speed is compared with: the source, the uncompressed model in the artifact's own runtime, or whichever of the two is faster.
     against: Literal["source", "runtime", "best"] = "source"
+    slice: str = ""  #: the slice of the data that the figure is of; `*`: of each, so that the worst decides; "": all data together
 
     @property
     def is_upper(self) -> bool:
@@ -34,11 +36,15 @@ class Gate(BaseModel):
             "times": f"{self.value:g}x",
         }
         against = "" if self.against == "source" else f" {self.against}"
-        return f"{self.metric} {self.operator} {number[self.relative]}{against}"
+        figure = f"{self.metric}[{self.slice}]" if self.slice else self.metric
+        return f"{figure} {self.operator} {number[self.relative]}{against}"
 
 
 #: Gates on them may name what the speed is compared with.
 _SPEEDS = frozenset({"latency", "throughput", "prefill_tokens_per_s", "decode_tokens_per_s"})
+
+#: Figures of the whole artifact, which no slice of a data set has.
+_OF_ARTIFACTS = _SPEEDS | {"size", "memory"}
 
 GATE_METRICS = (
     "size",
@@ -54,6 +60,8 @@ GATE_METRICS = (
     "f1",
     "entity_f1",
     "choice_accuracy",
+    "flips",
+    "right_to_wrong",
     "spearman",
     "pearson",
     "ndcg",
@@ -84,13 +92,17 @@ GATE_METRICS = (
 def parse_gate(metric: str, bound: str) -> Gate:
     """Parse a bound. A signed percentage is a change, an unsigned percentage a share of the source, `x` a factor.
 
-    A relative bound on a speed may end in `runtime` or `best`; see Gate.
+    metric: the figure, perhaps with a slice: `kl_divergence[code]`, or `kl_divergence[*]` for every slice. A relative bound on a speed may
+    end in `runtime` or `best`; see Gate.
 
     Raises ValueError for an unknown metric or an invalid bound.
     """
-    match = _BOUND.match(bound)
+    match, named = _BOUND.match(bound), _FIGURE.match(metric)
+    whole, (metric, part) = metric, named.groups() if named else (metric, None)
     if metric not in GATE_METRICS:
         raise ValueError(f"gate {metric!r} is not one of {', '.join(GATE_METRICS)}")
+    if part is not None and metric in _OF_ARTIFACTS:
+        raise ValueError(f"gate {whole!r}: {metric} is of the whole artifact, not of a slice of the data")
     if not match:
         raise ValueError(f"gate {metric}: {bound!r} is not a bound like '<= +3%', '<= 35%', '>= 1.5x' or '>= 0.99'")
     operator, number, unit, against = match.groups()
@@ -103,7 +115,14 @@ def parse_gate(metric: str, bound: str) -> Gate:
         kind, value = ("change" if number[0] in "+-" else "share"), value / 100
     else:
         kind = "times" if unit == "x" else "absolute"
-    gate = {"metric": metric, "operator": operator, "value": value, "relative": kind, "against": against or "source"}
+    gate = {
+        "metric": metric,
+        "operator": operator,
+        "value": value,
+        "relative": kind,
+        "against": against or "source",
+        "slice": part or "",
+    }
     return Gate.model_validate(gate)
 
 

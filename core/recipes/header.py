@@ -114,6 +114,12 @@ class ModelHeader(BaseModel):
         return {**self.config, **part} if isinstance(part, dict) else self.config
 
     @property
+    def vision_config(self) -> Mapping[str, Any]:
+        """The config of the part that sees; of a model that only sees, the whole config."""
+        part = self.config.get("vision_config")
+        return {**self.config, **part} if isinstance(part, dict) else self.config
+
+    @property
     def has_experts(self) -> bool:
         """Whether the files hold a tensor for each expert's weight. transformers holds those of all experts in a single tensor."""
         return any(".experts." in tensor.name and _EXPERT.search(tensor.name) is not None for tensor in self.tensors)

@@ -1,4 +1,4 @@
-"""Reads the label of a row: a class's number or name, a number to be predicted, or the labels of several classes."""
+"""Reads the label of a row: a class's number or name, a number to be predicted, or the labels of several classes. And a row's slice."""
 
 import math
 import re
@@ -6,6 +6,7 @@ import re
 _MAX_NUMBER = 99_999
 _MAX_NAME = 200
 _MOST = 1000  #: labels of a row
+_LONGEST_SLICE = 64
 _FLOAT = re.compile(r"[+-]?\d{1,15}\.\d{1,20}")  #: a number with a decimal point, as CSV has it
 
 Label = int | str | float | tuple[int | str | float, ...]
@@ -48,3 +49,19 @@ def _single(raw: object) -> int | str | float | None:
             "Write the class's index or its name, as the model's `label2id` has it.",
         )
     return int(raw) if raw >= 0 and int(raw) == raw else float(raw)
+
+
+def slice_of(raw: object) -> str | None:
+    """Return the name of the slice that a row's value stands for. None: the row belongs to none.
+
+    Raises LabelError for a value that is neither a short text nor a whole number.
+    """
+    if raw is None or (isinstance(raw, str) and not raw.strip()):
+        return None
+    name = str(raw).strip() if isinstance(raw, int | str) and not isinstance(raw, bool) else ""
+    if not name or len(name) > _LONGEST_SLICE or not name.isprintable() or not {"[", "]"}.isdisjoint(name):
+        raise LabelError(
+            f"is not a name of at most {_LONGEST_SLICE} characters without brackets",
+            'Write a short name such as "code", or leave the row without one.',
+        )
+    return name

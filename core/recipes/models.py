@@ -30,6 +30,7 @@ Metric = Literal[
     "perplexity",
     "masked-lm",
     "accuracy",
+    "regression",
     "entities",
     "similarity",
     "retrieval",
@@ -47,7 +48,7 @@ VectorType = Literal["float32", "int8", "binary"]
 class Quality(_Model):
     """Quality on labels, on text or against the source, with a 95% interval. docs/evaluation.md describes the data of each metric.
 
-    `auto` is perplexity for causal language models, masked-lm for masked language models, accuracy or entities if the data has labels for
+    `auto` is perplexity for causal language models, masked-lm for masked language models, accuracy, regression or entities if the data has labels for
     them, ranking for cross-encoders, and otherwise fidelity. `fidelity` needs no labels. It gives the cosine of pooled outputs for embedders, top-1 agreement and KL
     divergence for logits, and correlations and errors for outputs that are plain numbers; for all of these also the centred cosine. Every
     other metric reports fidelity as well, if its outputs allow it.

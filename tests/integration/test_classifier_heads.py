@@ -51,13 +51,21 @@ def test_a_head_is_read_as_transformers_reads_it(config: dict[str, Any], head: s
     assert _header(**config).head == head
 
 
-@pytest.mark.parametrize("config", [{"num_labels": 1}, {"num_labels": 3, "problem_type": "multi_label_classification"}])
-def test_accuracy_of_a_model_that_chooses_no_class_is_refused(config: dict[str, Any]) -> None:
-    evaluate = [{"metric": "accuracy", "data": "reviews"}]
+@pytest.mark.parametrize(
+    ("config", "metric", "hint"),
+    [
+        ({"num_labels": 1}, "accuracy", "regression"),
+        ({"num_labels": 3, "problem_type": "regression"}, "accuracy", "regression"),
+        ({"num_labels": 3, "problem_type": "multi_label_classification"}, "regression", "accuracy"),
+        ({"num_labels": 3}, "regression", "accuracy"),
+    ],
+)
+def test_a_metric_for_another_kind_of_head_is_refused(config: dict[str, Any], metric: str, hint: str) -> None:
+    evaluate = [{"metric": metric, "data": "reviews"}]
     recipe = parse_recipe({"name": "t", "passes": [], "exports": ["safetensors"], "evaluate": evaluate})
-    with pytest.raises(NightpressError, match="one class") as caught:
+    with pytest.raises(NightpressError, match=f"{metric} is for models that") as caught:
         make_plan(recipe, _header(**config))
-    assert "fidelity" in caught.value.hint
+    assert f"Use `{hint}` or `fidelity`" in caught.value.hint
 
 
 def _decoder(bert_tiny: Path, folder: Path, pad: int | None) -> Path:

@@ -178,7 +178,7 @@ CASES = {
     ),
     "classifier": Case(
         classifier,
-        {"accuracy", "f1", *_TOKENS},
+        {"accuracy", "right_to_wrong", "f1", "flips", *_TOKENS},
         ({"metric": "accuracy", "data": "rows", "samples": 48},),
         _labelled,
     ),
@@ -217,7 +217,7 @@ CASES = {
             {"metric": "generation", "samples": 12, "length": 12, "new_tokens": 6},
         ),
     ),
-    "images": Case(_vit, _TOKENS, ({"metric": "fidelity", "samples": 48},)),
+    "images": Case(_vit, {"flips", *_TOKENS}, ({"metric": "fidelity", "samples": 48},)),
     "encoder-decoder": Case(_t5, _TOKENS, ({"metric": "fidelity", "samples": 12, "length": 24},)),
 }
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from sqlalchemy import update
+from sqlalchemy import select, update
 
 from nightpress.core.database import db_now, transaction
 from nightpress.core.errors import ErrorCode, NightpressError
@@ -120,6 +120,13 @@ def test_a_study_in_which_nothing_keeps_the_gates_is_rejected_and_says_what_came
     assert report.front == []
     assert report.runner_up is not None
     assert report.reasons == {"missed: cosine >= 0.9999": 6}
+
+
+def test_a_gate_on_a_slice_is_measured_by_the_metric_of_its_figure(quick: StudyWorld):
+    quick.create(trials=1, gates={"masked_accuracy[long texts]": ">= 0.5"})
+    with quick.engine.connect() as connection:
+        (parts,) = connection.execute(select(studies.c.space)).scalars()
+    assert [entry["metric"] for entry in parts["evaluate"]][:1] == ["masked-lm"]
 
 
 def test_replicas_that_race_propose_each_trial_once(world: StudyWorld):

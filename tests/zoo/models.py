@@ -30,7 +30,10 @@ def save_tiny(model_type: str, class_name: str, folder: Path) -> Path:
     """Save a model of this class with random weights. Its norms and biases are random, too: as ones and zeros they would hide errors."""
     model_class = getattr(transformers, class_name)
     torch.manual_seed(0)
-    model = model_class(config_for(model_type, model_class))
+    config = config_for(model_type, model_class)
+    if "SequenceClassification" in class_name and config.get_text_config().pad_token_id is None:
+        config.get_text_config().pad_token_id = 0  # a decoder's classifier finds a text's end by it
+    model = model_class(config)
     if (count := sum(parameter.numel() for parameter in model.parameters())) > LARGEST:
         raise ValueError(f"its smallest form has {count:,} weights")
     with torch.no_grad():
@@ -63,6 +66,8 @@ def inputs_of(model: Any) -> dict[str, Tensor]:
             "pixel_values": torch.randn(2, getattr(model.config, "num_channels", 3), height, width, generator=random)
         }
     ids = torch.randint(5, 50, (2, 32), generator=random)
+    if model.config.is_encoder_decoder and "SequenceClassification" in type(model).__name__:
+        ids[:, -1] = model.config.eos_token_id
     return {"input_ids": ids, **({"decoder_input_ids": ids} if model.config.is_encoder_decoder else {})}
 
 

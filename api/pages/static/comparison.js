@@ -3,8 +3,8 @@
 import { change, figure } from "./format.js";
 
 /** The source's own value of figures that compare with the source. */
-const OF_THE_SOURCE = { cosine: 1, centred_cosine: 1, top1_agreement: 1, label_agreement: 1, kl_divergence: 0, kl_median: 0, kl_p90: 0, kl_p99: 0, kl_p999: 0, kl_max: 0, rms_dp: 0, rank_correlation: 1, correlation: 1, mean_error: 0, largest_error: 0, generation_match: 1 };
-const LOWER_IS_BETTER = ["kl_divergence", "kl_median", "kl_p90", "kl_p99", "kl_p999", "kl_max", "rms_dp", "mean_error", "largest_error"];
+const OF_THE_SOURCE = { cosine: 1, centred_cosine: 1, top1_agreement: 1, label_agreement: 1, kl_divergence: 0, kl_median: 0, kl_p90: 0, kl_p99: 0, kl_p999: 0, kl_max: 0, rms_dp: 0, flips: 0, right_to_wrong: 0, rank_correlation: 1, correlation: 1, mean_error: 0, largest_error: 0, generation_match: 1 };
+const LOWER_IS_BETTER = ["kl_divergence", "kl_median", "kl_p90", "kl_p99", "kl_p999", "kl_max", "rms_dp", "flips", "right_to_wrong", "mean_error", "largest_error"];
 const PREFERRED = ["perplexity", "accuracy", "f1", "ndcg", "spearman", "centred_cosine", "cosine", "top1_agreement", "label_agreement", "rank_correlation", "kl_divergence"];
 
 /** The measurement of a subject that says most about its quality; null without any. */

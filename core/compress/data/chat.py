@@ -22,14 +22,22 @@ RENDERED_AT = datetime(2025, 1, 1, tzinfo=UTC)
 
 
 def render_conversations(
-    conversations: Sequence[Sequence[Mapping[str, str]]], model_dir: Path, *, ref: str
+    conversations: Sequence[Sequence[Mapping[str, str]]], model_dir: Path, *, ref: str, answering: bool = False
 ) -> list[str]:
     """Render each conversation, a list of {"role", "content"}, to one text with the template's markers.
+
+    answering: end each with the marker behind which the model writes its answer.
 
     Raises NightpressError(invalid_data) if the model has no template, or if rendering fails or takes too long.
     """
     template, tokens = _template_of(model_dir, ref)
-    asked = {"template": template, "tokens": tokens, "conversations": conversations, "now": RENDERED_AT.isoformat()}
+    asked = {
+        "template": template,
+        "tokens": tokens,
+        "conversations": conversations,
+        "now": RENDERED_AT.isoformat(),
+        "answering": answering,
+    }
     request = json.dumps(asked).encode()
     with tempfile.TemporaryFile() as out:
         try:

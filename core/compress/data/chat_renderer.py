@@ -41,15 +41,16 @@ def main() -> None:
     environment.globals["strftime_now"] = datetime.fromisoformat(request["now"]).strftime
     try:
         template = environment.from_string(request["template"])
-        texts = [_render(template, conversation, request["tokens"]) for conversation in request["conversations"]]
+        given = request["tokens"] | {"add_generation_prompt": request["answering"]}
+        texts = [_render(template, conversation, given) for conversation in request["conversations"]]
     except (TemplateError, TypeError, ValueError, ArithmeticError, LookupError, RecursionError) as error:
         sys.exit(f"{type(error).__name__}: {error}")
     json.dump(texts, sys.stdout)
 
 
-def _render(template: Any, messages: list[dict[str, str]], tokens: dict[str, str]) -> str:
+def _render(template: Any, messages: list[dict[str, str]], given: dict[str, Any]) -> str:
     parts, size = [], 0
-    for part in template.generate(messages=messages, add_generation_prompt=False, tools=None, documents=None, **tokens):
+    for part in template.generate(messages=messages, tools=None, documents=None, **given):
         size += len(part)
         if size > _MAX_CHARACTERS:
             raise ValueError(f"a conversation is rendered to more than {_MAX_CHARACTERS} characters")

@@ -10,8 +10,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nightpress.core.compress.data.rows import find_file, parquet_rows
+from nightpress.core.compress.data.slices import Slices, draw, slices_of
 from nightpress.core.recipes.datafile import invalid
 from nightpress.core.recipes.header import ModelHeader
+from nightpress.core.recipes.labels import LabelError, slice_of
 
 _MAX_PIXELS = 64 * 1024**2
 
@@ -20,27 +22,45 @@ _MAX_PIXELS = 64 * 1024**2
 class Images:
     pixels: NDArray[np.float32]  #: [N, channels, height, width], scaled and normalised for the model
     labels: tuple[int | str | None, ...]
+    slices: Slices | None = None  #: of each image; None: the data has no slices, or they were not asked for
 
 
 def read_images(
-    ref: str, file: Path | None, model_dir: Path, header: ModelHeader, *, samples: int, seed: int
+    ref: str, file: Path | None, model_dir: Path, header: ModelHeader, *, samples: int, seed: int, sliced: bool = False
 ) -> Images:
     """Draw images without replacement, scaled and normalised by preprocessor_config.json. Raises NightpressError(invalid_data).
+
+    sliced: every value of the column `slice` gets an equal share of the images, as far as it has rows.
 
     A built-in data set has no images. Smooth random fields are used in their place, the same ones for the same seed. A measurement on them
     shows how close a pressed model is to its source. It does not show how well the model recognises images.
     """
-    size, channels = int(header.config.get("image_size") or 224), int(header.config.get("num_channels") or 3)
+    config = header.vision_config
+    wanted = config.get("image_size") or 224
+    size = int(wanted[0] if isinstance(wanted, list) else wanted)
+    channels = int(config.get("num_channels") or 3)
     settings = _settings(model_dir)
     if ref.startswith("builtin:"):
         pixels = _synthetic(samples, size, channels, seed)
         return Images(_normalised(pixels, settings), (None,) * samples)
-    rows = list(parquet_rows(ref, find_file(ref, file), ("image", "label")))
+    rows = list(parquet_rows(ref, find_file(ref, file), ("image", "label", "slice")))
     if not rows or "image" not in rows[0]:
         raise invalid(ref, "it has no column `image`", "Bring a Parquet file with `image` (bytes) and perhaps `label`.")
-    order = np.random.default_rng(seed).permutation(len(rows))[:samples]
+    slices = [_slice(ref, at + 1, row.get("slice")) if sliced else None for at, row in enumerate(rows)]
+    order = draw(slices, samples, seed)
     pixels = np.stack([_decode(ref, int(at), rows[at]["image"], size, channels) for at in order])
-    return Images(_normalised(pixels, settings), tuple(rows[at].get("label") for at in order))
+    return Images(
+        _normalised(pixels, settings),
+        tuple(rows[at].get("label") for at in order),
+        slices_of(slices[at] for at in order),
+    )
+
+
+def _slice(ref: str, number: int, raw: object) -> str | None:
+    try:
+        return slice_of(raw)
+    except LabelError as error:
+        raise invalid(ref, f"row {number}: `slice` {error}", error.hint) from None
 
 
 def _synthetic(count: int, size: int, channels: int, seed: int) -> NDArray[np.float32]:

@@ -11,6 +11,7 @@ from nightpress.core.compress.data.halves import half
 from nightpress.core.compress.data.rows import Row
 from nightpress.core.compress.data.tokenized import DataSource
 from nightpress.core.recipes.datafile import invalid
+from nightpress.core.recipes.labels import slice_of
 
 #: Columns of a row with one pair, the first and the second text. A row with other columns has no pair.
 _FIRST = ("query", "question", "anchor", "text_a", "sentence1", "text1")
@@ -28,6 +29,7 @@ class Query:
     text: str
     documents: tuple[str, ...]
     gains: tuple[float, ...]
+    slice: str | None = None  #: of its first row
 
 
 def has_pairs(source: DataSource) -> bool:
@@ -43,14 +45,15 @@ def read_queries(source: DataSource) -> list[Query]:
     """
     if source.ref.startswith("builtin:"):
         return list(_from_prose(source))
-    found: dict[object, tuple[str, list[str], list[float]]] = {}
+    found: dict[object, tuple[str, list[str], list[float], str | None]] = {}
     for at, record in enumerate(replace(source, part="all").records()):
         text = source.field(record, at, "text", *_FIRST)
         documents, gains = _judged(source, record, at)
-        _, all_documents, all_gains = found.setdefault(str(record.get("group", text)), (text, [], []))
+        group, named = str(record.get("group", text)), slice_of(record.get("slice"))
+        _, all_documents, all_gains, _ = found.setdefault(group, (text, [], [], named))
         all_documents += documents
         all_gains += gains
-    queries = [Query(text, tuple(documents), tuple(gains)) for text, documents, gains in found.values()]
+    queries = [Query(text, tuple(documents), tuple(gains), named) for text, documents, gains, named in found.values()]
     useful = [query for query in queries if len(query.documents) > 1 and max(query.gains) > 0]
     if len(useful) < 2:
         raise invalid(
@@ -69,8 +72,9 @@ def pair_rows(source: DataSource) -> list[Row]:
     for at, record in enumerate(source.records()):
         first = source.field(record, at, "text", *_FIRST)
         label = record.get("label")
-        plain = label if isinstance(label, int | str) and not isinstance(label, bool) else None
-        found += [Row(first, plain, second) for second in _seconds(source, record, at)]
+        plain = label if isinstance(label, int | float | str) and not isinstance(label, bool) else None
+        named = slice_of(record.get("slice"))
+        found += [Row(first, plain, second, named) for second in _seconds(source, record, at)]
     return found
 
 

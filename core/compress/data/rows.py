@@ -20,6 +20,7 @@ class Row:
     text: str
     label: Label | None = None
     second: str | None = None  #: the second text of a pair
+    slice: str | None = None  #: the part of the data set that the row belongs to; None: to none
 
 
 def read_rows(ref: str, file: Path | None, *, purpose: str = "evaluation", model_dir: Path | None = None) -> list[Row]:
@@ -110,7 +111,7 @@ def _pieces(file: Path) -> Iterator[bytes]:
 
 def _parquet(ref: str, file: Path) -> Iterator[DataRow]:
     size = 0
-    for number, values in enumerate(parquet_rows(ref, file, ("text", "label", "messages")), 1):
+    for number, values in enumerate(parquet_rows(ref, file, ("text", "label", "messages", "slice")), 1):
         size += len(str(values))
         if size > READ_BYTES or number > READ_LINES:
             return
@@ -139,5 +140,5 @@ def _render(ref: str, raw: list[DataRow], model_dir: Path | None) -> list[Row]:
                 'Give each row a `text`, or `messages` as [{"role": …, "content": …}].',
             )
         if text.strip():
-            rows.append(Row(text, row.label))
+            rows.append(Row(text, row.label, slice=row.slice))
     return rows

@@ -2,6 +2,7 @@
 
 import hashlib
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -11,11 +12,12 @@ from numpy.typing import NDArray
 
 from nightpress.core.compress.data.halves import RUN, Part, half
 from nightpress.core.compress.data.rows import Row, builtin_bytes, has_columns, read_records, read_rows
+from nightpress.core.compress.data.slices import Slices, by_slice, draw, evenly, shares, slices_of
 from nightpress.core.compress.data.tokenizer import Tokenizer, open_tokenizer
 from nightpress.core.errors import ErrorCode, NightpressError
 from nightpress.core.recipes.datafile import invalid
 from nightpress.core.recipes.header import ModelHeader
-from nightpress.core.recipes.labels import Label
+from nightpress.core.recipes.labels import Label, slice_of
 
 __all__ = ["Row", "Tokenizer", "open_tokenizer", "read_records", "read_rows"]
 
@@ -30,13 +32,22 @@ class Sequences:
 
     ids: NDArray[Any]
     mask: Ids
-    labels: Ids | None = None  #: [N], classification
+    labels: NDArray[Any] | None = None  #: [N], the class; [N, C], labels that hold (0 or 1), or numbers
     types: Ids | None = None  #: [N, S], 1 at the second text of a pair; None: the model reads no types, or single texts
     targets: Ids | None = None  #: [N, S], the token that each position should predict; -1: the position is not scored
+    slices: Slices | None = None  #: of each example; None: the data has no slices
 
     @property
     def tokens(self) -> int:
         return int(self.mask.sum())
+
+    def take(self, kept: NDArray[np.bool_]) -> "Sequences":
+        """Some of the examples. kept [N]."""
+
+        def of(array: NDArray[Any] | None) -> NDArray[Any] | None:
+            return None if array is None else array[kept]
+
+        return Sequences(self.ids[kept], self.mask[kept], of(self.labels), of(self.types), of(self.targets))
 
 
 def builtin_digest(ref: str, purpose: str) -> str:
@@ -66,6 +77,10 @@ class DataSource:
         if len(found) < 2:
             raise invalid(self.ref, "it has fewer than two rows: no interval can be given", "Bring more rows.")
         return found
+
+    def slices(self, records: Sequence[Mapping[str, Any]]) -> list[str | None]:
+        """The slice of each row."""
+        return [slice_of(record.get("slice")) for record in records]
 
     def has(self, *names: str) -> bool:
         """Whether the data set has rows with one of these columns."""
@@ -109,9 +124,12 @@ def _is_a(kind: str, found: object) -> bool:
     return isinstance(found, list) and bool(found)
 
 
-def text_windows(rows: list[Row], tokenizer: Tokenizer, *, samples: int, length: int, ref: str) -> Sequences:
+def text_windows(
+    rows: list[Row], tokenizer: Tokenizer, *, samples: int, length: int, ref: str, sliced: bool = False
+) -> Sequences:
     """Cut running text into windows of equal length and take some, evenly spread: [samples, length] with the tokenizer's special tokens.
 
+    sliced: no window mixes the rows of two slices, and every slice gets an equal share of the windows, as far as its text goes.
     Fewer windows are returned if the text is short. Raises NightpressError(invalid_data) for fewer than two windows, and
     NightpressError(invalid_recipe) if `length` holds no text.
     """
@@ -123,22 +141,28 @@ def text_windows(rows: list[Row], tokenizer: Tokenizer, *, samples: int, length:
             f"A length of {length} leaves no room for text beside the model's special tokens.",
             hint="Use at least 16 tokens.",
         )
-    stream: list[int] = []
-    texts = iter(_spread(rows, samples * body))
-    for row in texts:
-        stream += tokenizer.encode(row.text + "\n", special=False)
-    count = len(stream) // body
-    if count < 2:
+    streams = {
+        name: [
+            token for row in _spread(some, samples * body) for token in tokenizer.encode(row.text + "\n", special=False)
+        ]
+        for name, some in (by_slice(rows) if sliced else {None: rows}).items()
+    }
+    counts = [len(stream) // body for stream in streams.values()]
+    if sum(counts) < 2:
         raise invalid(
             ref,
-            f"its {len(stream)} tokens fill fewer than two windows of {length}",
+            f"its {sum(map(len, streams.values()))} tokens fill fewer than two windows of {length}",
             "Bring more text, or ask for a shorter `length`.",
         )
-    chosen = np.unique(np.linspace(0, count - 1, min(samples, count)).round().astype(np.int64))
-    windows = np.asarray(stream[: count * body], np.int64).reshape(count, body)[chosen]
-    ids = np.concatenate([np.tile(prefix, (len(chosen), 1)), windows, np.tile(suffix, (len(chosen), 1))], axis=1)
+    cut_up = [
+        np.asarray(stream[: count * body], np.int64).reshape(count, body)[evenly(count, share)]
+        for stream, count, share in zip(streams.values(), counts, shares(counts, samples), strict=True)
+    ]
+    windows = np.concatenate(cut_up)
+    ids = np.concatenate([np.tile(prefix, (len(windows), 1)), windows, np.tile(suffix, (len(windows), 1))], axis=1)
     ids = ids.astype(np.int64)
-    return Sequences(ids=ids, mask=np.ones_like(ids))
+    names = tuple(name for name, some in zip(streams, cut_up, strict=True) for _ in some)
+    return Sequences(ids=ids, mask=np.ones_like(ids), slices=slices_of(names))
 
 
 def _spread(rows: list[Row], tokens: int) -> list[Row]:
@@ -152,17 +176,22 @@ def _spread(rows: list[Row], tokens: int) -> list[Row]:
 
 
 def labelled_rows(
-    rows: list[Row], tokenizer: Tokenizer, header: ModelHeader, *, samples: int, length: int, seed: int, ref: str
+    rows: list[Row],
+    labels: NDArray[Any],
+    tokenizer: Tokenizer,
+    header: ModelHeader,
+    *,
+    samples: int,
+    length: int,
+    seed: int,
 ) -> Sequences:
-    """For classifiers: rows drawn without replacement, each with its class, cut at `length` tokens and padded."""
-    labels = [class_index(row.label, header, ref) for row in rows]
-    order = np.random.default_rng(seed).permutation(len(rows))[:samples]
+    """For classifiers: rows drawn without replacement, each with its label, cut at `length` tokens and padded. labels [N] or [N, C]."""
+    order = draw([row.slice for row in rows], samples, seed)
     # Sorted by length, so that rows of a batch are of similar length and little is computed on padding.
-    encoded = sorted(
-        ((encode_row(rows[at], tokenizer, length), labels[at]) for at in order), key=lambda pair: len(pair[0][0])
-    )
+    encoded = sorted(((encode_row(rows[at], tokenizer, length), at) for at in order), key=lambda pair: len(pair[0][0]))
     sequences = pad_typed([row for row, _ in encoded], tokenizer.pad_id, header)
-    return replace(sequences, labels=np.asarray([label for _, label in encoded], np.int64))
+    taken = [at for _, at in encoded]
+    return replace(sequences, labels=labels[taken], slices=slices_of(rows[at].slice for at in taken))
 
 
 def text_rows(
@@ -170,7 +199,8 @@ def text_rows(
 ) -> Sequences:
     """Rows drawn without replacement, cut at `length` tokens and padded."""
     order = np.sort(np.random.default_rng(seed).permutation(len(rows))[:samples])
-    return pad_typed([encode_row(rows[at], tokenizer, length) for at in order], tokenizer.pad_id, header)
+    sequences = pad_typed([encode_row(rows[at], tokenizer, length) for at in order], tokenizer.pad_id, header)
+    return replace(sequences, slices=slices_of(rows[at].slice for at in order))
 
 
 def encode_row(row: Row, tokenizer: Tokenizer, length: int) -> tuple[list[int], list[int]]:
@@ -236,7 +266,7 @@ def next_token_targets(sequences: Sequences) -> Sequences:
     """For causal language models: the target of each position is the next token."""
     targets = np.full_like(sequences.ids, -1)
     targets[:, :-1] = np.where(sequences.mask[:, 1:] > 0, sequences.ids[:, 1:], -1)
-    return Sequences(sequences.ids, sequences.mask, targets=targets)
+    return replace(sequences, targets=targets)
 
 
 def masked_targets(sequences: Sequences, tokenizer: Tokenizer, *, share: float = 0.15, seed: int) -> Sequences:
@@ -249,12 +279,12 @@ def masked_targets(sequences: Sequences, tokenizer: Tokenizer, *, share: float =
     targets = np.where(hidden, sequences.ids, -1)
     mask_id = tokenizer.mask_id
     ids = sequences.ids if mask_id is None else np.where(hidden, mask_id, sequences.ids)
-    return Sequences(ids, sequences.mask, targets=targets)
+    return replace(sequences, ids=ids, targets=targets)
 
 
 def every_token(sequences: Sequences) -> Sequences:
     """For token classifiers: mark every position that is not padding as scored (target 0)."""
-    return Sequences(sequences.ids, sequences.mask, targets=np.where(sequences.mask > 0, 0, -1))
+    return replace(sequences, targets=np.where(sequences.mask > 0, 0, -1))
 
 
 def check_vocabulary(sequences: Sequences, header: ModelHeader) -> None:

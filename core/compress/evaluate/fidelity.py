@@ -6,15 +6,24 @@ further metrics: agreement of the first choice and KL divergence, labels, number
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
 from nightpress.core.compress.data import tokenized
 from nightpress.core.compress.data.pairs import has_pairs, pair_rows
+from nightpress.core.compress.data.slices import Slices
 from nightpress.core.compress.evaluate.scores import pearson, spearman
-from nightpress.core.compress.evaluate.statistics import Array, Statistic, of_sums, paired_shares, quantile, ratio
+from nightpress.core.compress.evaluate.statistics import (
+    Array,
+    Statistic,
+    of_sums,
+    paired_shares,
+    quantile,
+    ratio,
+    share_interval,
+)
 from nightpress.core.compress.evaluate.view import Better, OutputPair, ScorerRequest, spread, sums
 from nightpress.core.compress.export.task import TokenSet
 from nightpress.core.compress.model.cosines import cosine_of_products, row_cosines
@@ -23,6 +32,7 @@ from nightpress.core.handoff.report import Measurement
 from nightpress.core.recipes.header import Head, ModelHeader
 
 COMPARED_BYTES = 32 * 1024**2  #: limit of the source's saved distributions; KL divergence is taken at those positions
+_MOST_TIMES = 4  #: data with slices may have that many times as much
 #: figure → the share of the compared positions whose KL divergence does not exceed it
 KL_QUANTILES = {"kl_median": 0.5, "kl_p90": 0.9, "kl_p99": 0.99, "kl_p999": 0.999, "kl_max": 1.0}
 OUTPUTS_SHOWN = 20  #: a model with more outputs gets figures for those with the largest errors only
@@ -47,6 +57,13 @@ class Fidelity:
                 return of_head(view, self.head, self.names)
         return of_vectors(view)
 
+    @property
+    def slices(self) -> Slices | None:
+        return self.examples.sequences.slices
+
+    def part(self, view: OutputPair, units: NDArray[np.bool_]) -> list[Measurement]:
+        return replace(self, examples=self.examples.take(units)).figures(view.only(self.examples, units))
+
 
 def of_classifier(examples: TokenSet, header: ModelHeader) -> Fidelity:
     """For a model that outputs one row of numbers for each text."""
@@ -63,12 +80,13 @@ def prepare(request: ScorerRequest) -> Fidelity:
     paired = header.task == "classification" and has_pairs(request.source)
     rows = pair_rows(request.source) if paired else request.source.rows()
     if paired or (any(row.label is not None for row in rows) and not header.is_decoder):
+        rows = [rows[at] for at in request.drawn([row.slice for row in rows])]
         sequences = tokenized.text_rows(
             rows, request.tokenizer, header, samples=wanted.samples, length=wanted.length, seed=request.seed
         )
     else:
         sequences = tokenized.text_windows(
-            rows, request.tokenizer, samples=wanted.samples, length=wanted.length, ref=request.ref
+            rows, request.tokenizer, samples=wanted.samples, length=wanted.length, ref=request.ref, sliced=True
         )
     match header.task:
         case "embedding":
@@ -90,7 +108,8 @@ def token_set(name: str, sequences: tokenized.Sequences, width: int) -> TokenSet
     """Examples with scored tokens. width: numbers in the distribution of one position."""
     assert sequences.targets is not None
     scored = np.flatnonzero(sequences.targets.ravel() >= 0)
-    return TokenSet(name, "tokens", sequences, compared=spread(scored, width, sequences.targets.shape, COMPARED_BYTES))
+    limit = COMPARED_BYTES * min(len(set(sequences.slices or (None,))), _MOST_TIMES)  # else a slice would get very few
+    return TokenSet(name, "tokens", sequences, compared=spread(scored, width, sequences.targets.shape, limit))
 
 
 def _positions(examples: TokenSet) -> tuple[int, NDArray[np.int64], NDArray[np.int64]]:
@@ -112,10 +131,13 @@ def of_tokens(view: OutputPair, examples: TokenSet) -> list[Measurement]:
     agreed, tokens = sums(row, view.ours("top1") == view.theirs("top1"), count), np.bincount(row, minlength=count)
     lost, places = sums(compared, _divergence(view), count), np.bincount(compared, minlength=count)
     some, kept = tokens > 0, places > 0
+    agreement = view.resampled(
+        "top1_agreement", ratio(agreed[some], tokens[some]), int(some.sum()), n=len(row), better="higher"
+    )
+    if not kept.any():  # of a slice, perhaps no distribution was kept
+        return [agreement]
     return [
-        view.resampled(
-            "top1_agreement", ratio(agreed[some], tokens[some]), int(some.sum()), n=len(row), better="higher"
-        ),
+        agreement,
         view.resampled(
             "kl_divergence",
             ratio(lost[kept], places[kept]),
@@ -149,11 +171,12 @@ def of_next_tokens(view: OutputPair, examples: TokenSet) -> list[Measurement]:
     )
     return [
         *of_tokens(view, examples),
-        *(
+        *(  # none if no distribution of a slice was kept
             view.resampled(
                 name, quantile(divergence, of_kept, share), len(kept), n=len(compared), better="lower", unit="nats"
             )
             for name, share in KL_QUANTILES.items()
+            if len(kept)
         ),
         view.resampled("rms_dp", rms, int(some.sum()), n=len(row), better="lower"),
     ]
@@ -177,9 +200,31 @@ def of_classes(view: OutputPair) -> list[Measurement]:
     same = paired_shares(agree, np.ones_like(agree), seed=view.seed).figure
     return [
         view.alone("top1_agreement", same, n=len(agree), better="higher"),
+        of_flips(view, ours.argmax(axis=1), theirs.argmax(axis=1)),
         view.resampled("kl_divergence", ratio(kl), len(kl), n=len(kl), better="lower", unit="nats"),
         _centred(view, centred_products(ours, theirs)),
     ]
+
+
+def of_answers(
+    view: OutputPair, name: str, ours: NDArray[np.int64], theirs: NDArray[np.int64], right: NDArray[np.int64]
+) -> list[Measurement]:
+    """Metrics of answers of which one is right: the share of right ones under `name`, and flips. ours, theirs, right [N].
+
+    Accuracy hides answers that change both ways. Dutta et al. 2024, Accuracy is Not All You Need (arXiv 2407.09141).
+    """
+    hits, n = [(answers == right).astype(np.float64) for answers in (ours, theirs)], len(right)
+    found = [view.compared(name, paired_shares(*hits, seed=view.seed), n=n, better="higher")]
+    if view.compares:
+        broken = share_interval(hits[1] * (1 - hits[0]), seed=view.seed)
+        found.append(view.alone("right_to_wrong", broken, n=n, better="lower"))
+    return found
+
+
+def of_flips(view: OutputPair, ours: NDArray[np.int64], theirs: NDArray[np.int64]) -> Measurement:
+    """The share of answers that differ from the source's. ours, theirs [N]."""
+    changed = share_interval((ours != theirs).astype(np.float64), seed=view.seed)
+    return view.alone("flips", changed, n=len(ours), better="lower")
 
 
 def of_labels(view: OutputPair) -> list[Measurement]:

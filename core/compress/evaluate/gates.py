@@ -2,10 +2,12 @@
 
 from collections.abc import Iterable, Sequence
 
+from nightpress.core.compress.evaluate.view import FEWEST
 from nightpress.core.handoff.report import (
     GateResult,
     GenerationTiming,
     Measurement,
+    Slice,
     Speedup,
     Subject,
     Timing,
@@ -137,22 +139,51 @@ def _speed(gate: Gate, artifact: Subject, value: float, speedup: Speedup | None,
 
 
 def _quality(gate: Gate, subjects: Sequence[Subject], artifact: Subject) -> list[GateResult]:
-    found = {_key(measurement): measurement for measurement in artifact.measurements if measurement.name == gate.metric}
+    found = {_key(measurement): measurement for measurement in measured(gate, artifact)}
+    if not found and gate.slice:
+        return [_unknown(gate, artifact, _no_slice(gate, artifact))]
     if not found:
         known = (
             ", ".join(dict.fromkeys(measurement.name for measurement in artifact.measurements)) or "nothing of quality"
         )
         return [_unknown(gate, artifact, f"it was not measured for this model and recipe; measured was {known}")]
-    elsewhere = {
-        _key(measurement): measurement
-        for subject in subjects
-        for measurement in subject.measurements
-        if measurement.name == gate.metric
-    }
+    elsewhere = {_key(measurement): measurement for subject in subjects for measurement in measured(gate, subject)}
+    if few := [part for part in artifact.slices if _is_too_small(gate, part)]:
+        said = ", ".join(f"{part.name} of {part.data} has {part.examples}" for part in few)
+        return [_unknown(gate, artifact, f"a slice needs {FEWEST} examples for an interval, and {said}")]
     results = [_one_quality(gate, artifact, measurement) for measurement in found.values()]
     return results + list(
         _lacking(gate, artifact, (measurement for key, measurement in elsewhere.items() if key not in found))
     )
+
+
+def measured(gate: Gate, subject: Subject) -> list[Measurement]:
+    """The gate's figure on each data set; of a gate on slices, on each of these. `of` then names the slice, too."""
+    if not gate.slice:
+        return [figure for figure in subject.measurements if figure.name == gate.metric]
+    return [
+        figure.model_copy(update={"of": ", ".join(filter(None, (f"slice {part.name}", figure.of)))})
+        for part in subject.slices
+        if gate.slice in {"*", part.name}
+        for figure in part.measurements
+        if figure.name == gate.metric
+    ]
+
+
+def _is_too_small(gate: Gate, part: Slice) -> bool:
+    """Whether the gate is on this slice, whose examples are too few. An evaluation that doesn't give the gate's figure has no say."""
+    named = gate.slice in {"*", part.name}
+    gives = not part.measurements or any(figure.name == gate.metric for figure in part.measurements)
+    return named and gives and part.examples < FEWEST
+
+
+def _no_slice(gate: Gate, artifact: Subject) -> str:
+    names = ", ".join(dict.fromkeys(part.name for part in artifact.slices))
+    if not names:
+        return "no data set of this recipe has rows with a `slice`"
+    if gate.slice != "*" and gate.slice not in {part.name for part in artifact.slices}:
+        return f"no data set of this recipe has a slice {gate.slice!r}; there are: {names}"
+    return f"it was not measured on this slice for this model and recipe; the slices are {names}"
 
 
 def _lacking(gate: Gate, artifact: Subject, missing: Iterable[Measurement]) -> Iterable[GateResult]:
@@ -170,6 +201,8 @@ def _place(measurement: Measurement) -> str:
 
 def _one_quality(gate: Gate, artifact: Subject, measurement: Measurement) -> GateResult:
     upper = gate.is_upper
+    if gate.slice and measurement.low is None:
+        return _unknown(gate, artifact, f"too few examples of {_place(measurement)} have it for an interval")
     if gate.relative == "absolute":
         end = measurement.high if upper else measurement.low
         value = measurement.value if end is None else end

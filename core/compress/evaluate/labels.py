@@ -1,16 +1,18 @@
 """Metrics against labels: accuracy and F1 of classifiers, entity F1 of token classifiers."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from nightpress.core.compress.data import tokenized
-from nightpress.core.compress.data.pairs import has_pairs, pair_rows
-from nightpress.core.compress.data.tokenized import Sequences, pad
+from nightpress.core.compress.data.slices import Slices, slices_of
+from nightpress.core.compress.data.tokenized import pad
 from nightpress.core.compress.evaluate import fidelity
+from nightpress.core.compress.evaluate.many_labels import ManyLabels, labelled, many_labels
 from nightpress.core.compress.evaluate.scores import class_f1, counts_by_class, macro_f1, spans
-from nightpress.core.compress.evaluate.statistics import Array, Statistic, of_sums, paired_shares
+from nightpress.core.compress.evaluate.statistics import Array, Statistic, of_sums
 from nightpress.core.compress.evaluate.view import OutputPair, ScorerRequest
 from nightpress.core.compress.export.task import TokenSet
 from nightpress.core.handoff.report import Measurement
@@ -29,9 +31,8 @@ class Classification:
         labels = self.examples.sequences.labels
         assert labels is not None
         ours, theirs = view.ours("values").argmax(axis=1), view.theirs("values").argmax(axis=1)
-        hits = [(predicted == labels).astype(np.float64) for predicted in (ours, theirs)]
         n = len(labels)
-        found = [view.compared("accuracy", paired_shares(*hits, seed=view.seed), n=n, better="higher")]
+        found = fidelity.of_answers(view, "accuracy", ours, theirs, labels)
         classes = sorted({*labels.tolist(), *ours.tolist(), *theirs.tolist()})
 
         def counted(side: Any) -> Array:
@@ -49,23 +50,26 @@ class Classification:
             found.append(view.figure("class_f1", of_class, n, n=support, better="higher", of=name))
         return found + (fidelity.of_classes(view) if view.compares else [])
 
+    @property
+    def slices(self) -> Slices | None:
+        return self.examples.sequences.slices
 
-def classification(request: ScorerRequest) -> Classification:
-    """Read rows with `text`, or a pair of texts, and `label`."""
-    wanted = request.wanted
+    def part(self, view: OutputPair, units: NDArray[np.bool_]) -> list[Measurement]:
+        return replace(self, examples=self.examples.take(units)).figures(view.only(self.examples, units))
+
+
+def classification(request: ScorerRequest) -> Classification | ManyLabels:
+    """Read rows with `text`, or a pair of texts, and `label`: a class, or several where the model's labels are independent."""
+    if request.header.head == "labels":
+        return many_labels(request)
+    wanted, header = request.wanted, request.header
+    rows = labelled(request)
+    classes = np.asarray([tokenized.class_index(row.label, header, request.ref) for row in rows], np.int64)
     sequences = tokenized.labelled_rows(
-        pair_rows(request.source) if has_pairs(request.source) else request.source.rows(),
-        request.tokenizer,
-        request.header,
-        samples=wanted.samples,
-        length=wanted.length,
-        seed=request.seed,
-        ref=request.ref,
+        rows, classes, request.tokenizer, header, samples=wanted.samples, length=wanted.length, seed=request.seed
     )
-    return Classification(
-        TokenSet(request.name, "logits", sequences, alone=request.header.one_text_a_batch),
-        fidelity.output_names(request.header),
-    )
+    examples = TokenSet(request.name, "logits", sequences, alone=header.one_text_a_batch)
+    return Classification(examples, fidelity.output_names(header))
 
 
 @dataclass(frozen=True)
@@ -101,6 +105,14 @@ class Entities:
         ]
         return found + (fidelity.of_tokens(view, self.examples) if view.compares else [])
 
+    @property
+    def slices(self) -> Slices | None:
+        return self.examples.sequences.slices
+
+    def part(self, view: OutputPair, units: NDArray[np.bool_]) -> list[Measurement]:
+        truth = tuple(entities for entities, kept in zip(self.truth, units, strict=True) if kept)
+        return replace(self, examples=self.examples.take(units), truth=truth).figures(view.only(self.examples, units))
+
 
 def entities(request: ScorerRequest) -> Entities:
     """Read rows with `tokens`, a list of words, and `tags`, one for each word. A word is scored at its first token.
@@ -113,7 +125,9 @@ def entities(request: ScorerRequest) -> Entities:
     records = request.source.records()
     sequences: list[tuple[list[int], list[int]]] = []
     truth = []
-    for at in request.drawn(len(records)):
+    slices = request.source.slices(records)
+    drawn = request.drawn(slices)
+    for at in drawn:
         words = request.source.field(records[at], at, "words", "tokens", "words")
         tags = request.source.field(records[at], at, "list", "tags", "ner_tags", "labels")
         if len(words) != len(tags):
@@ -130,7 +144,7 @@ def entities(request: ScorerRequest) -> Entities:
         scored[at, : len(sequence)] = sequence
     if not (scored >= 0).any():
         raise request.invalid("none of its rows has a word", "Bring rows with words and tags.")
-    whole = Sequences(padded.ids, padded.mask, targets=scored)
+    whole = replace(padded, targets=scored, slices=slices_of(slices[at] for at in drawn))
     return Entities(fidelity.token_set(request.name, whole, request.header.classes), names, tuple(truth))
 
 

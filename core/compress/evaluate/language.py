@@ -1,13 +1,17 @@
 """Metrics of language models: perplexity, hidden words, multiple choice, and whether an artifact generates the same text as its source."""
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from nightpress.core.compress.data import tokenized
-from nightpress.core.compress.data.tokenized import Sequences
+from nightpress.core.compress.data.chat import render_conversations
+from nightpress.core.compress.data.rows import Row
+from nightpress.core.compress.data.slices import Slices, by_slice, evenly, shares, slices_of
+from nightpress.core.compress.data.tokenized import Ids, Sequences
 from nightpress.core.compress.evaluate import fidelity
 from nightpress.core.compress.evaluate.statistics import Array, Statistic, of_sums, paired_shares, ratio
 from nightpress.core.compress.evaluate.view import OutputPair, ScorerRequest, sums
@@ -48,6 +52,14 @@ class Perplexity:
             )
         return found + (fidelity.of_next_tokens(view, self.examples) if view.compares else [])
 
+    @property
+    def slices(self) -> Slices | None:
+        return self.examples.sequences.slices
+
+    def part(self, view: OutputPair, units: NDArray[np.bool_]) -> list[Measurement]:
+        sizes = None if self.sizes is None else self.sizes[units]
+        return replace(self, examples=self.examples.take(units), sizes=sizes).figures(view.only(self.examples, units))
+
 
 def perplexity(request: ScorerRequest) -> Perplexity:
     """Make windows that each start `stride` tokens after the one before. The last `stride` tokens are scored; those before are context.
@@ -63,14 +75,32 @@ def perplexity(request: ScorerRequest) -> Perplexity:
             f"evaluate: a length of {request.wanted.length} leaves no room for text.",
             hint="Use at least 16 tokens.",
         )
-    stream, sizes = _stream(request, request.wanted.samples * stride + body)
-    count = 1 + (len(stream) - body) // stride
-    if count < 2:
+    needed = request.wanted.samples * stride + body
+    streams = {name: _stream(request, rows, needed) for name, rows in by_slice(request.source.rows()).items()}
+    counts = [max(0, 1 + (len(ids) - body) // stride) for ids, _ in streams.values()]
+    if sum(counts) < 2:
         raise request.invalid(
-            f"its {len(stream)} tokens fill fewer than two windows of {request.wanted.length}",
+            f"its {sum(len(ids) for ids, _ in streams.values())} tokens fill fewer than two windows of {request.wanted.length}",
             "Bring more text, or ask for a shorter `length`.",
         )
-    chosen = np.unique(np.linspace(0, count - 1, min(request.wanted.samples, count)).round().astype(np.int64))
+    parts = []
+    for stream, count, share in zip(streams.values(), counts, shares(counts, request.wanted.samples), strict=True):
+        parts.append(_windows(*stream, evenly(count, share), body, stride, before))
+    ids, targets = (np.concatenate(arrays) for arrays in zip(*((part[0], part[1]) for part in parts), strict=True))
+    names = (name for name, part in zip(streams, parts, strict=True) for _ in part[0])
+    windows = Sequences(ids, np.ones_like(ids), targets=targets, slices=slices_of(names))
+    sizes = [part[2] for part in parts if part[2] is not None]
+    known = np.concatenate(sizes) if len(sizes) == len(parts) else None
+    return Perplexity(fidelity.token_set(request.name, windows, request.vocabulary), known)
+
+
+def _windows(
+    stream: Ids, sizes: Ids | None, chosen: Ids, body: int, stride: int, before: list[int]
+) -> tuple[Ids, Ids, Array | None]:
+    """Windows of a stream of tokens: ids and targets, [N, S] each, and the bytes of each window's scored tokens, [N].
+
+    chosen [N]: numbers of the windows. before: tokens that precede each of them.
+    """
     at = chosen[:, None] * stride + np.arange(body)  # [N, body], indices in the stream
     scored = (np.arange(body) >= body - stride) | (chosen[:, None] == 0)
     if not before:
@@ -80,16 +110,14 @@ def perplexity(request: ScorerRequest) -> Perplexity:
     shift = len(before) - 1  # a token is scored at the position before it, which predicts it
     rows, columns = np.nonzero(scored)
     targets[rows, columns + shift] = stream[at][rows, columns]
-    windows = Sequences(ids, np.ones_like(ids), targets=targets)
-    known = None if sizes is None else np.where(scored, sizes[at], 0).sum(axis=1).astype(np.float64)
-    return Perplexity(fidelity.token_set(request.name, windows, request.vocabulary), known)
+    return ids, targets, None if sizes is None else np.where(scored, sizes[at], 0).sum(axis=1).astype(np.float64)
 
 
-def _stream(request: ScorerRequest, needed: int) -> tuple[NDArray[np.int64], NDArray[np.int64] | None]:
-    """The data set's text as one stream of tokens, and the UTF-8 bytes of each token (None if unknown). It ends after `needed` tokens."""
+def _stream(request: ScorerRequest, rows: Sequence[Row], needed: int) -> tuple[Ids, Ids | None]:
+    """Rows as one stream of tokens, and the UTF-8 bytes of each token (None if unknown). It ends after `needed` tokens."""
     ids: list[int] = []
     sizes: list[int] | None = []
-    for row in request.source.rows():
+    for row in rows:
         tokens, lengths = request.tokenizer.encode_counted(row.text + "\n")
         ids += tokens
         sizes = None if sizes is None or lengths is None else sizes + lengths
@@ -116,6 +144,13 @@ class MaskedLm:
         found = [view.figure("masked_accuracy", right, count, n=len(row), better="higher")]
         return found + (fidelity.of_tokens(view, self.examples) if view.compares else [])
 
+    @property
+    def slices(self) -> Slices | None:
+        return self.examples.sequences.slices
+
+    def part(self, view: OutputPair, units: NDArray[np.bool_]) -> list[Measurement]:
+        return replace(self, examples=self.examples.take(units)).figures(view.only(self.examples, units))
+
 
 def masked_lm(request: ScorerRequest) -> MaskedLm:
     """Hide 15% of the tokens of running text, as in BERT's training (arXiv 1810.04805, 3.1), but always behind the mask token.
@@ -136,21 +171,27 @@ class Choices:
     group: NDArray[np.int64]  #: [N], index of each sequence's question
     sizes: Array  #: [N], bytes of each answer
     answers: NDArray[np.int64]  #: [Q], index of the sequence with the correct answer
+    slices: Slices | None = None  #: of each question
+    asked: NDArray[np.bool_] | None = None  #: [Q], the questions that count; None: all
 
     def figures(self, view: OutputPair) -> list[Measurement]:
         targets = self.examples.sequences.targets
         assert targets is not None
-        row, count, n = np.nonzero(targets >= 0)[0], len(targets), len(self.answers)
+        row, count = np.nonzero(targets >= 0)[0], len(targets)
+        asked = np.ones(len(self.answers), bool) if self.asked is None else self.asked
 
-        def hits(side: Any) -> Array:
+        def chosen(side: Any) -> NDArray[np.int64]:
             loss = sums(row, side("nll"), count) / self.sizes
             order = np.lexsort((np.arange(count), np.round(loss, 9), self.group))  # ties: the first answer wins
-            best = order[np.searchsorted(self.group[order], np.arange(n))]
-            right: Array = (best == self.answers).astype(np.float64)
-            return right
+            best = order[np.searchsorted(self.group[order], np.arange(len(self.answers)))]
+            return best[asked].astype(np.int64)
 
-        both = paired_shares(hits(view.ours), hits(view.theirs), seed=view.seed)
-        return [view.compared("choice_accuracy", both, n=n, better="higher")]
+        ours, theirs = chosen(view.ours), chosen(view.theirs)
+        found = fidelity.of_answers(view, "choice_accuracy", ours, theirs, self.answers[asked])
+        return found + ([fidelity.of_flips(view, ours, theirs)] if view.compares else [])
+
+    def part(self, view: OutputPair, units: NDArray[np.bool_]) -> list[Measurement]:
+        return replace(self, asked=units).figures(view)
 
 
 def choices(request: ScorerRequest) -> Choices:
@@ -162,7 +203,9 @@ def choices(request: ScorerRequest) -> Choices:
     before, _ = tokenized.special_tokens(request.tokenizer)
     encoded: list[list[int]] = []
     starts, group, sizes, answers = [], [], [], []
-    for question, at in enumerate(request.drawn(len(records))):
+    slices = source.slices(records)
+    drawn = request.drawn(slices)
+    for question, at in enumerate(drawn):
         row = records[at]
         prompt = source.field(row, at, "text", "prompt", "question")
         options = source.field(row, at, "texts", "choices")
@@ -193,7 +236,13 @@ def choices(request: ScorerRequest) -> Choices:
         targets[at, start - 1 : len(ids) - 1] = ids[start:]
     sequences = Sequences(padded.ids, padded.mask, targets=targets)
     examples = TokenSet(request.name, "tokens", sequences, compared=np.zeros(targets.shape, bool))
-    return Choices(examples, np.asarray(group), np.asarray(sizes, np.float64), np.asarray(answers))
+    return Choices(
+        examples,
+        np.asarray(group),
+        np.asarray(sizes, np.float64),
+        np.asarray(answers),
+        slices_of(slices[at] for at in drawn),
+    )
 
 
 @dataclass(frozen=True)
@@ -220,24 +269,60 @@ class Generation:
             view.resampled("prefix_match", ratio(prefix, lengths), n, n=int(lengths.sum()), better="higher"),
         ]
 
+    @property
+    def slices(self) -> Slices | None:
+        return self.examples.sequences.slices
+
+    def part(self, view: OutputPair, units: NDArray[np.bool_]) -> list[Measurement]:
+        return replace(self, examples=self.examples.take(units)).figures(view.only(self.examples, units))
+
 
 def generation(request: ScorerRequest) -> Generation:
-    """Read rows with `prompt` (or `text`), cut at `length` tokens. For built-in prose, windows of it are the prompts."""
+    """Read rows with `prompt` (or `text`), cut at `length` tokens, or with `messages`. For built-in prose, windows of it are the prompts."""
     wanted = request.wanted
     before, _ = tokenized.special_tokens(request.tokenizer)
     if request.ref.startswith("builtin:"):
-        windows = tokenized.text_windows(
+        prompts = tokenized.text_windows(
             request.source.rows(), request.tokenizer, samples=wanted.samples, length=wanted.length, ref=request.ref
         )
-        encoded = windows.ids.tolist()
     else:
-        records = request.source.records()
-        prompts = [(at, request.source.field(records[at], at, "text", *_PROMPTS)) for at in request.drawn(len(records))]
-        encoded = [
-            [*before, *request.tokenizer.encode(prompt, special=False)][: wanted.length] for _, prompt in prompts
-        ]
-    return Generation(
-        TokenSet(
-            request.name, "generated", tokenized.pad(encoded, request.tokenizer.pad_id), new_tokens=wanted.new_tokens
+        records, source = request.source.records(), request.source
+        slices = source.slices(records)
+        drawn = request.drawn(slices)
+        encoded = _encoded_prompts(request, {int(at): records[at] for at in drawn}, before)
+        prompts = replace(
+            tokenized.pad(encoded, request.tokenizer.pad_id), slices=slices_of(slices[at] for at in drawn)
         )
-    )
+    return Generation(TokenSet(request.name, "generated", prompts, new_tokens=wanted.new_tokens))
+
+
+def _encoded_prompts(request: ScorerRequest, records: dict[int, dict[str, Any]], before: list[int]) -> list[list[int]]:
+    """The tokens of each prompt. records: index of a row → its columns.
+
+    A conversation is rendered up to its last answer, which the model is to write. One that is too long loses its beginning.
+    """
+    source, length = request.source, request.wanted.length
+    asked = {at: _questions(row["messages"]) for at, row in records.items() if row.get("messages")}
+    rendered: dict[int, str] = {}
+    if asked:
+        if source.model_dir is None:
+            raise request.invalid("it holds conversations, which are not read here", "Bring rows with a `prompt`.")
+        texts = render_conversations(list(asked.values()), source.model_dir, ref=request.ref, answering=True)
+        rendered = dict(zip(asked, texts, strict=True))
+    encoded = []
+    for at, row in records.items():
+        if at in rendered:
+            ids = request.tokenizer.encode(rendered[at], special=False)
+            encoded.append((ids if ids[: len(before)] == before else [*before, *ids])[-length:])
+        else:
+            ids = request.tokenizer.encode(source.field(row, at, "text", *_PROMPTS), special=False)
+            encoded.append([*before, *ids][:length])
+    return encoded
+
+
+def _questions(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """A conversation without the answers at its end."""
+    end = len(messages)
+    while end > 1 and messages[end - 1].get("role") == "assistant":
+        end -= 1
+    return [{**turn, "content": turn.get("content") or ""} for turn in messages[:end]]

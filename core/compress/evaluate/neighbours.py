@@ -1,6 +1,6 @@
 """Does an embedder's vector find the texts that the source's whole vector finds, also when it is truncated or stored in fewer bits?"""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 from typing import Any
 
@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nightpress.core.compress.data import tokenized
+from nightpress.core.compress.data.slices import Slices, slices_of
 from nightpress.core.compress.evaluate import fidelity
 from nightpress.core.compress.evaluate.scores import CUT
 from nightpress.core.compress.evaluate.statistics import Array, Statistic, ratio
@@ -26,30 +27,40 @@ class Neighbours:
     examples: TokenSet
     forms: tuple[tuple[int | None, VectorType], ...]
     use: EmbedderUse
+    asking: NDArray[np.bool_] | None = None  #: [N], the texts that look for others among all; None: all
 
     def figures(self, view: OutputPair) -> list[Measurement]:
         whole = used_vectors(view.theirs("values"), self.use, None)
         expected = _nearest(similarities(whole, whole, self.use.similarity))
-        n, found = len(expected), []
+        asking = np.ones(len(expected), bool) if self.asking is None else self.asking
+        n, found = int(asking.sum()), []
         for dimensions, kind in self.forms:
 
             def recalled(side: Any, dimensions: int | None = dimensions, kind: VectorType = kind) -> Statistic:
                 vectors = view.vectors(side, self.use)[:, :dimensions]
                 nearest = _nearest(stored_similarities(vectors, kind, self.use))
-                return ratio(np.array([np.isin(a, b).mean() for a, b in zip(nearest, expected, strict=True)]))
+                pairs = zip(nearest[asking], expected[asking], strict=True)
+                return ratio(np.array([np.isin(a, b).mean() for a, b in pairs]))
 
             of = " × ".join(
                 [*([] if dimensions is None else [str(dimensions)]), *([kind] if len(self.forms) > 1 else [])]
             )
             found.append(view.figure("neighbour_recall", recalled, n, n=n, better="higher", unit=f"@{CUT}", of=of))
-        return found + (fidelity.of_vectors(view) if view.compares else [])
+        return found + (fidelity.of_vectors(view.only(self.examples, asking)) if view.compares else [])
+
+    @property
+    def slices(self) -> Slices | None:
+        return self.examples.sequences.slices
+
+    def part(self, view: OutputPair, units: NDArray[np.bool_]) -> list[Measurement]:
+        return replace(self, asking=units).figures(view)
 
 
 def neighbours(request: ScorerRequest) -> Neighbours:
     """Read texts, one a row or paragraph. Raises NightpressError(invalid_data) if there are hardly more than the neighbours that are counted."""
     wanted, use = request.wanted, request.header.use
     rows = request.source.rows()
-    chosen = [rows[at] for at in request.drawn(len(rows))]
+    chosen = [rows[at] for at in request.drawn([row.slice for row in rows])]
     if len(chosen) < 3 * CUT:
         raise request.invalid(
             f"{len(chosen)} texts are too few to look for {CUT} neighbours among", f"Use at least {3 * CUT} `samples`."
@@ -58,7 +69,8 @@ def neighbours(request: ScorerRequest) -> Neighbours:
         tokenized.cut(request.tokenizer.encode(use.text_prompt + row.text, special=True), wanted.length)
         for row in chosen
     ]
-    sequences = tokenized.pad(encoded, request.tokenizer.pad_id)
+    slices = slices_of(row.slice for row in chosen)
+    sequences = replace(tokenized.pad(encoded, request.tokenizer.pad_id), slices=slices)
     forms = tuple(product((None, *wanted.dimensions), wanted.types))
     return Neighbours(TokenSet(request.name, "pooled", sequences), forms, use)
 

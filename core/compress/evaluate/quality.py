@@ -6,19 +6,19 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
-from numpy.typing import NDArray
 
 from nightpress.core.compress.data import tokenized
-from nightpress.core.compress.data.images import read_images
+from nightpress.core.compress.data.images import Images, read_images
 from nightpress.core.compress.data.pairs import has_pairs, pair_rows
 from nightpress.core.compress.data.rows import Row
-from nightpress.core.compress.evaluate import embeddings, fidelity, labels, language, neighbours, ranking
+from nightpress.core.compress.evaluate import embeddings, fidelity, labels, language, many_labels, neighbours, ranking
 from nightpress.core.compress.evaluate.screening import SAMPLES
+from nightpress.core.compress.evaluate.slices import by_slice, worst_first
 from nightpress.core.compress.evaluate.view import OutputPair, Scorer, ScorerRequest
 from nightpress.core.compress.export.consumer import Observed
 from nightpress.core.compress.export.task import Task, TimedGeneration, TimedShape, TokenSet
 from nightpress.core.errors import ErrorCode, NightpressError
-from nightpress.core.handoff.report import Measurement
+from nightpress.core.handoff.report import Measurement, Slice
 from nightpress.core.recipes.datafile import invalid
 from nightpress.core.recipes.exports import Export
 from nightpress.core.recipes.header import ModelHeader
@@ -35,6 +35,7 @@ _SCORERS: dict[Metric, Callable[[ScorerRequest], Scorer]] = {
     "multiple-choice": language.choices,
     "generation": language.generation,
     "accuracy": labels.classification,
+    "regression": many_labels.numbers,
     "entities": labels.entities,
     "similarity": embeddings.similarity,
     "retrieval": embeddings.retrieval,
@@ -207,7 +208,7 @@ def _prepare_images(
     """`prepare` for a vision model: lengths of text do not matter, and each timed run reads whole images."""
     kind = "logits" if header.task == "classification" else "pooled"
     check = read_images("builtin:images", None, model_dir, header, samples=_CHECK_ROWS, seed=_SEED)
-    sets = [TokenSet("check", kind, _image_sequences(check.pixels, None))]
+    sets = [TokenSet("check", kind, _image_sequences(check, None))]
     evaluations = []
     for at, evaluation in enumerate(evaluation for evaluation in recipe.evaluate if isinstance(evaluation, Quality)):
         images = read_images(
@@ -217,19 +218,16 @@ def _prepare_images(
             header,
             samples=evaluation.samples,
             seed=_SEED + 1 + recipe.seed,
+            sliced=True,
         )
         labelled = kind == "logits" and header.head == "classes" and all(label is not None for label in images.labels)
         scorer: Scorer
         if evaluation.metric == "accuracy" or (evaluation.metric == "auto" and labelled):
             classes = [tokenized.class_index(label, header, evaluation.data) for label in images.labels]
             names = fidelity.output_names(header)
-            scorer = labels.Classification(
-                TokenSet(f"quality{at}", kind, _image_sequences(images.pixels, classes)), names
-            )
+            scorer = labels.Classification(TokenSet(f"quality{at}", kind, _image_sequences(images, classes)), names)
         else:
-            scorer = fidelity.of_classifier(
-                TokenSet(f"quality{at}", kind, _image_sequences(images.pixels, None)), header
-            )
+            scorer = fidelity.of_classifier(TokenSet(f"quality{at}", kind, _image_sequences(images, None)), header)
         sets.append(scorer.examples)
         evaluations.append(Evaluation(evaluation.data, scorer))
     task = Task(
@@ -251,9 +249,10 @@ def _prepare_images(
     )
 
 
-def _image_sequences(pixels: NDArray[np.float32], classes: list[int] | None) -> tokenized.Sequences:
-    mask = np.ones((len(pixels), 1), np.int64)
-    return tokenized.Sequences(pixels, mask, labels=None if classes is None else np.asarray(classes, np.int64))
+def _image_sequences(images: Images, classes: list[int] | None) -> tokenized.Sequences:
+    mask = np.ones((len(images.pixels), 1), np.int64)
+    labels = None if classes is None else np.asarray(classes, np.int64)
+    return tokenized.Sequences(images.pixels, mask, labels=labels, slices=images.slices)
 
 
 def _check_lengths(header: ModelHeader, lengths: list[int]) -> None:
@@ -278,10 +277,13 @@ def _metric(quality: Quality, header: ModelHeader, source: tokenized.DataSource)
             return "masked-lm"
         case "classification" if header.scores_pairs and (source.ref.startswith("builtin:") or has_pairs(source)):
             return "ranking" if _is_judged(source) else "fidelity"
-        case "classification" if header.head == "classes" and has_pairs(source):
-            return "accuracy" if all(row.label is not None for row in pair_rows(source)) else "fidelity"
-        case "classification" if header.head == "classes" and all(row.label is not None for row in source.rows()):
-            return "accuracy"
+        case "classification":
+            rows = pair_rows(source) if has_pairs(source) else source.rows()
+            if header.head == "numbers":
+                fits = not header.scores_pairs and many_labels.are_numbers(rows, header.classes)
+                return "regression" if fits else "fidelity"
+            if all(row.label is not None for row in rows):
+                return "accuracy"
         case "token-classification" if source.has("tags", "ner_tags"):
             return "entities"
     return "fidelity"
@@ -311,6 +313,11 @@ def measurements(trial: Trial, source: Observed, artifact: Observed | None) -> t
     return figures_of(trial.evaluations, trial.seed, source, artifact)
 
 
+def slices(trial: Trial, source: Observed, artifact: Observed | None) -> tuple[Slice, ...]:
+    """The figures of each slice, as in `measurements`; of an artifact, the slices that differ most from the source come first."""
+    return slice_figures(trial.evaluations, trial.seed, source, artifact)
+
+
 def figures_of(
     evaluations: Sequence[Evaluation], seed: int, source: Observed, artifact: Observed | None
 ) -> tuple[Measurement, ...]:
@@ -318,7 +325,21 @@ def figures_of(
     return tuple(
         figure
         for evaluation in evaluations
-        for figure in evaluation.scorer.figures(
-            OutputPair(evaluation.scorer.examples.name, evaluation.ref, source, artifact, seed)
-        )
+        for figure in evaluation.scorer.figures(_view(evaluation, seed, source, artifact))
     )
+
+
+def slice_figures(
+    evaluations: Sequence[Evaluation], seed: int, source: Observed, artifact: Observed | None
+) -> tuple[Slice, ...]:
+    """The slices of some evaluations, as in `slices`."""
+    found = [
+        part
+        for evaluation in evaluations
+        for part in by_slice(evaluation.scorer, _view(evaluation, seed, source, artifact))
+    ]
+    return tuple(worst_first(found))
+
+
+def _view(evaluation: Evaluation, seed: int, source: Observed, artifact: Observed | None) -> OutputPair:
+    return OutputPair(evaluation.scorer.examples.name, evaluation.ref, source, artifact, seed)

@@ -1,7 +1,7 @@
 """Metrics of rerankers: does a model that scores a query with a document put the relevant documents first, and as the source does?"""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 
 from nightpress.core.compress.data.pairs import read_queries
 from nightpress.core.compress.data.rows import Row
+from nightpress.core.compress.data.slices import Slices, slices_of
 from nightpress.core.compress.data.tokenized import encode_row, pad_typed
 from nightpress.core.compress.evaluate import fidelity
 from nightpress.core.compress.evaluate.scores import CUT, graded_gain, kendall_tau, reciprocal_rank
@@ -25,6 +26,8 @@ class Ranking:
     examples: TokenSet
     groups: tuple[NDArray[np.int64], ...]
     gains: tuple[Array, ...]
+    slices: Slices | None = None  #: of each query
+    pairs: NDArray[np.bool_] | None = None  #: the examples that errors are of; None: all
 
     def figures(self, view: OutputPair) -> list[Measurement]:
         n = len(self.groups)
@@ -50,8 +53,15 @@ class Ranking:
         return [
             view.resampled("kendall_tau", ratio(taus), n, n=n, better="higher"),
             view.resampled("top1_agreement", ratio(first), n, n=n, better="higher"),
-            *fidelity.of_numbers(view, {}),
+            *fidelity.of_numbers(view if self.pairs is None else view.only(self.examples, self.pairs), {}),
         ]
+
+    def part(self, view: OutputPair, units: NDArray[np.bool_]) -> list[Measurement]:
+        groups = tuple(group for group, kept in zip(self.groups, units, strict=True) if kept)
+        gains = tuple(gains for gains, kept in zip(self.gains, units, strict=True) if kept)
+        pairs = np.zeros(len(self.examples.sequences.ids), bool)
+        pairs[np.concatenate(groups)] = True
+        return replace(self, groups=groups, gains=gains, pairs=pairs).figures(view)
 
     def _scores(self, side: Any) -> Sequence[Array]:
         """Each query's scores. Rounded: runtimes add up in different orders, and such small differences must not decide a rank."""
@@ -62,7 +72,7 @@ class Ranking:
 def ranking(request: ScorerRequest) -> Ranking:
     """Read queries with documents, or make them of prose; `samples` counts queries. Raises NightpressError(invalid_data)."""
     queries = read_queries(request.source)
-    chosen = [queries[at] for at in request.drawn(len(queries))]
+    chosen = [queries[at] for at in request.drawn([query.slice for query in queries])]
     rows, places = [], []
     for number, query in enumerate(chosen):
         rows += [Row(query.text, second=document) for document in query.documents]
@@ -74,5 +84,8 @@ def ranking(request: ScorerRequest) -> Ranking:
     numbers = np.asarray(places)
     groups = tuple(back[numbers == number].astype(np.int64) for number in range(len(chosen)))
     return Ranking(
-        TokenSet(request.name, "logits", sequences), groups, tuple(np.asarray(query.gains) for query in chosen)
+        TokenSet(request.name, "logits", sequences),
+        groups,
+        tuple(np.asarray(query.gains) for query in chosen),
+        slices_of(query.slice for query in chosen),
     )

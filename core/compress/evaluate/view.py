@@ -1,14 +1,24 @@
 """The inputs of one evaluation: the outputs of the source and of an artifact for its examples, and methods that make figures of them."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from nightpress.core.compress.data import tokenized
-from nightpress.core.compress.evaluate.statistics import Array, Interval, Paired, Statistic, interval, paired
+from nightpress.core.compress.data.slices import Slices, draw
+from nightpress.core.compress.evaluate.statistics import (
+    TAIL,
+    Array,
+    Interval,
+    Paired,
+    Statistic,
+    expanded_tail,
+    interval,
+    paired,
+)
 from nightpress.core.compress.evaluate.vectors import used_vectors
 from nightpress.core.compress.export.consumer import Observed
 from nightpress.core.compress.export.task import TokenSet
@@ -19,6 +29,7 @@ from nightpress.core.recipes.models import Quality
 from nightpress.core.recipes.sentence import EmbedderUse
 
 Better = Literal["higher", "lower"]
+FEWEST = 10  #: examples of a slice from which on a figure has an interval
 
 
 @dataclass(frozen=True)
@@ -45,10 +56,9 @@ class ScorerRequest:
             ErrorCode.INVALID_DATA, f"The data set {self.ref} can't be used: {what}.", hint=hint, data=self.ref
         )
 
-    def drawn(self, count: int) -> NDArray[np.int64]:
-        """Indices of the rows to use, drawn from `count` rows: at most `samples`, in ascending order."""
-        order = np.random.default_rng(self.seed).permutation(count)[: self.wanted.samples]
-        return np.sort(order).astype(np.int64)
+    def drawn(self, slices: Sequence[Hashable]) -> NDArray[np.int64]:
+        """Indices of the rows to use: at most `samples`, in ascending order. slices: of each row, see `draw`."""
+        return np.sort(draw(slices, self.wanted.samples, self.seed))
 
 
 @dataclass(frozen=True)
@@ -60,16 +70,33 @@ class OutputPair:
     source: Observed
     artifact: Observed | None
     seed: int
+    sliced: bool = False  #: the figures are of one slice, which may have few examples
+    #: key → which of the outputs belong to the examples that are compared; other outputs are compared whole
+    kept: Mapping[str, NDArray[np.bool_]] = field(default_factory=dict)
+
+    def only(self, examples: TokenSet, kept: NDArray[np.bool_]) -> "OutputPair":
+        """The outputs for some of the examples. kept [N]."""
+        masks = dict.fromkeys(("values", "tokens"), kept)
+        targets, compared = examples.sequences.targets, examples.compared
+        if targets is not None:
+            masks |= dict.fromkeys(("nll", "top1"), kept[np.nonzero(targets >= 0)[0]])
+        if compared is not None:
+            masks |= dict.fromkeys(("kl", "products"), kept[np.nonzero(compared)[0]])
+        return replace(self, kept=masks)
 
     @property
     def compares(self) -> bool:
         return self.artifact is not None
 
     def theirs(self, key: str) -> NDArray[Any]:
-        return self.source.outputs[f"{self.set_name}.{key}"]
+        return self._outputs(self.source, key)
 
     def ours(self, key: str) -> NDArray[Any]:
-        return (self.artifact or self.source).outputs[f"{self.set_name}.{key}"]
+        return self._outputs(self.artifact or self.source, key)
+
+    def _outputs(self, observed: Observed, key: str) -> NDArray[Any]:
+        found = observed.outputs[f"{self.set_name}.{key}"]
+        return found[self.kept[key]] if key in self.kept else found
 
     def vectors(self, side: Callable[[str], NDArray[Any]], use: EmbedderUse) -> Array:
         """An embedder's vectors [N, D] as a user of one side's folder gets them. side: `self.ours` or `self.theirs`."""
@@ -92,8 +119,9 @@ class OutputPair:
         statistic: makes the statistic from a function that returns one side's outputs by key. count: examples to resample; n: examples
         behind the figure, for the report.
         """
-        both = paired(statistic(self.ours), statistic(self.theirs), count, seed=self.seed)
-        return self.compared(name, both, n=n, better=better, unit=unit, of=of)
+        tail = expanded_tail(count) if self.sliced else TAIL
+        both = paired(statistic(self.ours), statistic(self.theirs), count, seed=self.seed, tail=tail)
+        return self._of(count, self.compared(name, both, n=n, better=better, unit=unit, of=of))
 
     def compared(self, name: str, both: Paired, *, n: int, better: Better, unit: str = "", of: str = "") -> Measurement:
         change = both.change if self.compares else None
@@ -122,7 +150,17 @@ class OutputPair:
     def resampled(
         self, name: str, statistic: Statistic, count: int, *, n: int, better: Better, unit: str = "", of: str = ""
     ) -> Measurement:
-        return self.alone(name, interval(statistic, count, seed=self.seed), n=n, better=better, unit=unit, of=of)
+        tail = expanded_tail(count) if self.sliced else TAIL
+        found = interval(statistic, count, seed=self.seed, tail=tail)
+        return self._of(count, self.alone(name, found, n=n, better=better, unit=unit, of=of))
+
+    def _of(self, count: int, measured: Measurement) -> Measurement:
+        """A figure of so many examples. One of a slice with too few has no interval."""
+        return without_interval(measured) if self.sliced and count < FEWEST else measured
+
+
+def without_interval(measured: Measurement) -> Measurement:
+    return measured.model_copy(update=dict.fromkeys(("low", "high", "change_low", "change_high")))
 
 
 class Scorer(Protocol):
@@ -131,7 +169,14 @@ class Scorer(Protocol):
     @property
     def examples(self) -> TokenSet: ...
 
+    @property
+    def slices(self) -> Slices | None:
+        """The slice of each unit that is resampled: a text, question, query or pair. None: the data has no slices."""
+
     def figures(self, view: OutputPair) -> list[Measurement]: ...
+
+    def part(self, view: OutputPair, units: NDArray[np.bool_]) -> list[Measurement]:
+        """The figures of some of the units. units [U]."""
 
 
 def spread(positions: NDArray[np.int64], width: int, shape: tuple[int, ...], limit_bytes: int) -> NDArray[np.bool_]:

@@ -21,6 +21,11 @@ class TokenSet:
     new_tokens: int = 0  #: for `generated` and `written`: the most tokens that are generated
     alone: bool = False  #: each batch has one text, because the model can't read padded texts
 
+    def take(self, kept: NDArray[np.bool_]) -> "TokenSet":
+        """Some of the examples. kept [N]."""
+        compared = None if self.compared is None else self.compared[kept]
+        return replace(self, sequences=self.sequences.take(kept), compared=compared)
+
     def rows(self, classes: int) -> int:
         """The number of rows in a batch. classes: the width of one position's output."""
         if self.alone:

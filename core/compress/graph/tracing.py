@@ -294,9 +294,16 @@ def export_graph(model: torch.nn.Module, header: ModelHeader, signature: Signatu
     except torch.onnx.OnnxExporterError as error:
         raise NightpressError(
             ErrorCode.UNSUPPORTED_ARCHITECTURE,
-            f"A {header.architecture} can't be traced into a graph: {str(error).strip().splitlines()[-1][:300]}",
+            f"A {header.architecture} can't be traced into a graph: {_first_cause(error)[:300]}",
             hint="Leave onnx and openvino out of `exports`.",
         ) from error
+
+
+def _first_cause(error: BaseException) -> str:
+    """What the first error said, of which the others came. Later ones say only that tracing has failed."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
 def _name_after_modules(graph: Any) -> None:

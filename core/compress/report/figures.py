@@ -11,6 +11,8 @@ _NAMES = {
     "class_f1": "F1",
     "entity_f1": "Entity F1",
     "choice_accuracy": "Multiple choice",
+    "flips": "Answers that differ from the source’s",
+    "right_to_wrong": "Right answers that became wrong",
     "spearman": "Spearman",
     "pearson": "Pearson",
     "ndcg": "nDCG",
@@ -40,6 +42,8 @@ _SHARES = frozenset(
     {
         "accuracy",
         "choice_accuracy",
+        "flips",
+        "right_to_wrong",
         "masked_accuracy",
         "top1_agreement",
         "label_agreement",
@@ -84,6 +88,7 @@ def shown(value: float | None, metric: str) -> str:
     """A value of this metric as text, with the metric's number of digits."""
     if value is None:
         return "–"
+    metric = metric.split("[")[0]  # without a slice
     if metric in _SHARES:
         return f"{value:.1%}"
     return f"{value:.{5 if metric in _FINE else 3}f}"

@@ -4,6 +4,7 @@ Needs no torch, because the command line and the web page use it too.
 """
 
 import json
+import re
 from collections.abc import Sequence
 from functools import cache
 from typing import Any
@@ -16,6 +17,7 @@ from nightpress.core.compress.report.figures import megabytes, shown
 from nightpress.core.compress.report.model_card import front_matter
 from nightpress.core.compress.report.searches import searches
 from nightpress.core.compress.report.serving import serving_tables
+from nightpress.core.compress.report.slices import slices
 from nightpress.core.compress.report.table import headline, rows_of
 from nightpress.core.handoff.compare import compare
 from nightpress.core.handoff.report import (
@@ -29,6 +31,7 @@ from nightpress.core.handoff.report import (
 MARKDOWN_FILE = "report.md"
 HTML_FILE = "report.html"
 LAYERS_SHOWN = 40
+_FIGURE = re.compile(r"\s*[<>]")  #: what ends the figure in a gate's text
 
 
 def draw(report: Report) -> dict[str, bytes]:
@@ -72,6 +75,7 @@ def _context(report: Report) -> dict[str, Any]:
         "comparison": compare([report]) if len(report.artifacts) > 1 else None,
         "rows": rows_of(report),
         "headline": headline(report),
+        "slices": slices(report),
         "latency_charts": [Markup(timing) for timing in charts.timings(subjects)],  # noqa: S704 - escaped there
         "throughput_charts": [Markup(timing) for timing in charts.timings(subjects, throughput=True)],  # noqa: S704
         "pareto_chart": Markup(_pareto(report)),  # noqa: S704
@@ -119,7 +123,7 @@ def _gates_summary(report: Report) -> str:
         return "The gate is passed." if len(report.gates) == 1 else f"All {len(report.gates)} gates are passed."
     artifacts: dict[str, list[str]] = {}
     for result in missed:
-        artifacts.setdefault(result.gate.split()[0].replace("_", " "), []).append(result.artifact)
+        artifacts.setdefault(_FIGURE.split(result.gate)[0].replace("_", " "), []).append(result.artifact)
     said = "; ".join(f"{metric} by {' and '.join(names)}" for metric, names in artifacts.items())
     return f"{len(missed)} of {len(report.gates)} gates missed: {said}."
 

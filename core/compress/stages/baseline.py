@@ -41,6 +41,7 @@ class Baseline:
         if kept is not None:
             job.log(f"The source's outputs are those that the job {self.measured_by} has measured.")
         self._measurements = quality.measurements(trial, self.observed, None)
+        self._slices = quality.slices(trial, self.observed, None)
         job.publish(self.subject())
 
     def _measure(self) -> Observed:
@@ -69,6 +70,7 @@ class Baseline:
             size_bytes=folder_bytes(self._job.brought),
             parameters=self._header.parameters,
             measurements=self._measurements,
+            slices=self._slices,
             timings=speed.timings(observed, task),
             generation=speed.generation_timings(observed, task.threads),
             measurements_by=self.measured_by,

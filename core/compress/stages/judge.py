@@ -2,14 +2,16 @@
 
 import itertools
 import shutil
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from nightpress.core.compress.context import Judged
 from nightpress.core.compress.evaluate import gates, quality
+from nightpress.core.compress.evaluate.quality import Evaluation
+from nightpress.core.compress.evaluate.view import without_interval
 from nightpress.core.compress.export import onnx, safetensors
-from nightpress.core.compress.export.consumer import run_consumer
+from nightpress.core.compress.export.consumer import Observed, run_consumer
 from nightpress.core.compress.export.consumer_environment import Device
 from nightpress.core.compress.graph import tracing
 from nightpress.core.compress.stages.job import PressJob
@@ -35,16 +37,12 @@ class CandidateJudge:
         self._scratch = job.scratch / "within"
         self._numbers = itertools.count()
         self._gate, self.note = gate, ""
-        alone = [
-            (evaluation, quality.figures_of([evaluation], state.trial.seed, state.baseline.observed, None))
-            for evaluation in state.trial.choose
-        ]
         #: those that give the gate's figure; other figures compare with the source, and each evaluation has them
-        chosen = [pair for pair in alone if gate.metric in {found.name for found in pair[1]}]
+        chosen = [one for one in state.trial.choose if gates.measured(gate, self._subject("source", [one], None))]
         if not chosen and gate.metric == "accuracy":
             self._stand_in(gate)
-        self._evaluations = [evaluation for evaluation, _ in chosen or alone]
-        self._source = [figure for _, figures in chosen or alone for figure in figures]
+        self._evaluations = chosen or list(state.trial.choose)
+        self._source = self._subject("source", self._evaluations, None)
 
     def _stand_in(self, gate: Gate) -> None:
         """Without labels, agreement with the source bounds the accuracy: answers that don't change lose none."""
@@ -97,8 +95,8 @@ class CandidateJudge:
             device=device,
             reference=baseline.observed.outputs_file,
         )
-        figures = quality.figures_of(self._evaluations, trial.seed, baseline.observed, observed)
-        decided = Judged(self._decided(figures), self._decided(map(_without_interval, figures)))
+        candidate = self._subject("candidate", self._evaluations, observed)
+        decided = Judged(self._decided(candidate), self._decided(_by_value(candidate)))
         if decided.by_end.observed is None:
             raise NightpressError(
                 ErrorCode.INVALID_RECIPE,
@@ -107,14 +105,34 @@ class CandidateJudge:
             )
         return decided
 
-    def _decided(self, figures: Iterable[Measurement]) -> GateResult:
-        return gates.decide_quality(self._gate, _subject("source", self._source), _subject("candidate", figures))
+    def _decided(self, candidate: Subject) -> GateResult:
+        return gates.decide_quality(self._gate, self._source, candidate)
+
+    def _subject(self, name: str, evaluations: Sequence[Evaluation], observed: Observed | None) -> Subject:
+        """The figures that the gate may be on; of the source alone if `observed` is None."""
+        seed, source = self._state.trial.seed, self._state.baseline.observed
+        return Subject(
+            name=name,
+            format="",
+            size_bytes=0,
+            measurements=quality.figures_of(evaluations, seed, source, observed),
+            slices=quality.slice_figures(evaluations, seed, source, observed) if self._gate.slice else (),
+        )
 
 
-def _without_interval(figure: Measurement) -> Measurement:
-    ends = ("low", "high", "change_low", "change_high")
-    return figure.model_copy(update=dict.fromkeys(ends))
+def _by_value(subject: Subject) -> Subject:
+    """The same figures, of which the value decides and not the end of the interval."""
+    slices = (
+        part.model_copy(update={"measurements": tuple(map(_without_width, part.measurements))})
+        for part in subject.slices
+    )
+    measurements = tuple(map(without_interval, subject.measurements))
+    return subject.model_copy(update={"measurements": measurements, "slices": tuple(slices)})
 
 
-def _subject(name: str, figures: Iterable[Measurement]) -> Subject:
-    return Subject(name=name, format="", size_bytes=0, measurements=tuple(figures))
+def _without_width(figure: Measurement) -> Measurement:
+    """A figure of a slice with both ends at its value. Without ends it would count as a figure of too few examples."""
+    if figure.low is None:
+        return figure
+    ends = {"low": figure.value, "high": figure.value, "change_low": figure.change, "change_high": figure.change}
+    return figure.model_copy(update=ends)

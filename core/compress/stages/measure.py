@@ -104,6 +104,7 @@ def _measure(
         size_bytes=folder_bytes(artifact.folder),
         parameters=state.header.parameters,
         measurements=quality.measurements(state.trial, baseline.observed, observed),
+        slices=quality.slices(state.trial, baseline.observed, observed),
         timings=speed.timings(observed, task, timed_source),
         generation=speed.generation_timings(observed, task.threads, timed_source),
         measured_on=measured_on(observed),

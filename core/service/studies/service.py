@@ -189,7 +189,8 @@ def _own_space(wanted: StudyRequest) -> Space:
 def _evaluations(wanted: StudyRequest) -> list[dict[str, Any]]:
     if wanted.evaluate is not None:
         return wanted.evaluate
-    metrics = list(dict.fromkeys(_METRICS[figure] for figure in wanted.gates if figure in _METRICS)) or ["auto"]
+    figures = [gate.split("[")[0] for gate in wanted.gates]  # without their slices
+    metrics = list(dict.fromkeys(_METRICS[figure] for figure in figures if figure in _METRICS)) or ["auto"]
     if "ranking" in metrics and "retrieval" in metrics:  # rerankers have nDCG, too
         metrics.remove("retrieval")
     data = {"data": wanted.data, "samples": wanted.samples, "length": wanted.length}

@@ -10,6 +10,7 @@ import { badge, button, confirmed, copyable, facts, heading, progress, row, tabl
 
 const ENDED = new Set(["succeeded", "failed", "cancelled"]);
 const SAVINGS = ["Artifact", "Measured", "Source", "Artifact's price", "Saved", "Job pays back after"];
+const SLICE_FIGURES = ["perplexity", "masked_accuracy", "accuracy", "choice_accuracy", "entity_f1", "spearman", "ndcg", "kl_divergence", "flips", "right_to_wrong", "top1_agreement", "label_agreement", "kendall_tau", "generation_match", "cosine", "centred_cosine", "mean_error"];
 const LINES_KEPT = 2000;
 
 export async function job(main, { signal, go }, id) {
@@ -109,7 +110,7 @@ async function results(path, now, place, signal) {
   const [{ report }, artifacts, trackers, cost] = await Promise.all(["report", "artifacts", "trackers", "cost"].map((part) => get(`${path}/${part}`, {}, signal)));
   const subjects = [report.source, ...report.artifacts];
   fill(place,
-    h("section", { "aria-labelledby": "result" }, h("h2", { id: "result" }, "Before and after"), gates(report), searches(report), comparison(report, subjects),
+    h("section", { "aria-labelledby": "result" }, h("h2", { id: "result" }, "Before and after"), gates(report), searches(report), comparison(report, subjects), slices(report),
       h("div", { class: "pair" },
         bars("Size", subjects.map((subject) => ({ label: subject.name, value: subject.size_bytes, text: bytes(subject.size_bytes), tone: subject === report.source ? "pale" : "solid" }))),
         subjects.every((subject) => latency(subject)) ? bars(`Latency, batch ${latency(report.source).batch} × ${latency(report.source).length} tokens`, subjects.map((subject) => ({ label: subject.name, value: latency(subject).p50_ms, text: `${figure(latency(subject).p50_ms)} ms`, tone: subject === report.source ? "pale" : "solid" }))) : null),
@@ -179,6 +180,22 @@ function comparison(report, subjects) {
   ];
   const notes = subjects.flatMap((subject) => subject.notes.map((note) => h("li", {}, `${subject.name}: ${note}`)));
   return [table("The source and its artifacts", columns, rows), notes.length ? h("ul", { class: "quiet" }, notes) : null];
+}
+
+// The parts of the data that its column `slice` names. The report has the farthest from the source first.
+function slices(report) {
+  return report.artifacts.filter((subject) => subject.slices?.length).map((subject) => {
+    const found = (part, name) => part.measurements.find((measure) => measure.name === name && !measure.of);
+    const names = SLICE_FIGURES.filter((name) => subject.slices.some((part) => found(part, name))).slice(0, 5);
+    const columns = ["Slice", "Examples", ...names.map(words)];
+    return h("details", { open: true }, h("summary", {}, `${subject.name} by slice, the worst first`),
+      table(`${subject.name} by slice`, columns, subject.slices.map((part) => row(columns, [
+        h("span", {}, part.name, h("small", {}, part.data)), count(part.examples),
+        ...names.map((name) => {
+          const measure = found(part, name);
+          return measure ? h("span", {}, interval(measure), h("small", {}, changed(measure))) : "–";
+        })]))));
+  });
 }
 
 function curves(report) {

@@ -103,4 +103,12 @@ def _tokens_a_sample(samples: Batch, config: Any) -> int:
     if "input_ids" in samples:
         return int(samples["input_ids"].shape[1])
     height, width = samples["pixel_values"].shape[-2:]
-    return int(height // config.patch_size * (width // config.patch_size)) + 1
+    rows, columns = _patch(config)
+    return int(height // rows * (width // columns)) + 1
+
+
+def _patch(config: Any) -> tuple[int, int]:
+    """Pixels of a patch, from the config of the tower that sees. A model without patches counts as one with 16 × 16."""
+    tower = getattr(config, "vision_config", config)
+    size = getattr(tower, "patch_size", 16)
+    return (size[0], size[1]) if isinstance(size, list | tuple) else (size, size)
