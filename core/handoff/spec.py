@@ -32,6 +32,7 @@ class JobSpec(BaseModel):
     data: dict[str, str] = Field(default_factory=dict, description="data set id → file below data/")
     device: Literal["cpu", "cuda"] = "cpu"
     threads: int = Field(1, ge=1, description="CPU threads of the child")
+    processes: int = Field(1, ge=1, description="processes that compute one model together, each on a GPU of its own")
     memory_limit: int = Field(0, ge=0, description="bytes the job may use; 0: no limit")
     source_measured_by: str = Field(
         "", description="the job that measured the source's outputs in work/kept-source.npz; empty: there are none"

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from nightpress.core.compress.executors.watch import Inputs
+from nightpress.core.compress.ranks.group import Group
 from nightpress.core.compress.solvers.gram import Gram
 from nightpress.core.recipes.block_peak import stack_size
 
@@ -51,6 +52,20 @@ def stacks(
         for start in range(0, len(groups), most):
             chosen = groups[start : start + most]
             yield Stack(tuple(group.names for group in chosen), _stacked([_gram(group).matrix() for group in chosen]))
+
+
+def share_rows(weights: Tensor, group: Group) -> Tensor:
+    """This process's rows of weights [..., out, in] that all processes hold: [..., part, in]. All rows if there are fewer than processes."""
+    rows = weights.shape[-2]
+    return weights if group.size > rows or group.size == 1 else weights[..., group.share(rows), :].contiguous()
+
+
+def join_rows(part: Tensor, weights: Tensor, group: Group) -> Tensor:
+    """Join results [..., part, n] of the rows that `share_rows` gave to each process: [..., out, n]."""
+    rows = weights.shape[-2]
+    if group.size > rows or group.size == 1:
+        return part
+    return group.join_rows(part.movedim(-2, 0).contiguous(), rows).movedim(0, -2).contiguous()
 
 
 def _stacked(parts: list[Tensor]) -> Tensor:

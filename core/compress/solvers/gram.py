@@ -8,6 +8,7 @@ units (tensor cores) and summed in float32. The products of two 16-bit numbers a
 import torch
 from torch import Tensor
 
+from nightpress.core.compress.ranks.group import Group
 from nightpress.core.errors import ErrorCode, NightpressError
 
 _CHOLESKY_BLOCK = 128
@@ -38,6 +39,16 @@ class Gram:
                 torch.addmm(into, x[:, start:end].T, x[:, :end], out_dtype=torch.float32, out=into)
             else:
                 into.addmm_(x[:, start:end].T, x[:, :end])
+
+    def combine(self, group: Group) -> None:
+        """Add what the other processes have added."""
+        if group.size == 1:
+            return
+        self.tokens = group.total(self.tokens)
+        columns = len(self._sum)
+        for start in range(0, columns, self._strip):
+            end = min(start + self._strip, columns)
+            group.sum(self._sum[start:end, :end])
 
     def is_finite(self) -> bool:
         """Whether all inputs and their sums are finite."""

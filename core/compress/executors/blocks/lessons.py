@@ -54,14 +54,18 @@ class BlockLessons:
 
     @property
     def batches(self) -> int:
-        return len(self.forward.hidden)
+        return len(self.plan.numbers)
 
     def put(self, name: str, weight: Tensor) -> nn.Parameter:
         parameter = nn.Parameter(weight.to(self._dtype))
         self.layers[name].weight = parameter
         return parameter
 
-    def squared_error(self, batch: int) -> Tensor:
+    def squared_error(self, batch: int) -> Tensor | None:
+        own = self.plan.numbers[batch]
+        return None if own is None else self._squared_error(own)
+
+    def _squared_error(self, batch: int) -> Tensor:
         with torch.autocast(self.plan.device.type, torch.bfloat16, enabled=self._dtype != self.plan.skeleton.dtype):
             out = self.forward.run_batch(self.index, batch, self.forward.hidden.look_at(batch))
         lost = (out.float() - self.source.hidden.look_at(batch).float()).square()
