@@ -109,12 +109,14 @@ class Group:
         return merged
 
     def _reduce(self, tensor: Tensor, operation: Any) -> None:
-        held = tensor.contiguous()
+        held = tensor.float() if tensor.dtype in _SHORT else tensor.contiguous()
         with _of_peers():
             dist.all_reduce(held, operation)
         if held is not tensor:
             tensor.copy_(held)
 
+
+_SHORT = {torch.float16, torch.bfloat16}  #: gloo does not reduce all of these
 
 ALONE = Group()
 
@@ -124,7 +126,7 @@ def _of_peers() -> Iterator[None]:
     """Tell errors of the others apart from this process's own."""
     try:
         yield
-    except (RuntimeError, ValueError) as error:  # gloo raises RuntimeError, NCCL a subclass
+    except RuntimeError as error:  # of gloo; that of NCCL is a subclass
         if isinstance(error, torch.OutOfMemoryError):
             raise
         raise PeerError(str(error)) from error

@@ -165,7 +165,7 @@ class Ranks:
             assert rank.failed is not None
             if not rank.failed.of_peers:
                 return rank.failed.exception()
-        ended = [(rank, rank.process.wait()) for rank in self._ranks if rank.connection.closed and rank not in failed]
+        ended = [(rank, _status(rank)) for rank in self._ranks if rank.connection.closed and rank not in failed]
         # NCCL ends a process that waited too long by SIGABRT.
         ended.sort(key=lambda pair: pair[1] == -signal.SIGABRT)
         for rank, status in ended:
@@ -181,8 +181,18 @@ class Ranks:
         if longest is not None:
             said = f"Process {longest.number + 1} of the {self.size} that compute the model has stopped: it did not answer in time."
         else:
-            said = f"The {self.size} processes that compute the model waited for each other in vain."
+            why = next(rank.failed.exception() for rank in failed if rank.failed is not None)
+            said = f"The {self.size} processes that compute the model waited for each other in vain: {why}"
         return NightpressError(ErrorCode.STALLED, said, hint="The job's log shows what it was at.")
+
+
+def _status(rank: _Rank) -> int:
+    """How a rank ended, whose connection is closed."""
+    try:
+        return rank.process.wait(_GRACE_S)
+    except subprocess.TimeoutExpired:
+        rank.process.kill()
+        return rank.process.wait()
 
 
 def can_meet() -> bool:

@@ -102,7 +102,7 @@ def _meet(begin: Begin) -> None:
     from torch import distributed as dist
     from torch.distributed import FileStore  # type: ignore[attr-defined]  # torch exports it under this name
 
-    from nightpress.core.compress.ranks.group import PeerError
+    from nightpress.core.compress.ranks.group import Group, PeerError
 
     cuda = begin.device == "cuda"
     if cuda:
@@ -116,7 +116,7 @@ def _meet(begin: Begin) -> None:
             world_size=begin.size,
             timeout=patience,
         )
-        dist.barrier()
+        Group(begin.rank, begin.size).collect(None)
     except RuntimeError as error:
         raise PeerError(f"The processes did not find each other: {error}") from error
 

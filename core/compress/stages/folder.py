@@ -60,10 +60,10 @@ def run(job: PressJob, state: State) -> None:
 def _ranks(job: PressJob, index: int, options: PassOptions) -> Iterator[Ranks | None]:
     """The processes that share out a pass's work; None: the pass runs in this process alone. They end with the pass."""
     count = job.spec.processes
-    if count == 1 or options.wants == "nothing":
+    if count == 1:
         yield None
         return
-    why = "" if options.spreads else "its work can't be shared out"
+    why = "" if options.spreads and options.wants == "calibration" else "its work is not shared out"
     if not why and not can_meet():
         why = "processes can't connect to each other within this worker's sandbox"
     if why:
