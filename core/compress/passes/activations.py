@@ -21,7 +21,7 @@ from nightpress.core.compress.passes.blockwise import made_up, press, quantize, 
 from nightpress.core.compress.passes.folding import BlockFold, Folding, FoldTarget
 from nightpress.core.compress.passes.quantize import stream_rounded
 from nightpress.core.compress.passes.registry import folder_pass
-from nightpress.core.compress.passes.stacks import join_rows, share_rows
+from nightpress.core.compress.passes.stacks import join_rows, share_rows, sharing
 from nightpress.core.compress.ranks.group import Group
 from nightpress.core.compress.solvers.gptq import round_obs
 from nightpress.core.compress.solvers.obs import factorize
@@ -123,7 +123,7 @@ class RoundedInputs:
         for name, weight in weights.items():
             stored, scheme = block[name].dtype, scheme_of(self._schemes, name)
             if factor is not None and gram is not None:
-                group = group_of(block)
+                group = sharing(weight, group_of(block), free=True)
                 part = round_obs(share_rows(weight, group), gram, factor, scheme, stored)
                 assert part.zero_point is None  # the grid is symmetric
                 coded = Coded(join_rows(part.codes, weight, group), join_rows(part.scale, weight, group), None)

@@ -29,9 +29,9 @@ from nightpress.core.compress.passes.folding import BlockFold, Folding, FoldTarg
 from nightpress.core.compress.passes.quantize import OnGrid
 from nightpress.core.compress.passes.registry import folder_pass
 from nightpress.core.compress.passes.sensitivity import press_with_bits
-from nightpress.core.compress.passes.stacks import Stack, join_rows, share_rows, stacks
+from nightpress.core.compress.passes.stacks import Stack, join_rows, share_rows, sharing, stacks
 from nightpress.core.compress.passes.zeros import with_storage
-from nightpress.core.compress.ranks.group import ALONE, Group
+from nightpress.core.compress.ranks.group import Group
 from nightpress.core.compress.solvers.awq import AwqLayer, search_scales
 from nightpress.core.compress.solvers.gptq import round_obs
 from nightpress.core.compress.solvers.gram import Gram
@@ -150,8 +150,7 @@ class Quantized:
         group: Group,
     ) -> dict[str, tuple[Coded, Tensor]]:
         weights = stack.weights(block, places, device)
-        if not _rows_are_free(self._prune):
-            group = ALONE
+        group = sharing(weights, group, free=_rows_are_free(self._prune))
         own = share_rows(weights, group)
         part = round_obs(
             own,
@@ -162,6 +161,7 @@ class Quantized:
             ranges=self._options.ranges,
             refine=self._options.refine,
             prune=self._prune,
+            group=group,
         )
         zero_point = None if part.zero_point is None else join_rows(part.zero_point, weights, group)
         coded = Coded(join_rows(part.codes, weights, group), join_rows(part.scale, weights, group), zero_point)
@@ -192,11 +192,11 @@ class Sparse:
             factor = factorize(stack.gram, damping=self._damping)
             each = range(len(stack.groups[0]))
             free = _rows_are_free(self._prune)
-            group = group_of(block) if free else ALONE
             for places in [list(each)] if free else [[at] for at in each]:
                 stacked = stack.weights(block, places, device)
                 before = stack.each(stacked, block, places)
-                solved = solve(share_rows(stacked, group), factor, prune=self._prune).weight
+                group = sharing(stacked, group_of(block), free=free)
+                solved = solve(share_rows(stacked, group), factor, prune=self._prune, group=group).weight
                 after = stack.each(join_rows(solved, stacked, group), block, places)
                 values = {name: weight.to(block[name].dtype, copy=True) for name, weight in after.items()}
                 effects = effects_of([(before[name], values[name].float()) for name in values])

@@ -9,6 +9,7 @@ from torch import Tensor
 from nightpress.core.compress.grids.refine import fit_scales
 from nightpress.core.compress.grids.rounding import dequantize
 from nightpress.core.compress.grids.stored import Coded, dequantized, grid_of, round_weight
+from nightpress.core.compress.ranks.group import ALONE, Group
 from nightpress.core.compress.solvers.obs import Factor, Prune, Quantize, Solved, output_loss, solve
 from nightpress.core.compress.solvers.products import fast_products
 from nightpress.core.recipes.schemes import Scheme
@@ -28,17 +29,18 @@ def round_obs(
     ranges: str = "extremes",
     refine: bool = False,
     prune: Prune | None = None,
+    group: Group = ALONE,
 ) -> Coded:
     """Round a weight [..., out, in] float32 with the Optimal Brain Surgeon solver.
 
     gram [..., in, in] is the Gram matrix that `factor` was made from. stored: the dtype of the scales. ranges: as in `Quantize`. refine: refit
     the scales to the chosen codes. Without `prune`, no row costs the outputs more than rounding to nearest. With `prune`, rows are not
-    compared with rounding to nearest, and `refine` has no effect. Raises NightpressError(numerical_failure) as `solve` does.
+    compared with rounding to nearest, and `refine` has no effect. group: as in `solve`. Raises NightpressError(numerical_failure) as `solve` does.
     """
     importance = factor.power if ranges == "least-error" else None
     nearest = None if prune else round_weight(weight, scheme, stored, ranges=ranges, importance=importance)
     known = None if nearest is None else _ranges_of(nearest)
-    solved = solve(weight, factor, Quantize(grid_of(scheme), stored, ranges, known), prune)
+    solved = solve(weight, factor, Quantize(grid_of(scheme), stored, ranges, known), prune, group)
     assert solved.codes is not None
     assert solved.scale is not None
     if nearest is None:
