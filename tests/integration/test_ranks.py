@@ -26,6 +26,7 @@ from nightpress.core.compress.ranks.messages import Failed
 from nightpress.core.errors import ErrorCode, NightpressError
 from nightpress.core.handoff.frames import Log, Result, parse_frame
 from nightpress.core.handoff.spec import DATA_DIR, SOURCE_DIR, JobSpec
+from nightpress.core.recipes.calibration import Calibration
 from nightpress.core.recipes.header import ModelHeader
 from nightpress.core.recipes.passes import Awq, Fp8, Gptq, KvCache, LearnedRounding, SmoothQuant, SparseGpt, Wanda
 from nightpress.worker.process import ChildProcess
@@ -34,6 +35,7 @@ from tests.patience import slowness
 from tests.press import lay_out
 from tests.rank_tasks import exchanges, fails, influence_of, waits
 from tests.service import running
+from tests.training import classifier, run_pass
 
 DENSE, MIXTURE = "LlamaForCausalLM", "Qwen3MoeForCausalLM"
 TYPES = {DENSE: "llama", MIXTURE: "qwen3_moe"}
@@ -86,6 +88,13 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ranks]:
 def four(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ranks]:
     with Ranks(4, tmp_path_factory.mktemp("four")) as ranks:
         yield ranks
+
+
+@pytest.fixture(scope="module")
+def classifier_model(bert_tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("classifier") / "model"
+    classifier(bert_tiny, folder)
+    return folder
 
 
 @pytest.fixture(autouse=True)
@@ -171,6 +180,32 @@ def test_a_survey_of_four_processes_finds_the_same_influence_and_saliency(models
     assert saliency.keys() == expected.keys() != set()
     for prefix, sizes in expected.items():
         torch.testing.assert_close(saliency[prefix], sizes, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"pass": "channels", "share": 0.25, "multiple": 8, "importance": "taylor"},
+        {"pass": "heads", "share": 0.5, "importance": "activation", "across": "global", "compensate": True},
+        {"pass": "layers", "count": 1, "importance": "taylor"},
+    ],
+    ids=lambda options: f"{options['pass']}",
+)
+def test_structured_passes_of_two_processes_remove_the_same_units(
+    options: dict[str, Any], classifier_model: Path, two: Ranks, tmp_path: Path
+):
+    """The labels that a classifier's gradients need are drawn for each text, whichever process runs it."""
+    export = "onnx" if options.get("across") == "global" else "safetensors"
+    calibration = Calibration(samples=9, length=24, dtype="float32")
+    one, expected = run_pass(classifier_model, tmp_path / "one", options, export=export, calibration=calibration)
+    out, record = run_pass(
+        classifier_model, tmp_path / "two", options, export=export, calibration=calibration, ranks=two
+    )
+    found, alone = record.summary, expected.summary
+    assert found.pop("importance", []) == pytest.approx(alone.pop("importance", []), rel=1e-4)
+    assert found == alone
+    # A few texts barely determine what compensates for the removed heads, so that rounding errors of sums count for more.
+    assert _distance(_load(out), _load(one)) < (10 * SAME if options.get("compensate") else SAME)
 
 
 def test_what_processes_exchange(two: Ranks):
