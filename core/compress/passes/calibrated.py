@@ -227,7 +227,10 @@ class WeightAndActivation:
             assert isinstance(group.statistic, Power)
             for name in group.names:
                 weight = block[name].to(device)
-                gone = wanda_mask(weight, group.statistic.sum, self._prune.sparsity, self._prune.pattern)
+                ranks = sharing(weight, group_of(block), free=True)
+                part = share_rows(weight, ranks)
+                mask = wanda_mask(part, group.statistic.sum, self._prune.sparsity, self._prune.pattern)
+                gone = join_rows(mask, weight, ranks)
                 after = weight.masked_fill(gone, 0)
                 effect = effect_of(weight.float(), after.float())
                 settled[name] = FinalTensor(weight=after, tensors={name: after}, effect=effect)
