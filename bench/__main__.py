@@ -50,6 +50,7 @@ BENCHES = {
     "larger_than_memory": Bench("A model four times as large as the memory that it may use; needs root.", 4),
     "search": Bench("What a study finds, beside the best built-in recipe at the same gate.", 300),
     "blocks_cpu": Bench("CPU time, memory and perplexity of calibrated passes, beside llm-compressor.", 60),
+    "ranks_cpu": Bench("Calibrated passes in one process and in two, on the same cores.", 20),
     "quality": Bench(
         "Size and perplexity of every method on a small language model; hours without a GPU.", 15, "a GPU"
     ),

@@ -2,8 +2,10 @@
 
     python -m bench.blocks_gpu [--shape 8b|70b|7b|3b|1b|0.5b|moe|moe-wide] [--layers 2 6] [--samples 128] [--length 2048] [--only NAME …]
     python -m bench.blocks_gpu --hidden 2048 --inner 768 --heads 32 --kv-heads 4 --experts 64 --top-k 8
+    python -m bench.blocks_gpu --gpus 2
 
-The second form takes any shape: a Llama, or with --experts a Qwen3 mixture, where --inner is the width of an expert.
+The second form takes any shape: a Llama, or with --experts a Qwen3 mixture, where --inner is the width of an expert. With --gpus, a process
+on each GPU has a part of the samples; the peak is that of the GPU that needs most. The floor is that of one GPU, divided by their number.
 
 Each method runs in its own process, because earlier methods would affect its peak. Everything counts: reading the weights, both forward
 passes, Gram matrices, solving, packing, writing and fsync (to the folder in NIGHTPRESS_BENCH_DISK, if it is set). The floor is the work
@@ -35,6 +37,7 @@ from nightpress.core.compress.model.checkpoint import read_shards, write_index
 from nightpress.core.compress.passes.activations import RoundedInputs
 from nightpress.core.compress.passes.calibrated import ActivationAware, Quantized, Sparse, WeightAndActivation
 from nightpress.core.compress.passes.learned_rounding import Learned
+from nightpress.core.compress.ranks.launch import Ranks
 from nightpress.core.compress.solvers.gram import Gram
 from nightpress.core.recipes.calibration import Calibration
 from nightpress.core.recipes.header import ModelHeader
@@ -242,14 +245,16 @@ def _median(run: Any) -> float:
     return statistics.median(times[2:])
 
 
-def press(options: OnLinears, model: Path, scratch: Path, ids: torch.Tensor) -> dict[str, float]:
-    """Run a method once. Returns its seconds and its peak of GPU memory in GiB."""
+def press(
+    options: OnLinears, model: Path, scratch: Path, ids: torch.Tensor, ranks: Ranks | None = None
+) -> dict[str, float]:
+    """Run a method once. Returns its seconds and its peak of GPU memory in GiB. ranks: processes that share out the samples."""
     shutil.rmtree(scratch, ignore_errors=True)
     infos = [tensor.info for shard in read_shards(model) for tensor in shard.tensors]
     chosen = frozenset(info.name for info in infos if is_linear_weight(info, options.ignore))
     header = inspect_model(FolderFiles(model))
     method = method_of(options, header)
-    context = PassContext(header=header, work_dir=scratch / "work", device="cuda")
+    context = PassContext(header=header, work_dir=scratch / "work", device="cuda", ranks=ranks)
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
     torch.cuda.synchronize()
@@ -258,7 +263,8 @@ def press(options: OnLinears, model: Path, scratch: Path, ids: torch.Tensor) -> 
     press_blocks(model, scratch / "out", method, {"input_ids": ids}, context, chosen=chosen, recipe="bench", step=step)
     torch.cuda.synchronize()
     seconds = time.perf_counter() - start
-    return {"seconds": seconds, "peak_gib": torch.cuda.max_memory_allocated() / 2**30}
+    peak = torch.cuda.max_memory_allocated() if ranks is None else ranks.peak_gpu_bytes
+    return {"seconds": seconds, "peak_gib": peak / 2**30}
 
 
 def in_turn(names: Sequence[str], options: argparse.Namespace) -> int:
@@ -271,7 +277,7 @@ def in_turn(names: Sequence[str], options: argparse.Namespace) -> int:
         "--length",
         str(options.length),
     ]
-    arguments += ["--shape", options.shape]
+    arguments += ["--shape", options.shape, "--gpus", str(options.gpus)]
     for name in OWN_SHAPE:
         arguments += [f"--{name.replace('_', '-')}", str(getattr(options, name))]
     command = [sys.executable, "-m", "bench.blocks_gpu", *arguments, "--only"]
@@ -288,8 +294,18 @@ def measure(name: str, options: argparse.Namespace, folder: Path) -> list[Figure
     generator = torch.Generator().manual_seed(1)
     ids = torch.randint(0, VOCABULARY, (options.samples, options.length), generator=generator)
     least = floor(shape, options.samples, options.length)
-    press(OPTIONS[name], folder / f"model-{few}", folder / "run", ids[:8])  # compiles the kernels
-    runs = {layers: press(OPTIONS[name], folder / f"model-{layers}", folder / "run", ids) for layers in (few, many)}
+    if options.gpus > 1:
+        title += f" on {options.gpus} GPUs"
+        least = {what: seconds / options.gpus for what, seconds in least.items()}
+    torch.cuda.empty_cache()
+    threads = torch.get_num_threads()
+    with Ranks(options.gpus, folder / "ranks", device="cuda", threads=threads) as processes:
+        ranks = processes if options.gpus > 1 else None
+        press(OPTIONS[name], folder / f"model-{few}", folder / "run", ids[:8], ranks)  # compiles the kernels
+        runs = {
+            layers: press(OPTIONS[name], folder / f"model-{layers}", folder / "run", ids, ranks)
+            for layers in (few, many)
+        }
     estimated = OPTIONS[name].cost(inspect_model(FolderFiles(folder / f"model-{many}")), calibration).gpu_bytes / 2**30
     peak = max(run["peak_gib"] for run in runs.values())
     row = f"{title}/{name}"
@@ -317,6 +333,7 @@ def main() -> int:
     parser.add_argument("--layers", type=int, nargs=2, default=[2, 6])
     parser.add_argument("--samples", type=int, default=128)
     parser.add_argument("--length", type=int, default=2048)
+    parser.add_argument("--gpus", type=int, default=1, help="processes, each on a GPU of its own")
     parser.add_argument("--only", nargs="*", choices=sorted(OPTIONS))
     parser.add_argument("--shape", choices=sorted(SHAPES), default="8b")
     for name in OWN_SHAPE:

@@ -288,6 +288,14 @@ def killed_at_its_limit(job_dir: Path, emit: Emit) -> Manifest:
     raise AssertionError(len(held))
 
 
+def one_of_several_killed_at_its_limit(job_dir: Path, emit: Emit) -> Manifest:
+    """Take nearly all the memory of the limit, then report that one of several processes was killed."""
+    held = bytearray(JobSpec.load(job_dir).memory_limit * 95 // 100 - 65 * 1024**2)
+    time.sleep(1.2)  # until the supervisor has measured the memory
+    what = f"Process 2 of the 2 that compute the model was ended by signal 9, {len(held)} bytes."
+    raise NightpressError(ErrorCode.WORKER_LOST, what, signal=signal.SIGKILL)
+
+
 def killed_by_somebody(job_dir: Path, emit: Emit) -> Manifest:
     """End by SIGKILL, as the kernel's OOM killer ends a process, but with little memory taken."""
     time.sleep(4)
@@ -378,7 +386,7 @@ def long_file(job_dir: Path, emit: Emit) -> Manifest:
 BEHAVIOURS = {
     behaviour.__name__: behaviour
     for behaviour in (
-        press, tells_its_share, slow, first_slow, endless, stepping, chaotic, pipeline_until, pipeline_until_said, telling, staying, wedged, segfault, nameless_signal, leave, killed_at_its_limit, killed_by_somebody, out_of_addresses, cuda_out_of_memory,
+        press, tells_its_share, slow, first_slow, endless, stepping, chaotic, pipeline_until, pipeline_until_said, telling, staying, wedged, segfault, nameless_signal, leave, killed_at_its_limit, one_of_several_killed_at_its_limit, killed_by_somebody, out_of_addresses, cuda_out_of_memory,
         measures, measures_and_fails, measures_a_link, measures_a_pipe, measures_too_much,
         fills_the_gpu, killed_on_the_gpu, full_disk, hog, smuggle, tamper, babble, spy, hides_memory, long_file
     )

@@ -92,7 +92,10 @@ class Relay:
         if self._result is None:
             raise self._untimely_end(status)
         if self._result.error is not None:
-            raise _error_of(self._result.error)
+            error = _error_of(self._result.error)
+            # One of several processes that compute a model together may be the one that the kernel chose.
+            killed = error.code is ErrorCode.WORKER_LOST and error.details.get("signal") == signal.SIGKILL
+            raise self._out_of_memory("was killed by the kernel at") if killed and self._memory_ran_out() else error
 
     def _read(self, stream: int) -> bool:
         """Read the available bytes. False at the end of the stream."""
@@ -150,10 +153,12 @@ class Relay:
             limit_bytes=self._memory_limit,
         )
 
+    def _memory_ran_out(self) -> bool:
+        """Whether a process that was killed was killed for want of memory."""
+        return oom_kills() > self._oom_kills or self._peak_memory > _NEAR_LIMIT * self._memory_limit > 0
+
     def _untimely_end(self, status: int | None) -> NightpressError:
-        if status == -signal.SIGKILL and (
-            oom_kills() > self._oom_kills or self._peak_memory > _NEAR_LIMIT * self._memory_limit > 0
-        ):
+        if status == -signal.SIGKILL and self._memory_ran_out():
             return self._out_of_memory("was killed by the kernel at")
         if status is None:
             how = "closed its connection but did not end"

@@ -264,6 +264,7 @@ class _Attempt:
             data=data,
             device="cuda" if self._job.queue == "gpu" else "cpu",
             gpus=tuple(gpu.uuid for gpu in self._share.gpus) if self._settings.worker_queue == "gpu" else None,
+            processes=max(1, len(self._share.gpus)),
             threads=self._share.threads,
             memory_limit=self._share.memory,
             source_measured_by=measured_by,

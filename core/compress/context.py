@@ -1,10 +1,13 @@
 """The context of a pass: its inputs other than the folders and the options."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
+from nightpress.core.compress.ranks.group import ALONE, Group
+from nightpress.core.compress.ranks.launch import Ranks
 from nightpress.core.handoff.report import GateResult
 from nightpress.core.recipes.calibration import Calibration
 from nightpress.core.recipes.header import ModelHeader
@@ -70,6 +73,9 @@ class PassContext:
     data_files: Mapping[str, Path] = field(default_factory=dict)
     #: Measures candidates, for a pass that searches within a gate; None: the pass does not.
     judge: Judge | None = None
+    #: The processes that share out the pass's work, for `over_ranks`; None: there is this one alone.
+    ranks: Ranks | None = None
+    group: Group = ALONE  #: in such a process: the others
     progress: Callable[[float, str], None] = field(default=_no_progress)  #: (fraction of this pass, what it does now)
     #: (name, value, step): adds a point to a curve.
     metric: Callable[[str, float, int], None] = field(default=_no_metric)
@@ -84,3 +90,47 @@ class PassContext:
         for file in files:
             if file.is_relative_to(self.work_dir):
                 self.checkpoint(file.relative_to(self.work_dir).as_posix(), step)
+
+
+def over_ranks(function: Callable[..., Any], *args: Any, samples: int, context: PassContext) -> Any:
+    """Call function(*args, context=…) in all processes of `context.ranks`. Returns the first process's result.
+
+    samples: the number of samples that they share out. It is called here if there are no other processes, or fewer samples than those.
+
+    The function's context has a `group` then, and only the first process's progress, metrics and checkpoints are passed on. function and
+    args must be picklable. Raises what the function raises, and what `Ranks.run` does.
+    """
+    ranks = context.ranks
+    if ranks is None or samples < ranks.size:
+        return function(*args, context=replace(context, ranks=None))
+
+    def told(name: str, given: tuple[Any, ...]) -> None:
+        functions: dict[str, Callable[..., None]] = {
+            "progress": context.progress,
+            "metric": context.metric,
+            "checkpoint": context.checkpoint,
+        }
+        functions[name](*given)
+
+    bare = replace(
+        context,
+        judge=None,
+        ranks=None,
+        threads=ranks.threads,
+        progress=_no_progress,
+        metric=_no_metric,
+        checkpoint=_no_checkpoint,
+    )
+    return ranks.run(_in_rank, function, args, bare, told=told)
+
+
+def _in_rank(
+    function: Callable[..., Any],
+    args: tuple[Any, ...],
+    context: PassContext,
+    *,
+    group: Group,
+    tell: Callable[..., None],
+) -> Any:
+    told: dict[str, Any] = {name: partial(tell, name) for name in ("progress", "metric", "checkpoint")}
+    return function(*args, context=replace(context, group=group, **told))

@@ -24,6 +24,7 @@ def describe(spec: JobSpec, versions: dict[str, str]) -> dict[str, Any]:
         "threads": spec.threads,
         "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
         "device": spec.device,
+        **({"processes": spec.processes} if spec.processes > 1 else {}),
         "gpu": gpu(spec.device),
         "seed": spec.recipe.seed,
         "attempt": spec.attempt,

@@ -93,7 +93,7 @@ def judge(before: Report, after: Report) -> Reproduction:
         },
         environment={
             name: (before.environment.get(name), after.environment.get(name))
-            for name in ("cpu", "device", "threads")
+            for name in ("cpu", "device", "threads", "processes")
             if before.environment.get(name) != after.environment.get(name)
         },
         verdicts=(before.verdict, after.verdict),

@@ -35,6 +35,7 @@ class JobSpec(BaseModel):
         None, description="UUIDs of the GPUs that the job may use; null: those that the child's environment shows"
     )
     threads: int = Field(1, ge=1, description="CPU threads of the child")
+    processes: int = Field(1, ge=1, description="processes that compute one model together, each on a GPU of its own")
     memory_limit: int = Field(0, ge=0, description="bytes the job may use; 0: no limit")
     source_measured_by: str = Field(
         "", description="the job that measured the source's outputs in work/kept-source.npz; empty: there are none"

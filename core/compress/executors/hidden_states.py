@@ -1,7 +1,8 @@
 """Storage for the hidden states of all calibration samples between two blocks."""
 
 import contextlib
-from collections.abc import Iterator
+import os
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import psutil
@@ -19,19 +20,24 @@ class HiddenStates:
     """
 
     def __init__(
-        self, shape: tuple[int, ...], batch: int, dtype: torch.dtype, device: torch.device, folder: Path
+        self,
+        shape: tuple[int, ...],
+        sizes: Sequence[int],
+        dtype: torch.dtype,
+        device: torch.device,
+        folder: Path,
+        processes: int = 1,
     ) -> None:
+        """sizes: the number of samples in each batch. processes: those of this host that keep as many hidden states."""
         self.shape, self._device = shape, device
-        samples = shape[0]
-        sizes = [min(batch, samples - at) for at in range(0, samples, batch)]
         needed = torch.Size(shape).numel() * dtype.itemsize
         on_gpu = device.type == "cuda" and needed < _GPU_SHARE * torch.cuda.mem_get_info(device)[0]
-        in_file = not on_gpu and needed >= _HOST_SHARE * psutil.virtual_memory().available
+        in_file = not on_gpu and processes * needed >= _HOST_SHARE * psutil.virtual_memory().available
         #: True: `take` and `put` pass a batch's own tensor. False: each batch has a fixed place in memory or in the file, and is copied.
         self._handed_out = not in_file and (on_gpu or device.type == "cpu")
         self._batches: list[Tensor] = []
         if in_file:
-            self._batches = list(torch.split(_mapped(shape, dtype, folder), batch))
+            self._batches = list(torch.split(_mapped(shape, dtype, folder), list(sizes)))
         elif not self._handed_out:
             self._batches = [torch.empty((size, *shape[1:]), dtype=dtype, pin_memory=True) for size in sizes]
         else:
@@ -70,7 +76,7 @@ class HiddenStates:
 
 def _mapped(shape: tuple[int, ...], dtype: torch.dtype, folder: Path) -> Tensor:
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / "hidden-states.bin"
+    path = folder / f"hidden-states-{os.getpid()}.bin"
     with contextlib.suppress(FileNotFoundError):
         path.unlink()
     room = torch.from_file(str(path), shared=True, size=torch.Size(shape).numel(), dtype=dtype)

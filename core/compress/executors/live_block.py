@@ -12,6 +12,7 @@ from torch.utils._pytree import tree_map
 
 from nightpress.core.compress.model.rows import Call
 from nightpress.core.compress.model.skeleton import Batch, Block
+from nightpress.core.compress.ranks.group import ALONE, Group
 
 PROBE_TOKENS = 128  #: first tokens of the first calibration text: the probe, on which methods may run a block
 
@@ -39,8 +40,11 @@ class Lessons(Protocol):
     def round_inputs(self, name: str, rule: Callable[[Tensor], Tensor]) -> None:
         """Let a layer of the block round its inputs while `squared_error` runs. name: as in `put`."""
 
-    def squared_error(self, batch: int) -> Tensor:
-        """Σ (y − ŷ)² of a batch over its tokens and the width, float32 []. Padding does not count. Differentiable in the weights."""
+    def squared_error(self, batch: int) -> Tensor | None:
+        """Σ (y − ŷ)² over the width and the tokens of a batch in this process, float32 []; None: it has none of its samples.
+
+        Padding does not count. Differentiable in the weights.
+        """
 
     def tell(self, done: float) -> None:
         """Report the progress within the block: 0 … 1."""
@@ -53,6 +57,11 @@ class Called:
     name: str  #: of the module in the block
     given: tuple[int, int]  #: its first input
     made: tuple[int, int]  #: its first output
+
+
+def group_of(block: Mapping[str, Tensor]) -> Group:
+    """The processes that settle a block's tensors: this one alone if they are no `LiveBlock`."""
+    return block.group if isinstance(block, LiveBlock) else ALONE
 
 
 def probe_of(samples: Batch) -> Batch:
@@ -71,15 +80,16 @@ class LiveBlock(Mapping[str, Tensor]):
         calls: Sequence[Call] = (),
         turned: Collection[str] = (),
         lessons: Lessons | None = None,
+        group: Group = ALONE,
     ) -> None:
         """entered [1, L, width]: the probe's hidden states at the block's input; None: the block can't be run.
 
         calls: the block's other arguments, one entry for each run. turned: names of tensors that the block's layers hold as [in, out].
-        lessons: given to methods that learn.
+        lessons: given to methods that learn. group: the processes that settle the same tensors, which may share out the work.
         """
         self._tensors, self._block, self._turned = tensors, block, turned
         self._entered, self._calls = entered, calls
-        self.lessons = lessons
+        self.lessons, self.group = lessons, group
         self.warnings: list[str] = []  #: warnings about the block for the report
         self.figures: dict[str, float] = {}  #: figures of the block for the report, by name
 

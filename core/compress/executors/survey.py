@@ -24,6 +24,7 @@ from nightpress.core.compress.model.rows import unsupported
 from nightpress.core.compress.model.skeleton import Batch, Skeleton
 from nightpress.core.compress.model.source import SourceTensors
 from nightpress.core.compress.numerical_failures import check_finite
+from nightpress.core.compress.ranks.group import Group
 from nightpress.core.compress.solvers.units import Moments
 from nightpress.core.recipes.anatomy import Anatomy
 from nightpress.core.recipes.costs import BATCH_TOKENS
@@ -45,19 +46,23 @@ def survey(source: Path, samples: Batch, context: PassContext, watched: str | No
     """Run texts through the model's blocks one after the other. Yields a description of each block.
 
     samples: `input_ids` [samples, length], and their mask if they are padded. watched: path of a module in a block, or None.
+    The processes of `context.group` share out the samples, and all yield the same figures.
     Raises NightpressError(numerical_failure) for a block whose input or output is not finite.
     """
     files = SourceTensors(read_shards(source))
     device = torch.device(context.device)
     samples, real = split_mask(samples)
-    skeleton = Skeleton(source, files, context.device, torch.float32, probe_of(samples))
+    group, probe = context.group, probe_of(samples)
+    own = group.share(len(samples["input_ids"]))
+    samples, real = {name: tensor[own] for name, tensor in samples.items()}, None if real is None else real[own]
+    skeleton = Skeleton(source, files, context.device, torch.float32, probe)
     if skeleton.whole is not None:
         raise unsupported(f"The model's blocks can't be compared: {skeleton.whole}")
     total, length = samples["input_ids"].shape
     rows = max(1, min(total, BATCH_TOKENS[device.type] // length))
     starts = range(0, total, rows)
     masks = [None if real is None else real[at : at + rows].to(device) for at in starts]
-    tokens = total * length if real is None else int(real.sum())
+    tokens = group.total(total * length if real is None else int(real.sum()))
     with torch.no_grad():
         hidden, calls = [], Calls(device)
         batches = ({name: tensor[at : at + rows] for name, tensor in samples.items()} for at in starts)
@@ -89,6 +94,11 @@ def survey(source: Path, samples: Batch, context: PassContext, watched: str | No
                     hidden[at] = after
             skeleton.empty_block(index)
             name = skeleton.blocks[index].name
+            group.sum(cosines)
+            for _, _, sizes in mixtures:
+                sizes.combine(group)
+            if look.moments is not None:
+                look.moments.combine(group)
             check_finite([name], cosines)
             if look.moments is not None:
                 check_finite([f"{name}.{watched}"], look.moments)
@@ -105,6 +115,10 @@ class _OutputSizes:
     def __call__(self, expert: int, weighted: Tensor) -> None:
         self._sums[expert] += weighted.float().norm(dim=-1).sum(dtype=torch.float64).cpu()
         self._tokens[expert] += len(weighted)
+
+    def combine(self, group: Group) -> None:
+        group.sum(self._sums)
+        group.sum(self._tokens)
 
     def means(self) -> Tensor:
         return self._sums / self._tokens.clamp(min=1)
@@ -129,7 +143,7 @@ def unit_gradients(source: Path, samples: Batch, context: PassContext, anatomy: 
 
     The score of input j is Σ_i |w_ij ∂L/∂w_ij|, as a mean over samples (LLM-Pruner, arXiv 2305.11627, eq. 5). The absolute value is taken
     for each weight. With a norm after the layer, the loss does not depend on the scale of an outlier, and the signed sum would rate the
-    outlier as unimportant. Raises NightpressError(numerical_failure).
+    outlier as unimportant. The processes of `context.group` share out the samples. Raises NightpressError(numerical_failure).
     """
     found: list[Tensor] = []
     model = _load_whole(source, context)
@@ -148,6 +162,7 @@ def unit_gradients(source: Path, samples: Batch, context: PassContext, anatomy: 
 
     _backwards(model, samples, context, modules, collect)
     for at, sums in enumerate(found):
+        context.group.sum(sums)
         check_finite([anatomy.name(at, watched, "weight").removesuffix(".weight")], sums)
     return [sums / len(samples["input_ids"]) for sums in found]
 
@@ -155,7 +170,8 @@ def unit_gradients(source: Path, samples: Batch, context: PassContext, anatomy: 
 def block_gradients(source: Path, samples: Batch, context: PassContext, anatomy: Anatomy) -> list[float]:
     """Estimate, for each block, how much the loss changes without the block's contribution a to the hidden states (output − input).
 
-    The score is Σ_i |Σ_tokens a_i ∂L/∂a_i|, as a mean over samples. Raises NightpressError(numerical_failure).
+    The score is Σ_i |Σ_tokens a_i ∂L/∂a_i|, as a mean over samples. The processes of `context.group` share out the samples.
+    Raises NightpressError(numerical_failure).
     """
     found, texts = [0.0] * anatomy.layers, len(samples["input_ids"])
 
@@ -165,6 +181,9 @@ def block_gradients(source: Path, samples: Batch, context: PassContext, anatomy:
 
     model = _load_whole(source, context)
     _backwards(model, samples, context, _blocks(model, anatomy), collect)
+    summed = torch.tensor(found, dtype=torch.float64)
+    context.group.sum(summed)
+    found = summed.tolist()
     for at, influence in enumerate(found):
         check_finite([f"{anatomy.prefix}{at}"], torch.tensor(influence))
     return found
@@ -205,15 +224,17 @@ def _backwards(
         kept.append((args[0] if args else kwargs["hidden_states"], left))
 
     embeddings = model.get_input_embeddings()  # type: ignore[operator]
-    generator = torch.Generator(context.device).manual_seed(context.seed)
     with ExitStack() as stack:
         # No weight requires gradients here. The embedded tokens do, so that gradients flow back through all blocks.
         stack.callback(embeddings.register_forward_hook(lambda _module, _args, out: out.requires_grad_(True)).remove)
         for module in modules:
             stack.callback(module.register_forward_hook(hook, with_kwargs=True).remove)
-        for at in range(len(ids)):
+        for at in range(len(ids))[context.group.share(len(ids))]:
             sample = ids[at : at + 1] if real is None else ids[at : at + 1, real[at]]
             context.progress(at / len(ids), f"gradients of text {at + 1} of {len(ids)}")
+            generator = torch.Generator(context.device).manual_seed(
+                context.seed + at
+            )  # whichever process runs the text
             _loss(model, sample.to(context.device), context, generator).backward()  # type: ignore[no-untyped-call]
             for index, (entered, left) in enumerate(kept):
                 collect(index, entered, left)

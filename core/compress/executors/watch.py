@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from nightpress.core.compress.model.rows import is_conv1d
 from nightpress.core.compress.model.skeleton import Batch
+from nightpress.core.compress.ranks.group import ALONE, Group
 
 
 class Statistic(Protocol):
@@ -19,6 +20,9 @@ class Statistic(Protocol):
 
     def add(self, inputs: Tensor) -> None:
         """Add inputs [..., columns]."""
+
+    def combine(self, group: Group) -> None:
+        """Add what the other processes have added, so that all hold the same statistic. With a single process, do nothing."""
 
     def is_finite(self) -> bool:
         """Whether all inputs, and the statistic itself, are finite."""
@@ -71,8 +75,10 @@ class Watched:
             for handle in handles:
                 handle.remove()
 
-    def inputs(self) -> list[Inputs]:
-        """The collected statistics. A layer that was never called gets an empty statistic of its own."""
+    def inputs(self, group: Group = ALONE) -> list[Inputs]:
+        """The collected statistics of all processes. A layer that was never called gets an empty statistic of its own."""
+        if group.size > 1:
+            self._agree(group)
         for name, layer in self._linears.items():
             if name not in self._leaders:
                 self._leaders[name] = name
@@ -81,6 +87,23 @@ class Watched:
             Inputs(tuple(name for name, first in self._leaders.items() if first == leader), statistic)
             for leader, statistic in self._statistics.items()
         ]
+
+    def _agree(self, group: Group) -> None:
+        """Bring the leaders and their order in line with those of the other processes.
+
+        A process whose tokens the router sends to no layer of an expert does not know which of them share their inputs.
+        """
+        known: dict[str, str] = {}
+        for leaders in reversed(group.collect(self._leaders)):
+            known |= leaders
+        self._leaders = {name: known.get(name, name) for name in self._linears}
+        self._statistics = {
+            name: self._statistics[name] if name in self._statistics else self._watch(in_features(layer), self._device)
+            for name, layer in self._linears.items()
+            if self._leaders[name] == name
+        }
+        for statistic in self._statistics.values():
+            statistic.combine(group)
 
     def _next_run(self, _module: nn.Module, _args: object) -> None:
         self._seen.clear()

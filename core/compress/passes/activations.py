@@ -11,9 +11,9 @@ from torch import Tensor
 
 from nightpress.core.compress.context import PassContext
 from nightpress.core.compress.executors.blocks import FinalTensor, Inputs, Statistic
-from nightpress.core.compress.executors.live_block import LiveBlock
+from nightpress.core.compress.executors.live_block import LiveBlock, group_of
 from nightpress.core.compress.executors.watch import without_padding
-from nightpress.core.compress.grids.stored import from_tensors, grid_of, round_weight
+from nightpress.core.compress.grids.stored import Coded, from_tensors, grid_of, round_weight
 from nightpress.core.compress.model.checkpoint import write_file
 from nightpress.core.compress.model.quantization_config import CACHE_FILE
 from nightpress.core.compress.numerical_failures import check_finite
@@ -21,6 +21,8 @@ from nightpress.core.compress.passes.blockwise import made_up, press, quantize, 
 from nightpress.core.compress.passes.folding import BlockFold, Folding, FoldTarget
 from nightpress.core.compress.passes.quantize import stream_rounded
 from nightpress.core.compress.passes.registry import folder_pass
+from nightpress.core.compress.passes.stacks import join_rows, share_rows, sharing
+from nightpress.core.compress.ranks.group import Group
 from nightpress.core.compress.solvers.gptq import round_obs
 from nightpress.core.compress.solvers.obs import factorize
 from nightpress.core.compress.solvers.smooth import (
@@ -98,7 +100,7 @@ class RoundedInputs:
         for place in places:
             if options.alpha == "search":
                 layers = [self._layer(part, floats) for part in place.parts]
-                found = search_factors(layers, self._grid, share=place.share)
+                found = search_factors(layers, self._grid, share=place.share, group=group_of(block))
                 del layers
             elif not any(self._inputs_of(name) for name in place.targets):
                 continue  # smoothing gains nothing where inputs stay in float
@@ -121,7 +123,10 @@ class RoundedInputs:
         for name, weight in weights.items():
             stored, scheme = block[name].dtype, scheme_of(self._schemes, name)
             if factor is not None and gram is not None:
-                coded = round_obs(weight, gram, factor, scheme, stored)
+                group = sharing(weight, group_of(block), free=True)
+                part = round_obs(share_rows(weight, group), gram, factor, scheme, stored)
+                assert part.zero_point is None  # the grid is symmetric
+                coded = Coded(join_rows(part.codes, weight, group), join_rows(part.scale, weight, group), None)
             else:
                 largest = float(weight.abs().max()) if scheme.strategy == "tensor" else None
                 coded = round_weight(weight, scheme, stored, largest=largest)
@@ -215,6 +220,11 @@ class _SeenByCache:
 
     def sees(self, names: Iterable[str]) -> bool:
         return any(name.endswith(CACHED_FROM) for name in names)
+
+    def combine(self, group: Group) -> None:
+        """Replace the largest magnitudes by those of all processes."""
+        for largest in self._largest.values():
+            group.largest(largest)
 
     def get_seq_length(self, *_: Any) -> int:
         return 0

@@ -9,11 +9,8 @@ import torch
 from torch import Tensor
 
 from nightpress.core.compress.context import PassContext
-from nightpress.core.compress.executors.blocks import (
-    FinalTensor,
-    Inputs,
-)
-from nightpress.core.compress.executors.live_block import LiveBlock
+from nightpress.core.compress.executors.blocks import FinalTensor, Inputs, merge_settled
+from nightpress.core.compress.executors.live_block import LiveBlock, group_of
 from nightpress.core.compress.grids.stored import Coded, from_tensors, grid_of, round_weight
 from nightpress.core.compress.model.checkpoint import read_shards
 from nightpress.core.compress.passes.blockwise import (
@@ -34,8 +31,9 @@ from nightpress.core.compress.passes.folding import BlockFold, Folding, FoldTarg
 from nightpress.core.compress.passes.quantize import OnGrid, shared_peak
 from nightpress.core.compress.passes.registry import folder_pass
 from nightpress.core.compress.passes.sensitivity import press_with_bits
-from nightpress.core.compress.passes.stacks import Stack, stacks
+from nightpress.core.compress.passes.stacks import Stack, join_rows, share_rows, sharing, stacks
 from nightpress.core.compress.passes.zeros import with_storage
+from nightpress.core.compress.ranks.group import Group
 from nightpress.core.compress.solvers.awq import AwqLayer, search_scales
 from nightpress.core.compress.solvers.gptq import round_obs
 from nightpress.core.compress.solvers.gram import Gram
@@ -118,31 +116,30 @@ class Quantized:
     ) -> dict[str, FinalTensor]:
         settled: dict[str, FinalTensor] = {}
         scales = input_scales(inputs)
-        for scheme, solved in self._solve(block, inputs, device):
+        for scheme, solved in self._solve(block, inputs, device, group_of(block)):
             settled |= settle_all_coded(solved, scheme, input_scales=scales)
         return settled
 
-    def codes(self, block: Mapping[str, Tensor], inputs: Sequence[Inputs], device: torch.device) -> dict[str, Coded]:
+    def codes(
+        self, block: Mapping[str, Tensor], inputs: Sequence[Inputs], device: torch.device, group: Group
+    ) -> dict[str, Coded]:
         """The codes of the weights [out, in] that read these inputs."""
-        solved = self._solve(block, inputs, device)
+        solved = self._solve(block, inputs, device, group)
         return {name: coded for _, weights in solved for name, (coded, _) in weights.items()}
 
     def _solve(
-        self, block: Mapping[str, Tensor], inputs: Sequence[Inputs], device: torch.device
+        self, block: Mapping[str, Tensor], inputs: Sequence[Inputs], device: torch.device, group: Group
     ) -> Iterator[tuple[Scheme, dict[str, tuple[Coded, Tensor]]]]:
         """Yield weights of one scheme: name → (coded weight, weight before rounding in float32)."""
         for stack in stacks(block, inputs, device, lambda name: scheme_of(self._schemes, name)):
             factor = factorize(stack.gram, damping=self._options.damping, by_power=self._options.order == "activation")
             for places in self._together(stack.groups[0]):
                 scheme = scheme_of(self._schemes, stack.groups[0][places[0]])
-                yield scheme, self._solve_stack(stack, factor, scheme, places, block, device)
+                yield scheme, self._solve_stack(stack, factor, scheme, places, block, device, group)
 
     def _together(self, names: Sequence[str]) -> list[list[int]]:
-        """The places of the weights of a group that are solved together: rows are independent, and need only the same scheme.
-
-        Unstructured pruning is an exception: its quota is for one weight.
-        """
-        if self._prune is not None and self._prune.pattern is None:
+        """The places of the weights of a group that are solved together: free rows need only the same scheme."""
+        if not _rows_are_free(self._prune):
             return [[at] for at in range(len(names))]
         places: dict[Scheme, list[int]] = {}
         for at, name in enumerate(names):
@@ -157,10 +154,13 @@ class Quantized:
         places: Sequence[int],
         block: Mapping[str, Tensor],
         device: torch.device,
+        group: Group,
     ) -> dict[str, tuple[Coded, Tensor]]:
         weights = stack.weights(block, places, device)
-        coded = round_obs(
-            weights,
+        group = sharing(weights, group, free=_rows_are_free(self._prune))
+        own = share_rows(weights, group)
+        part = round_obs(
+            own,
             stack.gram,
             factor,
             scheme,
@@ -169,7 +169,10 @@ class Quantized:
             refine=self._options.refine,
             prune=self._prune,
             largest=self._largest,
+            group=group,
         )
+        zero_point = None if part.zero_point is None else join_rows(part.zero_point, weights, group)
+        coded = Coded(join_rows(part.codes, weights, group), join_rows(part.scale, weights, group), zero_point)
         before, codes, scales = (stack.each(part, block, places) for part in (weights, coded.codes, coded.scale))
         zero_points = {} if coded.zero_point is None else stack.each(coded.zero_point, block, places)
         return {
@@ -198,12 +201,14 @@ class Sparse:
         settled: dict[str, FinalTensor] = {}
         for stack in stacks(block, inputs, device, lambda _name: None):
             factor = factorize(stack.gram, damping=self._damping)
-            # Rows are independent, so weights can be solved together. Unstructured pruning is an exception: its quota is for one weight.
             each = range(len(stack.groups[0]))
-            for places in [[at] for at in each] if self._prune.pattern is None else [list(each)]:
+            free = _rows_are_free(self._prune)
+            for places in [list(each)] if free else [[at] for at in each]:
                 stacked = stack.weights(block, places, device)
                 before = stack.each(stacked, block, places)
-                after = stack.each(solve(stacked, factor, prune=self._prune).weight, block, places)
+                group = sharing(stacked, group_of(block), free=free)
+                solved = solve(share_rows(stacked, group), factor, prune=self._prune, group=group).weight
+                after = stack.each(join_rows(solved, stacked, group), block, places)
                 values = {name: weight.to(block[name].dtype, copy=True) for name, weight in after.items()}
                 effects = effects_of([(before[name], values[name].float()) for name in values])
                 for (name, value), effect in zip(values.items(), effects, strict=True):
@@ -233,7 +238,10 @@ class WeightAndActivation:
             assert isinstance(group.statistic, Power)
             for name in group.names:
                 weight = block[name].to(device)
-                gone = wanda_mask(weight, group.statistic.sum, self._prune.sparsity, self._prune.pattern)
+                ranks = sharing(weight, group_of(block), free=True)
+                part = share_rows(weight, ranks)
+                mask = wanda_mask(part, group.statistic.sum, self._prune.sparsity, self._prune.pattern)
+                gone = join_rows(mask, weight, ranks)
                 after = weight.masked_fill(gone, 0)
                 effect = effect_of(weight.float(), after.float())
                 settled[name] = FinalTensor(weight=after, tensors={name: after}, effect=effect)
@@ -270,23 +278,23 @@ class ActivationAware:
         for alike in self._side_by_side(places, block):
             first = alike[0]
             layers = [[self._layer(part, floats) for part in place.parts] for place in alike]
-            searched = search_scales(layers, block[first.targets[0]].dtype, share=first.share)
+            stored = block[first.targets[0]].dtype
+            searched = search_scales(layers, stored, share=first.share, group=block.group)
             del layers
             for place, found in zip(alike, searched, strict=True):
                 place.apply(found, block, floats)
                 factors |= dict.fromkeys(place.targets, found)
-        settled = {}
-        for name in list(floats):
+        settled = {name: made_up(name, floats[name], block[name].dtype) for name in floats if name not in seen}
+        rounded = {}
+        shares = block.group.portion([floats[name].numel() for name in seen])
+        for name in [list(seen)[at] for at in shares[block.group.rank]]:
             weight = floats.pop(name)
-            if name not in seen:
-                settled[name] = made_up(name, weight, block[name].dtype)
-                continue
             statistic, scheme = seen[name].statistic, scheme_of(self._schemes, name)
             assert isinstance(statistic, Gram)
             importance = statistic.matrix().diagonal() / factors.get(name, torch.ones((), device=device)).square()
             coded = round_weight(weight, scheme, block[name].dtype, ranges=self._options.ranges, importance=importance)
-            settled[name] = settle_coded(name, scheme, coded, weight)
-        return settled
+            rounded[name] = settle_coded(name, scheme, coded, weight)
+        return settled | merge_settled(block.group, rounded, device)
 
     def restore(self, name: str, written: Mapping[str, Tensor]) -> Tensor:
         return from_tensors(name, scheme_of(self._schemes, name), written)
@@ -318,6 +326,14 @@ class ActivationAware:
         stacked = torch.cat([floats[name] for name in part.names])
         grid = grid_of(scheme_of(self._schemes, part.names[0]))
         return AwqLayer(stacked, part.statistic.matrix(), grid, part.share)
+
+
+def _rows_are_free(prune: Prune | None) -> bool:
+    """Whether rows don't depend on each other, so that weights can be solved together, and rows apart.
+
+    Unstructured pruning is the exception: its quota is for all rows of one weight.
+    """
+    return prune is None or prune.pattern is not None
 
 
 def _prune(sparsity: float, pattern: str) -> Prune:

@@ -13,11 +13,12 @@ import torch
 from torch import Tensor
 
 from nightpress.core.compress.calibration.samples import calibration_samples
-from nightpress.core.compress.context import PassContext
+from nightpress.core.compress.context import PassContext, over_ranks
 from nightpress.core.compress.executors.rewrite import tensor_bytes
 from nightpress.core.compress.executors.survey import survey
 from nightpress.core.compress.model.checkpoint import ShardWriter, read_shards, write_file, write_index
 from nightpress.core.compress.model.companions import copy_companions
+from nightpress.core.compress.model.skeleton import Batch
 from nightpress.core.compress.model.source import SourceTensors
 from nightpress.core.compress.passes.registry import folder_pass
 from nightpress.core.errors import ErrorCode, NightpressError
@@ -33,9 +34,8 @@ _SHOWN = 4  #: digits of a saliency in the report
 def experts(source: Path, target: Path, options: ExpertPruning, context: PassContext) -> PassRecord:
     """Remove experts from every mixture. `target` becomes a smaller mixture."""
     start = time.monotonic()
-    saliency: dict[str, Tensor] = {}
-    for block in survey(source, calibration_samples(source, context), context, None):
-        saliency |= block.saliency
+    samples = calibration_samples(source, context)
+    saliency = over_ranks(_saliency, source, samples, samples=len(samples["input_ids"]), context=context)
     if not saliency:
         raise NightpressError(
             ErrorCode.UNSUPPORTED_ARCHITECTURE,
@@ -67,6 +67,14 @@ def experts(source: Path, target: Path, options: ExpertPruning, context: PassCon
             "bytes_after": after.size,
         },
     )
+
+
+def _saliency(source: Path, samples: Batch, *, context: PassContext) -> dict[str, Tensor]:
+    """By prefix of a mixture's experts: their saliency [experts]."""
+    found: dict[str, Tensor] = {}
+    for block in survey(source, samples, context, None):
+        found |= block.saliency
+    return found
 
 
 def strongest(saliency: Tensor, count: int) -> tuple[int, ...]:

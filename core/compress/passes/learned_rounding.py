@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from nightpress.core.compress.context import PassContext
 from nightpress.core.compress.executors.blocks import FinalTensor, Inputs
@@ -26,6 +26,7 @@ from nightpress.core.compress.passes.calibrated import Quantized, rounded_tables
 from nightpress.core.compress.passes.quantize import shared_peak
 from nightpress.core.compress.passes.registry import folder_pass
 from nightpress.core.compress.passes.sensitivity import press_with_bits
+from nightpress.core.compress.ranks.group import Group
 from nightpress.core.compress.solvers.gram import Gram
 from nightpress.core.compress.solvers.learned_rounding import LearnedWeight
 from nightpress.core.handoff.report import PassRecord
@@ -77,7 +78,7 @@ class Learned:
             scheme = scheme_of(self._schemes, name)
             if scheme.activations is not None:
                 lessons.round_inputs(name, partial(round_inputs, scheme=scheme, total=scales.get(name)))
-        codes, share = self._learn(lessons, weights, self._starts(weights, inputs))
+        codes, share = self._learn(lessons, weights, self._starts(weights, inputs, block.group), block.group)
         block.figures[SHARE] = share
         return {
             name: settle_coded(
@@ -89,31 +90,34 @@ class Learned:
     def restore(self, name: str, written: Mapping[str, Tensor]) -> Tensor:
         return from_tensors(name, scheme_of(self._schemes, name), written)
 
-    def _starts(self, weights: Mapping[str, Tensor], inputs: Sequence[Inputs]) -> list[Codes]:
+    def _starts(self, weights: Mapping[str, Tensor], inputs: Sequence[Inputs], group: Group) -> list[Codes]:
         """The codes to start from: the nearest ones, and GPTQ's if they are asked for."""
         nearest: dict[str, Coded] = {}
-        for group in inputs:
-            assert isinstance(group.statistic, Gram)
-            for name in group.names:
+        for seen in inputs:
+            assert isinstance(seen.statistic, Gram)
+            for name in seen.names:
                 nearest[name] = round_weight(
                     weights[name].float(),
                     scheme_of(self._schemes, name),
                     weights[name].dtype,
                     ranges=self._options.ranges,
-                    importance=group.statistic.matrix().diagonal(),
+                    importance=seen.statistic.matrix().diagonal(),
                     largest=self._largest,
                 )
         if self._solver is None:
             return [nearest]
-        return [nearest, self._solver.codes(weights, inputs, next(iter(weights.values())).device)]
+        return [nearest, self._solver.codes(weights, inputs, next(iter(weights.values())).device, group)]
 
-    def _learn(self, lessons: Lessons, weights: Mapping[str, Tensor], starts: Sequence[Codes]) -> tuple[Codes, float]:
+    def _learn(
+        self, lessons: Lessons, weights: Mapping[str, Tensor], starts: Sequence[Codes], group: Group
+    ) -> tuple[Codes, float]:
         """Learn from the best start. Returns the best codes that were judged, the starts' among them, and their error.
 
-        The error is a share of the nearest codes' error, which are the first start.
+        The error is a share of the nearest codes' error, which are the first start. All processes of the group take the same steps: errors
+        and gradients are sums over the samples of all.
         """
         taught, judged = split(lessons.batches)
-        errors = [self._error(lessons, start, judged) for start in starts]
+        errors = [self._error(lessons, start, judged, group) for start in starts]
         least = min(errors)
         best = starts[errors.index(least)]
         learned = {
@@ -126,25 +130,39 @@ class Learned:
             put = {name: lessons.put(name, weight.weight()) for name, weight in learned.items()}
             with torch.enable_grad():
                 for _ in range(lessons.step_batches):
-                    backward(lessons.squared_error(next(order)))
+                    if (error := lessons.squared_error(next(order))) is not None:
+                        backward(error)
             rate = (1 - step / steps) / steps
-            for name, parameter in put.items():
-                if parameter.grad is not None:  # an expert that got no token has none
-                    learned[name].step(parameter.grad, rate)
+            for name, gradient in _gradients(put, group).items():
+                learned[name].step(gradient, rate)
             del put
             if (step + 1) * _JUDGEMENTS // steps > step * _JUDGEMENTS // steps:
                 now = {name: weight.coded() for name, weight in learned.items()}
-                error = self._error(lessons, now, judged)
-                if error < least:
-                    best, least = now, error
+                found = self._error(lessons, now, judged, group)
+                if found < least:
+                    best, least = now, found
                 lessons.tell((step + 1) / steps)
         return best, least / errors[0] if errors[0] else 1.0
 
-    def _error(self, lessons: Lessons, codes: Codes, batches: Sequence[int]) -> float:
+    def _error(self, lessons: Lessons, codes: Codes, batches: Sequence[int], group: Group) -> float:
         """The squared error of the block's output with these codes, summed over batches."""
         for name, coded in codes.items():
             lessons.put(name, dequantized(coded, scheme_of(self._schemes, name)))
-        return float(torch.stack([lessons.squared_error(batch) for batch in batches]).sum())
+        found = [error for batch in batches if (error := lessons.squared_error(batch)) is not None]
+        return sum(group.collect(float(torch.stack(found).sum()) if found else 0.0))
+
+
+def _gradients(put: Mapping[str, nn.Parameter], group: Group) -> dict[str, Tensor]:
+    """The gradient of each weight, summed over the processes. An expert that got no token in any of them has none."""
+    own = {name: parameter.grad for name, parameter in put.items() if parameter.grad is not None}
+    if group.size == 1:
+        return own
+    known = set().union(*group.collect(set(own)))
+    found = {}
+    for name in [name for name in put if name in known]:
+        found[name] = own[name].float() if name in own else torch.zeros_like(put[name], dtype=torch.float32)
+        group.sum(found[name])
+    return found
 
 
 def split(batches: int) -> tuple[list[int], list[int]]:

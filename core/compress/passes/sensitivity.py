@@ -27,6 +27,7 @@ from nightpress.core.compress.solvers.upgrades import upgrades
 from nightpress.core.handoff.report import PassRecord
 from nightpress.core.recipes.linears import is_linear_weight
 from nightpress.core.recipes.passes.quantize import Budgeted
+from nightpress.core.recipes.schemes import Scheme
 
 _ERRORS = "_errors"  #: suffix of the tensor that is written for a weight: its unit, then its relative squared output error per candidate
 
@@ -77,7 +78,7 @@ def press_with_bits(source: Path, target: Path, options: Budgeted, context: Pass
             _module(name): options.candidates[at] for unit, at in zip(found.units, picked, strict=True) for name in unit
         }
         told = {"bits_by_layer": bits} | ({} if options.budget is None else {"budget": options.budget})
-        return press(folder, lambda module: options.candidate(bits[module]), summary | told, context)
+        return press(folder, ChosenBits(options, bits), summary | told, context)
 
     if options.within is None:
         assert found.room is not None
@@ -86,6 +87,17 @@ def press_with_bits(source: Path, target: Path, options: Budgeted, context: Pass
     steps = [_told(picked, found, options) for picked in line]
     search = Search(options, steps, rest, context.work_dir / f"within-{context.index}.json")
     return smallest_model(search, target, lambda at, folder, context: with_options(line[at], folder, context), first=0)
+
+
+@dataclass(frozen=True)
+class ChosenBits:
+    """The scheme of each module with the bits that were chosen for it."""
+
+    options: Budgeted
+    bits: Mapping[str, int]  #: by module
+
+    def __call__(self, module: str) -> Scheme:
+        return self.options.candidate(self.bits[module])
 
 
 def _line(found: Sweep) -> list[list[int]]:

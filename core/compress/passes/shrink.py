@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from nightpress.core.compress.calibration.samples import calibration_samples
-from nightpress.core.compress.context import PassContext
+from nightpress.core.compress.context import PassContext, over_ranks
 from nightpress.core.compress.executors.blocks import FinalTensor, Inputs, press_blocks
 from nightpress.core.compress.executors.rewrite import Effect, tensor_bytes
 from nightpress.core.compress.executors.survey import block_gradients, survey, unit_gradients
@@ -44,7 +44,10 @@ def narrow(source: Path, target: Path, options: Narrowing, context: PassContext)
     """Remove channels or heads from every block, one block at a time. `target` becomes a smaller model."""
     anatomy = options.anatomy(context.header)
     samples = calibration_samples(source, context)
-    scores = _scores_ahead(source, samples, options, anatomy, context)
+    scores: list[Tensor] | None = None
+    if options.by_gradient or options.across == "global":
+        work, count = (source, samples, options, anatomy), len(samples["input_ids"])
+        scores = over_ranks(_scores_ahead, *work, samples=count, context=context)
     inner = options.inner(anatomy)
     axis = 0 if anatomy.transposed else 1
 
@@ -79,10 +82,8 @@ def layers(source: Path, target: Path, options: Layers, context: PassContext) ->
     influence: list[float] = []
     if options.remove is None:
         samples = calibration_samples(source, context)
-        if options.by_gradient:
-            influence = block_gradients(source, samples, context, anatomy)
-        else:
-            influence = [seen.influence for seen in survey(source, samples, context, None)]
+        work, count = (source, samples, options, anatomy), len(samples["input_ids"])
+        influence = over_ranks(_influence, *work, samples=count, context=context)
     order = sorted(range(len(influence)), key=lambda at: (influence[at], at))
 
     def press(options: Layers, folder: Path, context: PassContext) -> PassRecord:
@@ -240,15 +241,13 @@ def unit_scores(
 
 
 def _scores_ahead(
-    source: Path, samples: Batch, options: Narrowing, anatomy: Anatomy, context: PassContext
-) -> list[Tensor] | None:
-    """Return the importance of all units of all blocks if it must be known before the first block changes; else None."""
+    source: Path, samples: Batch, options: Narrowing, anatomy: Anatomy, *, context: PassContext
+) -> list[Tensor]:
+    """Return the importance of all units of all blocks, for options that must know it before the first block changes."""
     inner = options.inner(anatomy)
     if options.by_gradient:
         found = unit_gradients(source, samples, context, anatomy, inner.output)
         return [score.view(-1, anatomy.unit(inner)).sum(1) for score in found]
-    if options.across == "layer":
-        return None
     scores = []
     for seen in survey(source, samples, context, inner.output):
         assert seen.moments is not None
@@ -260,6 +259,13 @@ def _scores_ahead(
         # Layers differ in scale, so each unit's importance is its share of its own layer's sum.
         scores.append((own / own.sum().clamp(min=1e-30)).cpu())
     return scores
+
+
+def _influence(source: Path, samples: Batch, options: Layers, anatomy: Anatomy, *, context: PassContext) -> list[float]:
+    """Return the influence of each block."""
+    if options.by_gradient:
+        return block_gradients(source, samples, context, anatomy)
+    return [seen.influence for seen in survey(source, samples, context, None)]
 
 
 def _bias_of(weight: str) -> str:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from nightpress.core.compress.executors.watch import Inputs
+from nightpress.core.compress.ranks.group import ALONE, Group
 from nightpress.core.compress.solvers.gram import Gram
 from nightpress.core.recipes.block_peak import stack_size
 
@@ -51,6 +52,26 @@ def stacks(
         for start in range(0, len(groups), most):
             chosen = groups[start : start + most]
             yield Stack(tuple(group.names for group in chosen), _stacked([_gram(group).matrix() for group in chosen]))
+
+
+def sharing(weights: Tensor, group: Group, *, free: bool) -> Group:
+    """The processes that share out the rows of weights [..., out, in]: all, or this one alone where the rows can't be divided.
+
+    free: whether rows don't depend on each other. Else the processes divide only a single weight.
+    """
+    return group if weights.shape[-2] >= group.size and (free or weights.dim() == 2) else ALONE
+
+
+def share_rows(weights: Tensor, group: Group) -> Tensor:
+    """This process's rows of weights [..., out, in] that all processes hold: [..., part, in]."""
+    return weights if group.size == 1 else weights[..., group.share(weights.shape[-2]), :].contiguous()
+
+
+def join_rows(part: Tensor, weights: Tensor, group: Group) -> Tensor:
+    """Join results [..., part, n] of the rows that `share_rows` gave to each process: [..., out, n]."""
+    if group.size == 1:
+        return part
+    return group.join_rows(part.movedim(-2, 0).contiguous(), weights.shape[-2]).movedim(0, -2).contiguous()
 
 
 def _stacked(parts: list[Tensor]) -> Tensor:

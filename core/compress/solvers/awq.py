@@ -15,6 +15,7 @@ from torch import Tensor
 from nightpress.core.compress.grids.grid import Grid
 from nightpress.core.compress.grids.ranges import find_ranges
 from nightpress.core.compress.grids.rounding import nearest_codes
+from nightpress.core.compress.ranks.group import ALONE, Group
 from nightpress.core.compress.solvers.products import fast_products
 from nightpress.core.recipes.block_peak import stack_size
 
@@ -32,7 +33,11 @@ class AwqLayer(NamedTuple):
 
 
 def search_scales(
-    places: Sequence[Sequence[AwqLayer]], stored: torch.dtype, *, share: tuple[int, int] = (1, 1)
+    places: Sequence[Sequence[AwqLayer]],
+    stored: torch.dtype,
+    *,
+    share: tuple[int, int] = (1, 1),
+    group: Group = ALONE,
 ) -> Tensor:
     """Return for each place the factors [places, in] > 0 with the least output error: all 1 if no candidate is better than that.
 
@@ -40,15 +45,18 @@ def search_scales(
     place's factors, and the inputs are divided by them. stored: the dtype of the scales. The loss of each layer is summed over the tokens
     that are routed to it, so that an expert counts as often as it is used.
     share (heads, width): columns are heads · repeats · width. All repeats of a head get the same factors, as grouped-query attention needs.
+    group: processes with the same layers, which share out the candidates.
     """
     candidates = torch.stack([_candidates(layers, share) for layers in places], dim=1)  # [candidates, places, in]
     losses = torch.zeros(candidates.shape[:2], device=candidates.device)
     for weight, gram, grid, of, weigh in _stacks(places):
-        for at, factors in enumerate(candidates):
+        for at in range(len(candidates))[group.share(len(candidates))]:
+            factors = candidates[at]
             lost = weight - round_scaled(weight, factors[of, None], grid, stored)
             with fast_products():
                 loss = ((lost @ gram).mul_(lost)).sum((1, 2))
             losses[at].index_add_(0, of, loss * weigh)
+    group.sum(losses)  # of the candidates of other processes, this one has zeros
     best, least = candidates[0], losses[0]  # the first candidate's factors are all 1
     for factors, loss in zip(candidates[1:], losses[1:], strict=True):
         better = loss < least

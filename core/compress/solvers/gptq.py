@@ -12,6 +12,7 @@ from nightpress.core.compress.grids.grid import Grid
 from nightpress.core.compress.grids.refine import fit_scales
 from nightpress.core.compress.grids.rounding import dequantize
 from nightpress.core.compress.grids.stored import Coded, global_scale, grid_of, round_rows, scale_dtype
+from nightpress.core.compress.ranks.group import ALONE, Group
 from nightpress.core.compress.solvers.obs import Factor, Prune, Quantize, Solved, output_loss, solve
 from nightpress.core.compress.solvers.products import fast_products
 from nightpress.core.recipes.schemes import Scheme
@@ -32,21 +33,23 @@ def round_obs(
     refine: bool = False,
     prune: Prune | None = None,
     largest: float | None = None,
+    group: Group = ALONE,
 ) -> Coded:
     """Round a weight [..., out, in] float32 with the Optimal Brain Surgeon solver.
 
     gram [..., in, in] is the Gram matrix that `factor` was made from. stored: the dtype of the scales, unless the format fixes it. ranges:
     as in `Quantize`. refine: refit the scales to the chosen codes. largest: nvfp4 needs it, as in `round_weight`. Without `prune`, no row
     costs the outputs more than rounding to nearest. With `prune`, rows are not compared with rounding to nearest, and `refine` has no
-    effect. Raises NightpressError(numerical_failure) as `solve` does.
+    effect. group: as in `solve`. Raises NightpressError(numerical_failure) as `solve` does.
     """
     grid, held = grid_of(scheme), scale_dtype(scheme, stored)
     if not scheme.has_global_scale:
-        return _round(weight, gram, factor, grid, held, ranges, refine=refine, prune=prune)
+        return _round(weight, gram, factor, grid, held, ranges, refine=refine, prune=prune, group=group)
     assert largest is not None
     total = global_scale(largest, ranges, weight.device)
     return replace(
-        _round(weight * total, gram, factor, grid, held, ranges, refine=refine, prune=prune), global_scale=total
+        _round(weight * total, gram, factor, grid, held, ranges, refine=refine, prune=prune, group=group),
+        global_scale=total,
     )
 
 
@@ -60,12 +63,13 @@ def _round(
     *,
     refine: bool,
     prune: Prune | None,
+    group: Group,
 ) -> Coded:
     """As `round_obs`, without a global scale."""
     importance = factor.power if ranges == "least-error" else None
     nearest = None if prune else round_rows(weight, grid, stored, ranges, importance)
     known = None if nearest is None else _ranges_of(nearest)
-    solved = solve(weight, factor, Quantize(grid, stored, ranges, known), prune)
+    solved = solve(weight, factor, Quantize(grid, stored, ranges, known), prune, group)
     assert solved.codes is not None
     assert solved.scale is not None
     if nearest is None:

@@ -8,6 +8,7 @@ units (tensor cores) and summed in float32. The products of two 16-bit numbers a
 import torch
 from torch import Tensor
 
+from nightpress.core.compress.ranks.group import Group
 from nightpress.core.errors import ErrorCode, NightpressError
 
 _CHOLESKY_BLOCK = 128
@@ -39,6 +40,16 @@ class Gram:
             else:
                 into.addmm_(x[:, start:end].T, x[:, :end])
 
+    def combine(self, group: Group) -> None:
+        """Add what the other processes have added."""
+        if group.size == 1:
+            return
+        self.tokens = group.total(self.tokens)
+        columns = len(self._sum)
+        for start in range(0, columns, self._strip):
+            end = min(start + self._strip, columns)
+            group.sum(self._sum[start:end, :end])
+
     def is_finite(self) -> bool:
         """Whether all inputs and their sums are finite."""
         return bool(torch.isfinite(self._sum.diagonal()).all())
@@ -63,6 +74,10 @@ class GramAndPeak(Gram):
         super().add(inputs)
         if inputs.numel():
             torch.maximum(self.peak, inputs.abs().amax().float(), out=self.peak)
+
+    def combine(self, group: Group) -> None:
+        super().combine(group)
+        group.largest(self.peak)
 
 
 def damped_cholesky(matrix: Tensor, damping: Tensor) -> tuple[Tensor, Tensor]:

@@ -27,6 +27,7 @@ from nightpress.core.compress.grids.ranges import find_ranges, half_quadratic
 from nightpress.core.compress.grids.rounding import nearest_codes
 from nightpress.core.compress.kernels.column_rules import BlockGrid, BlockMask
 from nightpress.core.compress.kernels.obs_block import obs_block
+from nightpress.core.compress.ranks.group import ALONE, Group
 from nightpress.core.compress.solvers.gram import damped_cholesky
 from nightpress.core.compress.solvers.products import add_product
 from nightpress.core.compress.solvers.threshold import count_lower, count_upper, locate
@@ -107,11 +108,18 @@ def factorize(gram: Tensor, *, damping: float = 0.01, by_power: bool = False) ->
     return Factor(upper=lower.flip(-2, -1), power=power, damping=added, order=order)
 
 
-def solve(weight: Tensor, factor: Factor, quantize: Quantize | None = None, prune: Prune | None = None) -> Solved:
+def solve(
+    weight: Tensor,
+    factor: Factor,
+    quantize: Quantize | None = None,
+    prune: Prune | None = None,
+    group: Group = ALONE,
+) -> Solved:
     """Settle a weight [..., out, in] column by column. It must have the factor's dtype and device. `weight` is not changed.
 
     Weights with the same inputs may be stacked along the rows, since rows do not depend on each other. The exception is unstructured
-    pruning, whose quota holds for all rows of a block together. Raises ValueError for an N:M pattern if the factor reorders the columns,
+    pruning, whose quota holds for all rows of a block together. group: processes that settle the other rows of the same weight [out, in];
+    the quota then holds for the rows of all. Raises ValueError for an N:M pattern if the factor reorders the columns,
     and NightpressError(numerical_failure) if the error becomes NaN or infinite.
     """
     if factor.order is not None and prune is not None and prune.pattern is not None:
@@ -123,6 +131,7 @@ def solve(weight: Tensor, factor: Factor, quantize: Quantize | None = None, prun
     if prune is not None and prune.pattern is not None:
         block = math.lcm(block, prune.pattern[1])  # the neighbours of a pattern must be in the same block
     outer_width = max(_OUTER // block, 1) * block
+    rows = 0 if prune is None else group.total(weight.shape[-2])
     cost = factor.upper.diagonal(dim1=-2, dim2=-1).contiguous()
     inverses = _inverse_blocks(factor.upper, block)
     loss = settled.new_zeros(settled.shape[:-1])
@@ -140,7 +149,7 @@ def solve(weight: Tensor, factor: Factor, quantize: Quantize | None = None, prun
             grid = None if ranges is None else ranges.of_block(now, start, end)
             cost_here = cost[..., here].contiguous()
             spread = (inverse * cost_here[..., None]).contiguous()
-            obs_block(now, spread, cost_here, loss, grid, _block_mask(now, cost_here, prune))
+            obs_block(now, spread, cost_here, loss, grid, _block_mask(now, cost_here, prune, rows, group))
             lost_here = torch.sub(settled[..., here], now, out=lost[..., start - outer : end - outer])
             settled[..., here] = now
             add_product(owed[..., later], lost_here, factor.upper[..., here, later])
@@ -211,29 +220,35 @@ def _inverse_blocks(upper: Tensor, block: int) -> list[Tensor]:
     return inverses
 
 
-def _block_mask(now: Tensor, cost: Tensor, prune: Prune | None) -> BlockMask | None:
+def _block_mask(now: Tensor, cost: Tensor, prune: Prune | None, rows: int, group: Group) -> BlockMask | None:
+    """The mask of a block of columns. rows: of the weight, in all processes."""
     if prune is None:
         return None
     if prune.pattern is not None:
         return BlockMask(pattern=prune.pattern)
     score = (now * cost[..., None, :]).square_()
-    count = round(prune.sparsity * score.shape[-2] * score.shape[-1])
+    count = round(prune.sparsity * rows * score.shape[-1])
     if count == 0:
         return BlockMask(given_mask=torch.zeros_like(score, dtype=torch.bool))
     if score.dim() == 3:
         least = score.flatten(1).sort(1).values[:, count - 1, None, None]
         return BlockMask(given_mask=score <= least)
-    return BlockMask(given_mask=score <= _smallest(score.flatten(), count))
+    return BlockMask(given_mask=score <= _smallest(score.flatten(), count, group))
 
 
-def _smallest(values: Tensor, count: int) -> Tensor | float:
-    """The `count`-th smallest of non-negative numbers."""
-    if not values.is_cuda or values.dtype != torch.float32:
+def _smallest(values: Tensor, count: int, group: Group) -> Tensor | float:
+    """The `count`-th smallest of non-negative numbers of all processes."""
+    if group.size == 1 and not (values.is_cuda and values.dtype == torch.float32):
         return values.kthvalue(count).values
     # On CUDA, `kthvalue` would run on a single block of threads. Non-negative floats sort as their bit patterns do: two histograms do it.
+    # They can be summed over processes, too.
     keys = values.view(torch.int32)
-    upper, rank = locate(count_upper(keys), count - 1)
-    lower, _ = locate(count_lower(keys, upper), rank)
+    counts = count_upper(keys)
+    group.sum(counts)
+    upper, rank = locate(counts, count - 1)
+    counts = count_lower(keys, upper)
+    group.sum(counts)
+    lower, _ = locate(counts, rank)
     return torch.tensor(upper << 16 | lower, dtype=torch.int32).view(torch.float32).item()
 
 

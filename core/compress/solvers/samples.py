@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from nightpress.core.compress.ranks.group import Group
+
 _MOST = 1024  #: tokens that are kept at most; half of them stay when a further token comes
 
 
@@ -21,6 +23,24 @@ class EvenSample:
         self._kept.append(tokens[-self._came % self._every :: self._every].clone())
         self._came += len(tokens)
         while -(-self._came // self._every) > _MOST:
+            self._every *= 2
+            self._kept = [torch.cat(self._kept)[::2].clone()]
+
+    def combine(self, group: Group, device: torch.device) -> None:
+        """Put the samples of all processes one after the other, by rank.
+
+        The sample is that of one stream if each process's number of tokens is a multiple of the distance between two kept tokens. Else
+        the distance at the seams is another one.
+        """
+        if group.size == 1:
+            return
+        seen = group.collect((self._every, self._came))
+        self._came = sum(came for _, came in seen)
+        every = max(every for every, _ in seen)
+        own = self.tokens()[:: every // self._every]
+        parts = group.merge({str(group.rank): own} if len(own) else {}, device)
+        self._every, self._kept = every, list(parts.values())
+        while sum(map(len, self._kept)) > _MOST:
             self._every *= 2
             self._kept = [torch.cat(self._kept)[::2].clone()]
 

@@ -4,6 +4,7 @@ Xiao et al., SmoothQuant (arXiv 2211.10438), eq. 4: inputs are divided, and colu
 """
 
 from collections.abc import Sequence
+from itertools import chain
 from typing import Literal, NamedTuple
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor
 from nightpress.core.compress.grids.grid import Grid
 from nightpress.core.compress.grids.ranges import find_ranges
 from nightpress.core.compress.grids.rounding import nearest_codes, nearest_floats
+from nightpress.core.compress.ranks.group import ALONE, Group
 from nightpress.core.compress.solvers.gram import Gram
 from nightpress.core.compress.solvers.products import fast_products
 from nightpress.core.compress.solvers.samples import EvenSample
@@ -37,6 +39,14 @@ class Strengths:
         self.tokens += len(x)
         if self.gram is not None:
             self.gram.add(x)
+
+    def combine(self, group: Group) -> None:
+        """Add what the other processes have added."""
+        self.tokens = group.total(self.tokens)
+        group.largest(self.largest)
+        self._sample.combine(group, self.largest.device)
+        if self.gram is not None:
+            self.gram.combine(group)
 
     def is_finite(self) -> bool:
         """Whether all inputs and their sums are finite."""
@@ -72,24 +82,32 @@ class SmoothLayer(NamedTuple):
     tokens: float = 1.0  #: number of tokens that are routed to the layers
 
 
-def search_factors(layers: Sequence[SmoothLayer], grid: Grid, *, share: tuple[int, int] = (1, 1)) -> Tensor:
-    """Return the factors [in] with the least output error over all layers, inputs and weights rounded: those of some α, or all 1."""
+def search_factors(
+    layers: Sequence[SmoothLayer], grid: Grid, *, share: tuple[int, int] = (1, 1), group: Group = ALONE
+) -> Tensor:
+    """Return the factors [in] with the least output error over all layers, inputs and weights rounded: those of some α, or all 1.
+
+    group: processes with the same layers, which share out the candidates.
+    """
     rows = sum(len(layer.weight) for layer in layers)
     looked_at = [layer._replace(weight=layer.weight[:: -(-rows // _ROWS)]) for layer in layers if layer.tokens]
     largest = torch.stack([layer.largest for layer in layers]).amax(0)
     heaviest = torch.stack([layer.weight.abs().amax(0) for layer in layers])
     tried = [torch.ones_like(largest)]
     tried += [smoothing_factors(largest, heaviest, alpha, share=share) for alpha in _EXPONENTS]
-    best, least = tried[0], float("inf")
     with fast_products():
         exact = [layer.sample @ layer.weight.T for layer in looked_at]
-        for factors in tried:
-            loss = sum(
+        own = [
+            sum(
                 layer.tokens / max(1, len(layer.sample)) * _loss(layer, factors, grid, outputs)
                 for layer, outputs in zip(looked_at, exact, strict=True)
             )
-            if loss < least:
-                best, least = factors, loss
+            for factors in tried[group.share(len(tried))]
+        ]
+    best, least = tried[0], float("inf")
+    for factors, loss in zip(tried, chain.from_iterable(group.collect(own)), strict=True):
+        if loss < least:
+            best, least = factors, loss
     return best
 
 

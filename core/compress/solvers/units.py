@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from nightpress.core.compress.ranks.group import Group
 from nightpress.core.compress.solvers.gram import Gram, damped_cholesky
 
 
@@ -28,6 +29,12 @@ class Moments:
         self._gram.add(inputs)
         self.tokens = self._gram.tokens
         self._sum += inputs.reshape(-1, inputs.shape[-1]).sum(0, dtype=torch.float32)
+
+    def combine(self, group: Group) -> None:
+        """Add what the other processes have added."""
+        self._gram.combine(group)
+        self.tokens = self._gram.tokens
+        group.sum(self._sum)
 
     def is_finite(self) -> bool:
         """Whether all inputs and their sums are finite."""

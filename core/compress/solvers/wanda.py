@@ -6,6 +6,8 @@ Sun et al., A Simple and Effective Pruning Approach for Large Language Models (a
 import torch
 from torch import Tensor
 
+from nightpress.core.compress.ranks.group import Group
+
 
 class Power:
     """A running Σ x² of a linear layer's inputs, in float32."""
@@ -19,6 +21,11 @@ class Power:
         x = inputs.reshape(-1, inputs.shape[-1])
         self.sum += x.float().square().sum(0)
         self.tokens += len(x)
+
+    def combine(self, group: Group) -> None:
+        """Add what the other processes have added."""
+        self.tokens = group.total(self.tokens)
+        group.sum(self.sum)
 
     def is_finite(self) -> bool:
         """Whether all inputs and their sums are finite."""

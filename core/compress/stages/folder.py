@@ -1,11 +1,14 @@
 """The stage of the passes that rewrite a model's folder, one after the other. Each writes a folder of its own below work/."""
 
-from collections.abc import Sequence
+import contextlib
+import shutil
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from nightpress.core.compress import environment
 from nightpress.core.compress.model.checkpoint import write_file
 from nightpress.core.compress.passes.registry import model_pass
+from nightpress.core.compress.ranks.launch import Ranks, can_meet
 from nightpress.core.compress.stages.clock import parts
 from nightpress.core.compress.stages.job import PressJob, naming_the_package
 from nightpress.core.compress.stages.judge import judge_of
@@ -32,10 +35,15 @@ def run(job: PressJob, state: State) -> None:
         report = job.clock.span(start, end, pass_index=index)
         report(0.0, f"pass {index + 1}: {options.name}")
         target = job.work / pass_folder(index, options.name)
-        with environment.gpu_peak(job.spec.device) as peak, naming_the_package(options):
-            context = job.context(state.header, report, index=index, judge=judge_of(job, state, options))
+        with (
+            environment.gpu_peak(job.spec.device) as peak,
+            naming_the_package(options),
+            _ranks(job, index, options) as ranks,
+        ):
+            context = job.context(state.header, report, index=index, judge=judge_of(job, state, options), ranks=ranks)
             record = model_pass(options)(state.folder, target, options, context)
-            record = record.model_copy(update={"peak_gpu_bytes": peak()})
+            peaks = (peak(), None if ranks is None else ranks.peak_gpu_bytes)
+            record = record.model_copy(update={"peak_gpu_bytes": max(filter(None, peaks), default=None)})
         state.records.append(job.publish_pass(record, index))
         state.folder = target
         # No pass reads the model of a last pass, e.g. a quantized one. So its header is not needed.
@@ -46,6 +54,26 @@ def run(job: PressJob, state: State) -> None:
         _finish(job, state, index, options, digests[index])
     if any(options.renumbers for _, options in steps):
         state.renumbering = renumbering(job.source, state.folder)
+
+
+@contextlib.contextmanager
+def _ranks(job: PressJob, index: int, options: PassOptions) -> Iterator[Ranks | None]:
+    """The processes that share out a pass's work; None: the pass runs in this process alone. They end with the pass."""
+    count = job.spec.processes
+    if count == 1:
+        yield None
+        return
+    why = "" if options.spreads and options.wants == "calibration" else "its work is not shared out"
+    if not why and not can_meet():
+        why = "processes can't connect to each other within this worker's sandbox"
+    if why:
+        job.warn(f"pass {index + 1} ({options.name}) runs in one process instead of {count}: {why}")
+        yield None
+        return
+    folder = job.work / "ranks"
+    with Ranks(count, folder, device=job.spec.device, threads=job.spec.threads) as ranks:
+        yield ranks
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 def _digests(job: PressJob) -> list[str]:

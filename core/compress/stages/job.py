@@ -10,6 +10,7 @@ import torch
 
 from nightpress.core.compress.context import Judge, PassContext
 from nightpress.core.compress.export.consumer_environment import Device
+from nightpress.core.compress.ranks.launch import Ranks
 from nightpress.core.compress.stages.clock import Clock, Emit, Report
 from nightpress.core.errors import ErrorCode, NightpressError
 from nightpress.core.handoff.frames import Checkpoint, Log, Metric, Span
@@ -36,7 +37,15 @@ class PressJob:
         self.data_files = {ref: self.data / name for ref, name in self.spec.data.items()}
         self.clock = Clock(emit)
 
-    def context(self, header: ModelHeader, progress: Report, *, index: int, judge: Judge | None = None) -> PassContext:
+    def context(
+        self,
+        header: ModelHeader,
+        progress: Report,
+        *,
+        index: int,
+        judge: Judge | None = None,
+        ranks: Ranks | None = None,
+    ) -> PassContext:
         """The context for the pass at this index of the recipe. header: of the model that the pass reads."""
         self.work.mkdir(parents=True, exist_ok=True)
         return PassContext(
@@ -50,6 +59,7 @@ class PressJob:
             calibration=self.recipe.calibration,
             data_files=self.data_files,
             judge=judge,
+            ranks=ranks,
             progress=progress,
             metric=lambda name, value, step: self.emit(Metric(name=name, value=value, step=step)),
             checkpoint=partial(self.checkpoint, index),

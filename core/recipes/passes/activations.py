@@ -33,6 +33,7 @@ class SmoothQuant(Quantizing, Calibrated):
     8-bit integer experts.
     """
 
+    spreads: ClassVar[bool] = True
     pass_: Literal["smoothquant"] = Field("smoothquant", alias="pass")
     alpha: Annotated[float, Field(ge=0, le=1)] | Literal["search"] = Field(
         "search",
@@ -76,6 +77,7 @@ class Fp8(Quantizing):
     Dynamic activations need no data. Static activations have one scale per layer, from calibration.
     """
 
+    spreads: ClassVar[bool] = True
     pass_: Literal["fp8"] = Field("fp8", alias="pass")
     weights: Literal["channel", "tensor", "block"] = Field(
         "channel", description="Which weights share a scale: a row, a layer, or a block of 128 × 128."
@@ -128,6 +130,7 @@ class KvCache(PassOptions):
     The weights are unchanged; a pass that quantizes them may follow. Keys are measured as a runtime caches them, after their rotation.
     """
 
+    spreads: ClassVar[bool] = True
     needs: ClassVar[Need] = "calibration"
     scope: ClassVar[Scope] = "blocks"
     exports: ClassVar[frozenset[ExportFormat]] = frozenset({"compressed-tensors"})

@@ -43,6 +43,7 @@ class PassOptions(BaseModel):
     relation: ClassVar[Relation] = "finetune"
     #: Script in core/compress/runners that loads the result; empty: that of the export's format.
     runner: ClassVar[str] = ""
+    spreads: ClassVar[bool] = False  #: whether several processes, one for each GPU, share out its work
     renumbers: ClassVar[bool] = False  #: whether tokens get other ids
     early_exits: ClassVar[bool] = False  #: whether the model gets heads behind its blocks, which its graph needs too
     chooses_cache: ClassVar[bool] = (

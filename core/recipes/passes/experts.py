@@ -50,6 +50,7 @@ class ExpertPruning(PassOptions):
     models bear it and some don't, so set gates.
     """
 
+    spreads: ClassVar[bool] = True
     needs: ClassVar[Need] = "calibration"
     scope: ClassVar[Scope] = "blocks"
     exports: ClassVar[frozenset[ExportFormat]] = frozenset({"safetensors", "compressed-tensors", "onnx", "openvino"})

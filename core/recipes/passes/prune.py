@@ -70,6 +70,7 @@ class SparseGpt(Pruning, Calibrated):
     Zeros alone make a dense model neither smaller nor faster; the report states what they save.
     """
 
+    spreads: ClassVar[bool] = True
     pass_: Literal["sparsegpt"] = Field("sparsegpt", alias="pass")
     damping: float = Field(
         0.01, gt=0, le=1, description="Added to the diagonal of the inputs' Gram matrix, as a share of its mean."
@@ -82,6 +83,7 @@ class Wanda(Pruning, Calibrated):
     Zeros alone make a dense model neither smaller nor faster; the report states what they save.
     """
 
+    spreads: ClassVar[bool] = True
     pass_: Literal["wanda"] = Field("wanda", alias="pass")
 
     def cost(self, header: ModelHeader, calibration: Calibration) -> Cost:

@@ -255,6 +255,7 @@ def _bytes_of(size: str, whole: int) -> float:
 class Budgeted(Searching, Rounding, Calibrated):
     """A pass that can choose each layer's bits by the layer's measured error, within a budget or a gate."""
 
+    spreads: ClassVar[bool] = True
     budget: Annotated[float | str | None, AfterValidator(_checked)] = Field(
         None,
         description="Mean bits of a rounded weight with its scales, 2 to 8.5; or the size of all weights, also of those that are not rounded, as `100MB` or as `35%` of the model that the pass is given. Each layer's error is measured for every candidate, and the bits go where they help most.",

@@ -23,6 +23,7 @@ _MOST_SHARE = 0.99  #: with `within` and no `share`
 class Shrinking(Searching):
     """A pass that makes a model's matrices fewer or smaller."""
 
+    spreads: ClassVar[bool] = True
     needs: ClassVar[Need] = "calibration"
     scope: ClassVar[Scope] = "blocks"
     exports: ClassVar[frozenset[ExportFormat]] = _ANY

@@ -10,11 +10,15 @@ First, the hidden states at the first block's input are captured for all calibra
 
 While a block is computed, the next one is read and the previous one is written.
 
+Several processes (`PassContext.ranks`) each hold some of the samples, and run them through the same block. Their statistics are summed, and
+they share out the work of settling. All end with the same weights. The first process writes.
+
 | module | contents |
 |---|---|
 | `method` | the interface of a calibrated method, and the result of a run |
 | `plan` | the inputs of a run: batch size, dtype, and the digest that names its records |
 | `forward` | the samples' hidden states, and how they run through a block |
+| `shared` | settled tensors of several processes |
 | `settle` | the call of the method for the new weights of a block |
 | `lessons` | for methods that learn: the source model's outputs, and the error of a block with other weights |
 | `two_pass` | watch all layers of a block, settle them, run the samples again |
@@ -26,6 +30,7 @@ While a block is computed, the next one is read and the previous one is written.
 
 from nightpress.core.compress.executors.blocks.method import CacheStandIn, FinalTensor, Method, RunResult
 from nightpress.core.compress.executors.blocks.press import press_blocks
+from nightpress.core.compress.executors.blocks.shared import merge_settled
 from nightpress.core.compress.executors.watch import Inputs, Statistic
 
-__all__ = ["CacheStandIn", "FinalTensor", "Inputs", "Method", "RunResult", "Statistic", "press_blocks"]
+__all__ = ["CacheStandIn", "FinalTensor", "Inputs", "Method", "RunResult", "Statistic", "merge_settled", "press_blocks"]

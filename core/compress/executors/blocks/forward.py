@@ -3,13 +3,13 @@
 from itertools import chain
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from nightpress.core.compress.executors.blocks.method import CacheStandIn
 from nightpress.core.compress.executors.blocks.plan import BlockPlan
 from nightpress.core.compress.executors.calls import Calls
 from nightpress.core.compress.executors.hidden_states import HiddenStates
-from nightpress.core.compress.executors.live_block import probe_of
 from nightpress.core.compress.executors.watch import Watched
 from nightpress.core.compress.model.experts import Experts
 from nightpress.core.compress.model.rows import Call
@@ -20,7 +20,7 @@ class ForwardPass:
 
     def __init__(self, plan: BlockPlan, cache: CacheStandIn | None, folder: Path) -> None:
         """cache: passed to watched blocks in place of a key/value cache. folder: for a file of hidden states that memory does not hold."""
-        self._plan, self._cache, self._folder = plan, cache, folder
+        self._plan, self.cache, self._folder = plan, cache, folder
         #: For each row of blocks that was entered: the outputs of its last block, or the present hidden states within the row.
         self._rows: list[HiddenStates] = []
         self._calls = Calls(plan.device)
@@ -34,21 +34,21 @@ class ForwardPass:
     def enter_row(self, row: int) -> None:
         """Capture the hidden states at the input of a row of blocks [samples, length, width], and the other arguments of its blocks."""
         plan = self._plan
-        starts = range(0, plan.total, plan.batch)
-        batches = ({name: tensor[at : at + plan.batch] for name, tensor in plan.samples.items()} for at in starts)
+        batches = ({name: tensor[rows] for name, tensor in plan.samples.items()} for rows in plan.batches)
         earlier = [list(states) for states in self._rows]
         hidden: HiddenStates | None = None
         self._calls = Calls(plan.device)
         self._probe = None
-        asked = batches if row else chain([probe_of(plan.samples)], batches)
+        asked = batches if row else chain([plan.probe], batches)
         captured = plan.skeleton.capture(row, asked, earlier)
         if not row:
             entered, calls = next(captured)
             self._probe = entered.shape[1], calls
         for number, (entered, calls) in enumerate(captured):
             if hidden is None:
-                shape = (plan.total, *entered.shape[1:])
-                hidden = HiddenStates(shape, plan.batch, entered.dtype, plan.device, self._folder)
+                shape = (len(next(iter(plan.samples.values()))), *entered.shape[1:])
+                sizes = [part.stop - part.start for part in plan.batches]
+                hidden = HiddenStates(shape, sizes, entered.dtype, plan.device, self._folder, plan.group.size)
             hidden.put(number, entered.clone())
             self._calls.add(calls, keep_on=hidden.device)
         assert hidden is not None
@@ -68,8 +68,8 @@ class ForwardPass:
             beside: dict[str, object] = {}
             if watched is not None:
                 watched.stops, watched.real = at == len(calls) and self._plan.skeleton.whole is None, self.real(number)
-                if self._cache is not None and self._cache.sees(self._plan.skeleton.blocks[index].names.values()):
-                    self._cache.real, beside = watched.real, {"past_key_values": self._cache}
+                if self.cache is not None and self.cache.sees(self._plan.skeleton.blocks[index].names.values()):
+                    self.cache.real, beside = watched.real, {"past_key_values": self.cache}
             out = block(batch, *call.args, **{**call.kwargs, **beside})
             batch = out[0] if isinstance(out, tuple) else out
         return batch
@@ -87,8 +87,7 @@ class ForwardPass:
         """Which of a batch's tokens are no padding: bool [B, L] on the device. None if all of them."""
         if self._plan.real is None:
             return None
-        start = number * self._plan.batch
-        return self._plan.real[start : start + self._plan.batch].to(self._plan.device)
+        return self._plan.real[self._plan.batches[number]].to(self._plan.device)
 
     def experts_of(self, index: int) -> list[Experts]:
         return [mixture for _, mixture in self._plan.skeleton.experts(index)]
@@ -98,6 +97,11 @@ class ForwardPass:
         if self._probe is None:
             return None
         length, calls = self._probe
+        real = self._plan.probe_real
         for mixture in self.experts_of(index):
-            mixture.real = None if self._plan.real is None else self._plan.real[0, :length].to(self._plan.device)
-        return self.hidden.look_at(0)[:1, :length], [call for at, call in calls if at == index]
+            mixture.real = None if real is None else real[0, :length].to(self._plan.device)
+        entered = self.hidden.look_at(0)[:1, :length]
+        if self._plan.group.size > 1:  # the first process has the first text
+            entered = entered.clone(memory_format=torch.contiguous_format)
+            self._plan.group.hand_round(entered)
+        return entered, [call for at, call in calls if at == index]

@@ -36,16 +36,17 @@ class GroupFinder:
     def groups_of(self, index: int, linears: Mapping[str, nn.Module]) -> Groups | None:
         """The layers in groups that share their inputs, in the order of their calls. None if the block can't be settled in turn.
 
-        A block can't if the method needs all layers at once, if it has experts or runs more than once, or if memory does not suffice.
+        A block can't if the method needs all layers at once, if it has experts or runs more than once, or if the memory of a single process
+        would not suffice: several processes come to the same result.
         """
         plan, forward = self._settler.plan, self._settler.forward
         if not self._settler.method.by_group or not linears or plan.skeleton.whole is not None:
             return None
         if plan.skeleton.experts(index) or forward.runs(index) > 1:
             return None
-        samples, length, *widths = forward.hidden.shape
+        _, length, *widths = forward.hidden.shape
         widest = max(in_features(layer) for layer in linears.values())
-        held = in_turn_bytes(samples * length, math.prod(widths), widest, plan.skeleton.dtype.itemsize)
+        held = in_turn_bytes(plan.total * length, math.prod(widths), widest, plan.skeleton.dtype.itemsize)
         if held > IN_TURN_BYTES[plan.device.type]:
             return None
         short = plan.skeleton.short_names(index)
@@ -80,6 +81,8 @@ def press_in_turn(
     def settle(layers: Sequence[str]) -> None:
         nonlocal statistic, outcome
         assert statistic is not None
+        if plan.group.size > 1:
+            statistic.combine(plan.group)
         names = tuple(block.names[layer] for layer in layers)
         found = settler.settle(index, {name: tensors[name] for name in names}, [Inputs(names, statistic)], linears)
         statistic = None

@@ -58,7 +58,7 @@ class BlockLessons:
 
     @property
     def batches(self) -> int:
-        return len(self.forward.hidden)
+        return len(self.plan.numbers)
 
     def put(self, name: str, weight: Tensor) -> nn.Parameter:
         parameter = nn.Parameter(weight.to(self._dtype))
@@ -68,7 +68,11 @@ class BlockLessons:
     def round_inputs(self, name: str, rule: Callable[[Tensor], Tensor]) -> None:
         self.input_rules[name] = rule
 
-    def squared_error(self, batch: int) -> Tensor:
+    def squared_error(self, batch: int) -> Tensor | None:
+        own = self.plan.numbers[batch]
+        return None if own is None else self._squared_error(own)
+
+    def _squared_error(self, batch: int) -> Tensor:
         in_bfloat16 = torch.autocast(
             self.plan.device.type, torch.bfloat16, enabled=self._dtype != self.plan.skeleton.dtype
         )

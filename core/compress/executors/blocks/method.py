@@ -13,6 +13,7 @@ from torch import Tensor
 from nightpress.core.compress.executors.live_block import LiveBlock
 from nightpress.core.compress.executors.rewrite import Effect
 from nightpress.core.compress.executors.watch import Inputs, Statistic
+from nightpress.core.compress.ranks.group import Group
 
 
 @dataclass(frozen=True)
@@ -25,7 +26,11 @@ class FinalTensor:
 
 
 class Method(Protocol):
-    """A calibrated method: a statistic of the layers' inputs, and the computation of new weights from it."""
+    """A calibrated method: a statistic of the layers' inputs, and the computation of new weights from it.
+
+    Where several processes settle a block, each has the method, the block and the statistics of all samples, and must come to the same
+    weights. `LiveBlock.group` lets a method share out its work.
+    """
 
     @property
     def by_group(self) -> bool:
@@ -50,6 +55,9 @@ class CacheStandIn(Protocol):
 
     def sees(self, names: Iterable[str]) -> bool:
         """Whether a block with tensors of these names gets it. Blocks without attention have caches of other kinds."""
+
+    def combine(self, group: Group) -> None:
+        """Add what the other processes have seen in the block."""
 
 
 @dataclass(frozen=True)

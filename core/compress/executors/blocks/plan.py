@@ -2,6 +2,7 @@
 
 import hashlib
 from dataclasses import dataclass
+from itertools import accumulate, count, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from nightpress.core.compress.model.checkpoint import SAFETENSORS_DTYPES, read_s
 from nightpress.core.compress.model.experts import Experts
 from nightpress.core.compress.model.skeleton import Batch, Skeleton
 from nightpress.core.compress.model.source import SourceTensors
+from nightpress.core.compress.ranks.group import Group
 from nightpress.core.processor import multiplies_bfloat16
 from nightpress.core.recipes.costs import batch_tokens
 
@@ -25,9 +27,16 @@ RECORD_FORMAT = 3
 @dataclass(frozen=True)
 class BlockPlan:
     skeleton: Skeleton
-    samples: Batch  #: the model's inputs, each [samples, …]; without a mask if there is no padding
+    samples: Batch  #: the model's inputs in this process, each [samples, …]; without a mask if there is no padding
     real: Tensor | None  #: bool [samples, length]: False for padding; None: no padding
-    batch: int  #: samples in a batch
+    total: int  #: the number of samples in all processes
+    batch: int  #: samples in a batch, those of all processes if they learn
+    batches: tuple[slice, ...]  #: the batches of this process's samples
+    #: Number of a batch of all processes, as it is learned → of this process's part of it; None: it has no sample of that batch.
+    numbers: tuple[int | None, ...]
+    probe: Batch  #: the same in all processes: `probe_of` all samples
+    probe_real: Tensor | None  #: bool [1, length], the probe's part of `real`
+    group: Group
     chosen: frozenset[str]  #: the weights to settle
     digest: str  #: two attempts have the same digest only if they compute the same blocks
 
@@ -38,11 +47,6 @@ class BlockPlan:
     @property
     def device(self) -> torch.device:
         return self.skeleton.device
-
-    @property
-    def total(self) -> int:
-        """The number of samples."""
-        return len(next(iter(self.samples.values())))
 
     @property
     def blocks(self) -> int:
@@ -80,11 +84,43 @@ def make_plan(
     mixture = any(isinstance(module, Experts) for module in skeleton.model.modules())
     batch = max(1, min(total, step or total, batch_tokens(skeleton.device.type, mixture=mixture) // share // length))
     digest = hashlib.sha256(f"{RECORD_FORMAT}\n{recipe}\n{batch}\n{skeleton.dtype}\n{target.name}".encode())
+    group = context.group
+    if group.size > 1:  # another number of processes adds up in another order
+        digest.update(f"{group.size} processes".encode())
     for name, tensor in sorted(samples.items()):
         digest.update(name.encode() + tensor.contiguous().numpy().tobytes())
     for shard in source.shards:
         digest.update(shard.header)
-    return BlockPlan(skeleton, unmasked, real, batch, chosen, digest.hexdigest()[:16])
+    parts = _parts_of_batches(total, batch, group) if step is not None else _batches(total, batch, group)
+    rows = [row for part in parts for row in part]
+    ends = list(accumulate((len(part) for part in parts if part), initial=0))
+    number = count()
+    return BlockPlan(
+        skeleton,
+        unmasked if group.size == 1 else {name: tensor[rows] for name, tensor in unmasked.items()},
+        real if real is None or group.size == 1 else real[rows],
+        total,
+        batch,
+        tuple(slice(start, end) for start, end in pairwise(ends)),
+        tuple(next(number) if part else None for part in parts),
+        probe_of(unmasked),
+        None if real is None else real[:1],
+        group,
+        chosen,
+        digest.hexdigest()[:16],
+    )
+
+
+def _batches(total: int, batch: int, group: Group) -> list[range]:
+    """The samples of each batch of this process: neighbours, divided into batches of this size."""
+    own = range(total)[group.share(total)]
+    return [own[at : at + batch] for at in range(0, len(own), batch)]
+
+
+def _parts_of_batches(total: int, batch: int, group: Group) -> list[range]:
+    """This process's part of each batch of all samples. So learning takes the same batches for each step as a single process does."""
+    whole = [range(total)[at : at + batch] for at in range(0, total, batch)]
+    return [samples[group.share(len(samples), turn)] for turn, samples in enumerate(whole)]
 
 
 def _compute_dtype(source: SourceTensors, chosen: frozenset[str], context: PassContext) -> torch.dtype:

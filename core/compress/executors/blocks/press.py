@@ -5,13 +5,13 @@ import gc
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
+from typing import cast
 
 import torch
 from torch import Tensor
 
-from nightpress.core.compress.context import PassContext
+from nightpress.core.compress.context import PassContext, over_ranks
 from nightpress.core.compress.executors.blocks.forward import ForwardPass
 from nightpress.core.compress.executors.blocks.in_turn import GroupFinder, press_in_turn
 from nightpress.core.compress.executors.blocks.lessons import RunLessons
@@ -50,27 +50,26 @@ def press_blocks(
     cache: passed to the blocks in place of a key/value cache while they are watched.
     step: samples of a learning step. The method then gets lessons, i.e. `LiveBlock.lessons`. None: it does not learn.
 
-    If memory does not suffice, the run is tried once more with smaller batches. Raises NightpressError.
+    If memory does not suffice, the run is tried once more with smaller batches. Several processes share out the samples if `context.ranks`
+    has some, and there are as many samples. Raises NightpressError.
     """
-    map_large_tensors()
-    run = partial(_run, source, target, method, samples, context, chosen, recipe, outside or {}, cache, step)
-    gradients = contextlib.nullcontext() if step is None else reproducible(context.device)
-    with torch.no_grad(), gradients:
-        try:
-            return run(share=1)
-        except RuntimeError as error:
-            if not _is_out_of_memory(error):
-                raise
-        # The failed run's frames were freed with the error. Its reference cycles must still be collected.
-        gc.collect()
-        torch.cuda.empty_cache()
-        context.progress(0.0, "memory ran out: once more with smaller batches")
-        try:
-            return run(share=4)
-        except RuntimeError as error:
-            if not _is_out_of_memory(error):
-                raise
-            raise _out_of_memory(error) from error
+    count = len(next(iter(samples.values())))
+    given = (source, target, method, samples, chosen, recipe, outside or {}, cache, step)
+    try:
+        return cast("RunResult", over_ranks(_run, *given, 1, samples=count, context=context))
+    except RuntimeError as error:
+        if not _is_out_of_memory(error):
+            raise
+    # The failed run's frames were freed with the error. Its reference cycles must still be collected.
+    gc.collect()
+    torch.cuda.empty_cache()
+    context.progress(0.0, "memory ran out: once more with smaller batches")
+    try:
+        return cast("RunResult", over_ranks(_run, *given, 4, samples=count, context=context))
+    except RuntimeError as error:
+        if not _is_out_of_memory(error):
+            raise
+        raise _out_of_memory(error) from error
 
 
 def _run(
@@ -78,16 +77,32 @@ def _run(
     target: Path,
     method: Method,
     samples: Batch,
-    context: PassContext,
     chosen: frozenset[str],
     recipe: str,
     outside: Mapping[str, Rewrite],
     cache: CacheStandIn | None,
     step: int | None,
-    *,
     share: int,
-) -> RunResult:
-    plan = make_plan(source, target, samples, context, chosen, recipe, share=share, step=step)
+    *,
+    context: PassContext,
+) -> RunResult | None:
+    """Run in this process. Only the first process of a group writes, and returns a result. share: as in `make_plan`."""
+    map_large_tensors()
+    gradients = contextlib.nullcontext() if step is None else reproducible(context.device)
+    with torch.no_grad(), gradients:
+        plan = make_plan(source, target, samples, context, chosen, recipe, share=share, step=step)
+        return _press(plan, target, method, outside, cache, step, context)
+
+
+def _press(
+    plan: BlockPlan,
+    target: Path,
+    method: Method,
+    outside: Mapping[str, Rewrite],
+    cache: CacheStandIn | None,
+    step: int | None,
+    context: PassContext,
+) -> RunResult | None:
     files = run_files(target, context.work_dir, plan)
     forward = ForwardPass(plan, cache, context.work_dir)
     lessons = None if step is None else RunLessons(plan, forward, step, context)
@@ -97,9 +112,9 @@ def _run(
     inside = {name for index in range(count) for name in skeleton.block_names(index)}
     rest = tuple(name for name in plan.source.names() if name not in inside)
     with ThreadPoolExecutor(1) as reader, BlockWriter(files, context) as writer:
-        copied = writer.copy_rest(plan.source, rest, outside)
+        copied = writer.copy_rest(plan.source, rest, outside) if plan.group.first else None
         context.progress(0.0, "calibrating")
-        inputs = BlockReader(plan, files, finished=files.finished())
+        inputs = BlockReader(plan, files, finished=plan.group.collect(files.finished())[0])
         coming = reader.submit(inputs.read_ahead, 0)
         for index, block in enumerate(skeleton.blocks):
             if index == 0 or block.row != skeleton.blocks[index - 1].row:
@@ -119,13 +134,16 @@ def _run(
                     forward.advance(index)
             else:
                 outcome = _press_block(settler, finder, index, tensors)
-                writer.write(block_output(index, tensors, outcome))
+                if plan.group.first:
+                    writer.write(block_output(index, tensors, outcome))
                 del outcome
             del tensors
             skeleton.empty_block(index)
             return_freed_memory()
         writer.wait()
-        effects = copied.result()
+        effects = None if copied is None else copied.result()
+    if effects is None:
+        return None
     pressed = conclude(files, plan.source, effects)
     context.progress(1.0, "done")
     return pressed

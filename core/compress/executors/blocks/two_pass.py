@@ -41,7 +41,9 @@ def _watch(settler: Settler, index: int, linears: Mapping[str, nn.Module]) -> li
     watched = Watched(settler.method.watch, settler.plan.device, linears)
     with watched.over(settler.plan.skeleton.blocks[index].module):
         _run_until_seen(settler.forward, index, watched)
-    return watched.inputs()
+    if settler.forward.cache is not None:
+        settler.forward.cache.combine(settler.plan.group)
+    return watched.inputs(settler.plan.group)
 
 
 def _run_until_seen(forward: ForwardPass, index: int, watched: Watched) -> None:

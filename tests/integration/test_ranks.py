@@ -1,0 +1,354 @@
+"""Several processes that compute one model together: against one process, resumed after a kill, and each way in which one of them fails."""
+
+import contextlib
+import os
+import pickle
+import signal
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from nightpress.core.compress.context import over_ranks
+from nightpress.core.compress.executors.blocks import Method, press_blocks
+from nightpress.core.compress.passes.activations import CacheScales, RoundedInputs
+from nightpress.core.compress.passes.calibrated import ActivationAware, Quantized, Sparse, WeightAndActivation
+from nightpress.core.compress.passes.learned_rounding import Learned
+from nightpress.core.compress.ranks.group import Group
+from nightpress.core.compress.ranks.launch import Ranks
+from nightpress.core.compress.ranks.messages import Failed
+from nightpress.core.errors import ErrorCode, NightpressError
+from nightpress.core.handoff.frames import Log, Result, parse_frame
+from nightpress.core.handoff.spec import DATA_DIR, SOURCE_DIR, JobSpec
+from nightpress.core.recipes.calibration import Calibration
+from nightpress.core.recipes.header import ModelHeader
+from nightpress.core.recipes.passes import Awq, Fp8, Gptq, KvCache, LearnedRounding, SmoothQuant, SparseGpt, Wanda
+from nightpress.worker.process import ChildProcess
+from tests.block_models import FAMILIES, context_of, linears_of, save_model, token_ids
+from tests.patience import slowness
+from tests.press import lay_out
+from tests.rank_tasks import exchanges, fails, influence_of, waits
+from tests.service import running
+from tests.training import classifier, run_pass
+
+DENSE, MIXTURE = "LlamaForCausalLM", "Qwen3MoeForCausalLM"
+TYPES = {DENSE: "llama", MIXTURE: "qwen3_moe"}
+#: Largest distance of weights from those of one process, relative to their norm. Sums in another order differ by about 1e-7 here.
+SAME = 1e-5
+METHODS: dict[str, Callable[[ModelHeader], tuple[Method, Any]]] = {
+    "gptq": lambda _: _of(Quantized, Gptq(group_size=16)),
+    "gptq with unstructured zeros": lambda _: _of(Quantized, Gptq(group_size=16, sparsity=0.5, order="natural")),
+    "awq": lambda header: _of(ActivationAware, Awq(group_size=16), header),
+    "sparsegpt 2:4": lambda _: (Sparse(SparseGpt(pattern="2:4")), None),
+    "sparsegpt": lambda _: (Sparse(SparseGpt()), None),
+    "wanda": lambda _: (WeightAndActivation(Wanda()), None),
+    "smoothquant": lambda header: (RoundedInputs(SmoothQuant(), header), None),
+    "smoothquant by gptq": lambda header: (
+        RoundedInputs(SmoothQuant(activations="tensor", weights="gptq"), header),
+        None,
+    ),
+    "fp8": lambda header: (RoundedInputs(Fp8(activations="static"), header), None),
+    "learned rounding": lambda _: (Learned(options := LearnedRounding(group_size=16, steps=10), options.scheme, None, 0), 4),
+    "kv-cache": lambda _: (CacheScales(KvCache()), None),
+}  # fmt: skip
+
+
+def _of(method: Any, options: Any, *more: Any) -> tuple[Method, None]:
+    return method(options, options.scheme, *more), None
+
+
+@pytest.fixture(scope="module", autouse=True)
+def tests_can_be_imported() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(Path(__file__).parents[2]))
+        yield
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("models")
+    for family in TYPES:
+        save_model(family, root / family)
+    return root
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ranks]:
+    with Ranks(2, tmp_path_factory.mktemp("two")) as ranks:
+        yield ranks
+
+
+@pytest.fixture(scope="module")
+def four(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ranks]:
+    with Ranks(4, tmp_path_factory.mktemp("four")) as ranks:
+        yield ranks
+
+
+@pytest.fixture(scope="module")
+def classifier_model(bert_tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("classifier") / "model"
+    classifier(bert_tiny, folder)
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def _press(
+    models: Path, family: str, name: str, folder: Path, ranks: Ranks | None, *, padded: bool = False, **extra: Any
+) -> dict[str, Tensor]:
+    """Press with a method of METHODS in folder/passes. Returns the tensors that were written."""
+    source = models / family
+    config = FAMILIES[family]
+    header = ModelHeader(model_type=TYPES[family], architecture=family, config=config, tensors=(), has_tokenizer=False)
+    method, step = METHODS[name](header)
+    samples = {"input_ids": token_ids(samples=9)}
+    if padded:
+        lengths = torch.tensor([24, 3, 24, 17, 9, 24, 1, 24, 20])
+        samples["attention_mask"] = (torch.arange(24) < lengths[:, None]).long()
+    chosen = frozenset() if name == "kv-cache" else linears_of(source)
+    pressed = press_blocks(
+        source,
+        folder / "passes",
+        method,
+        samples,
+        context_of(source, folder, ranks=ranks, **extra),
+        chosen=chosen,
+        recipe=name,
+        cache=method.cache if isinstance(method, CacheScales) else None,
+        step=step,
+    )
+    assert pressed.effects.keys() == (chosen - {"lm_head.weight", "model.embed_tokens.weight"})
+    return _load(folder / "passes")
+
+
+def _load(folder: Path) -> dict[str, Tensor]:
+    return {name: tensor for path in sorted(folder.glob("*.safetensors")) for name, tensor in load_file(path).items()}
+
+
+def _distance(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> float:
+    """The distance of all tensors but codes, relative to their norm."""
+    assert found.keys() == expected.keys()
+    assert all(found[name].dtype == expected[name].dtype for name in expected)
+    floats = [name for name in expected if expected[name].is_floating_point()]
+    lost = sum(float((found[name].double() - expected[name].double()).square().sum()) for name in floats)
+    return float((lost / sum(float(expected[name].double().square().sum()) for name in floats)) ** 0.5)
+
+
+def _other_codes(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> float:
+    """The share of bytes of codes that differ."""
+    codes = [name for name in expected if not expected[name].is_floating_point()]
+    pairs = [(found[name].view(torch.uint8), expected[name].view(torch.uint8)) for name in codes]
+    return sum(int((a != b).sum()) for a, b in pairs) / max(1, sum(a.numel() for a, _ in pairs))
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_two_processes_differ_from_one_by_the_order_of_sums(name: str, models: Path, two: Ranks, tmp_path: Path):
+    expected = _press(models, DENSE, name, tmp_path / "one", None)
+    found = _press(models, DENSE, name, tmp_path / "two", two)
+    assert _distance(found, expected) < SAME
+    assert _other_codes(found, expected) < 0.002
+
+
+@pytest.mark.parametrize("name", ["gptq", "awq", "smoothquant", "learned rounding"])
+def test_four_processes_share_out_a_mixture_and_padded_texts(name: str, models: Path, four: Ranks, tmp_path: Path):
+    expected = _press(models, MIXTURE, name, tmp_path / "one", None, padded=True)
+    found = _press(models, MIXTURE, name, tmp_path / "four", four, padded=True)
+    assert _distance(found, expected) < SAME
+    assert _other_codes(found, expected) < 0.002
+
+
+def test_a_survey_of_four_processes_finds_the_same_influence_and_saliency(models: Path, four: Ranks, tmp_path: Path):
+    source = models / MIXTURE
+    context = context_of(source, tmp_path)
+    influence, saliency = over_ranks(
+        influence_of, source, token_ids(samples=9), samples=9, context=replace(context, ranks=four)
+    )
+    alone, expected = over_ranks(influence_of, source, token_ids(samples=9), samples=9, context=context)
+    assert influence == pytest.approx(alone, rel=1e-5)
+    assert saliency.keys() == expected.keys() != set()
+    for prefix, sizes in expected.items():
+        torch.testing.assert_close(saliency[prefix], sizes, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"pass": "channels", "share": 0.25, "multiple": 8, "importance": "taylor"},
+        {"pass": "heads", "share": 0.5, "importance": "activation", "across": "global", "compensate": True},
+        {"pass": "layers", "count": 1, "importance": "taylor"},
+    ],
+    ids=lambda options: f"{options['pass']}",
+)
+def test_structured_passes_of_two_processes_remove_the_same_units(
+    options: dict[str, Any], classifier_model: Path, two: Ranks, tmp_path: Path
+):
+    """The labels that a classifier's gradients need are drawn for each text, whichever process runs it."""
+    export = "onnx" if options.get("across") == "global" else "safetensors"
+    calibration = Calibration(samples=9, length=24, dtype="float32")
+    one, expected = run_pass(classifier_model, tmp_path / "one", options, export=export, calibration=calibration)
+    out, record = run_pass(
+        classifier_model, tmp_path / "two", options, export=export, calibration=calibration, ranks=two
+    )
+    found, alone = record.summary, expected.summary
+    assert found.pop("importance", []) == pytest.approx(alone.pop("importance", []), rel=1e-4)
+    assert found == alone
+    # A few texts barely determine what compensates for the removed heads, so that rounding errors of sums count for more.
+    assert _distance(_load(out), _load(one)) < (10 * SAME if options.get("compensate") else SAME)
+
+
+def test_what_processes_exchange(two: Ranks):
+    told: list[tuple[str, tuple[object, ...]]] = []
+    found = two.run(exchanges, told=lambda name, given: told.append((name, given)))
+    assert found == {
+        "total": [[3.0] * 3] * 2,
+        "largest": [2.0] * 2,
+        "rows": [[1.0, 1.0], [2.0, 2.0], [2.0, 2.0]],
+        "merged": {"of 0": [1.0, 1.0], "of 1": [2.0, 2.0]},
+        "last": [True, False],
+        "pids": two.pids,
+    }
+    assert told == [("progress", (0.5, "half"))]  # of the first process alone
+
+
+def test_work_is_shared_out_by_its_cost():
+    group = Group(1, 3)
+    assert group.portion([1, 1, 9, 4, 4, 1]) == [[2], [0, 3, 5], [1, 4]]
+    assert [Group(rank, 3).share(8) for rank in range(3)] == [slice(0, 2), slice(2, 5), slice(5, 8)]
+    assert {
+        turn: [range(1)[Group(rank, 3).share(1, turn)] for rank in range(3)].index(range(1)) for turn in range(3)
+    } == {
+        0: 2,
+        1: 0,
+        2: 1,
+    }
+
+
+def test_fewer_samples_than_processes_run_in_one(models: Path, tmp_path: Path):
+    with Ranks(4, tmp_path) as ranks:
+        context = context_of(models / DENSE, tmp_path, ranks=ranks)
+        assert over_ranks(lambda *, context: context.group.size, samples=3, context=context) == 1
+        assert ranks.pids == []
+
+
+def test_a_run_whose_process_was_killed_ends_with_the_same_bytes(models: Path, two: Ranks, tmp_path: Path):
+    _press(models, DENSE, "gptq", tmp_path / "whole", two)
+    pids: list[int] = []
+
+    def kill(_path: str, step: int) -> None:
+        if step == 1 and not pids:
+            pids.extend(two.pids)
+            os.kill(pids[1], signal.SIGKILL)
+
+    with pytest.raises(NightpressError) as caught:
+        _press(models, DENSE, "gptq", tmp_path / "killed", two, checkpoint=kill)
+    assert caught.value.code is ErrorCode.WORKER_LOST
+    assert caught.value.kind.retryable
+    assert caught.value.details["signal"] == signal.SIGKILL
+    assert "Process 2 of the 2" in caught.value.message
+    assert running(pids) == []
+    assert two.pids == []
+    first = tmp_path / "killed" / "passes" / "model-00002-of-00004.safetensors"
+    written = first.stat().st_mtime_ns
+    assert not (tmp_path / "killed" / "passes" / "model.safetensors.index.json").exists()
+    _press(models, DENSE, "gptq", tmp_path / "killed", two)
+    assert first.stat().st_mtime_ns == written  # its block was not pressed again
+    for path in sorted((tmp_path / "whole" / "passes").iterdir()):
+        assert (tmp_path / "killed" / "passes" / path.name).read_bytes() == path.read_bytes()
+
+
+def test_a_run_with_another_number_of_processes_starts_over(models: Path, two: Ranks, tmp_path: Path):
+    """Other sums would meet in one model: the blocks of two processes, and those of one."""
+    two_processes = _press(models, DENSE, "gptq", tmp_path / "work", two)
+    one = _press(models, DENSE, "gptq", tmp_path / "work", None)
+    alone = _press(models, DENSE, "gptq", tmp_path / "alone", None)
+    assert len(list((tmp_path / "work" / "blocks").iterdir())) == 2
+    assert all(torch.equal(one[name], alone[name]) for name in alone)
+    assert any(not torch.equal(two_processes[name], alone[name]) for name in alone)
+
+
+def test_a_process_that_is_stopped_ends_the_run(models: Path, two: Ranks, tmp_path: Path, monkeypatch: Any):
+    monkeypatch.setattr(two, "_silence_s", 6.0 * slowness())
+    pids: list[int] = []
+
+    def stop(_path: str, step: int) -> None:
+        if step == 1 and not pids:
+            pids.extend(two.pids)
+            os.kill(pids[1], signal.SIGSTOP)
+
+    with pytest.raises(NightpressError) as caught:
+        _press(models, DENSE, "gptq", tmp_path, two, checkpoint=stop)
+    assert caught.value.code is ErrorCode.STALLED
+    assert "Process 2 of the 2" in caught.value.message
+    assert running(pids) == []
+
+
+def test_the_error_of_a_process_is_the_runs(tmp_path: Path):
+    """The other process fails, too, because it waits in vain. Its error is not the cause."""
+    error = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB.")
+    with Ranks(2, tmp_path) as ranks, pytest.raises(torch.OutOfMemoryError, match=str(error)):
+        ranks.run(fails, error, told=lambda *_: None)
+
+
+def test_an_error_keeps_its_code_hint_and_details_on_the_way():
+    error = NightpressError(ErrorCode.NUMERICAL_FAILURE, "NaN in a layer.", hint="Look.", layers=["up"])
+    found = pickle.loads(pickle.dumps(Failed.of(error, of_peers=False))).exception()
+    assert isinstance(found, NightpressError)
+    assert found.as_dict() == error.as_dict()
+    local = type("LocalError", (Exception,), {})("it can't be pickled")
+    assert str(Failed.of(local, of_peers=False).exception()) == "LocalError: it can't be pickled"
+
+
+def test_a_wait_for_another_process_has_an_end(tmp_path: Path):
+    with Ranks(2, tmp_path, timeout_s=2.0 * slowness()) as ranks:
+        with pytest.raises(NightpressError) as caught:
+            ranks.run(waits, told=lambda *_: None)
+        assert ranks.pids == []
+    assert caught.value.code is ErrorCode.STALLED
+
+
+@pytest.mark.slow
+def test_a_job_in_the_sandbox_runs_in_two_processes(bert_tiny: Path, tmp_path: Path):
+    """The walls let the processes of a job meet, and none of them is left."""
+    recipe = {
+        "passes": [{"pass": "wanda"}],
+        "exports": ["safetensors"],
+        "calibration": {"samples": 8, "length": 32},
+        "evaluate": [],
+    }
+    child = ChildProcess(tmp_path, threads=2, network=False)
+    try:
+        for folder in (SOURCE_DIR, DATA_DIR):
+            (child.job_dir / folder).rmdir()
+        lay_out(child.job_dir, bert_tiny, recipe, threads=2)
+        spec = JobSpec.load(child.job_dir).model_copy(update={"processes": 2})
+        spec.save(child.job_dir)
+        child.begin(patience_s=600)
+        seen: dict[str, int] = {}
+        with open(child.frames, "rb", closefd=False) as stream:
+            frames = []
+            for line in stream:
+                frames.append(parse_frame(line))
+                for process in psutil.Process(child.pid).children(recursive=True):
+                    with contextlib.suppress(psutil.Error):
+                        if "nightpress.core.compress.ranks.member" in process.cmdline():
+                            seen[" ".join(process.cmdline())] = process.pid
+        assert frames[-1] == Result()
+        assert len(seen) == 2
+        assert running(list(seen.values())) == []
+        warned = [frame.text for frame in frames if isinstance(frame, Log) and "runs in one process" in frame.text]
+        assert warned == []
+    finally:
+        child.kill()
+        child.remove()
