@@ -20,7 +20,9 @@ from nightpress.core.recipes.plan import make_plan
 
 NAMES = ("calm", "dry", "odd")
 WORDS = ("lamp", "river", "stone", "window", "garden", "letter", "horse", "winter")
-TEXTS = [f"the {WORDS[at % 8]} by the {WORDS[(at * 3 + 1) % 8]} and {WORDS[(at * 5 + 2) % 8]}" for at in range(24)]
+TEXTS = [
+    f"{at} times the {WORDS[at % 8]} by the {WORDS[(at * 3 + 1) % 8]} and {WORDS[(at * 5 + 2) % 8]}" for at in range(24)
+]
 
 
 def _model(bert_tiny: Path, folder: Path, **config: Any) -> Path:
