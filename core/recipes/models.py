@@ -199,6 +199,20 @@ class Recipe(_Model):
         return self
 
     @model_validator(mode="after")
+    def _an_export_for_each_speed(self) -> "Recipe":
+        family = next((options.family for options in self.passes if options.family), ())
+        if any(export.speed is not None and export.speed not in family for export in self.exports):
+            raise ValueError("an export names a `speed` that no pass makes")
+        each = tuple(
+            export if export.speed is not None else export.model_copy(update={"speed": speed})
+            for export in self.exports
+            for speed in (family if export.speed is None else (export.speed,))
+        )
+        if family:
+            self.__dict__["exports"] = each  # the model is frozen, and no other field depends on this one
+        return self
+
+    @model_validator(mode="after")
     def _data_that_chooses_does_not_judge(self) -> "Recipe":
         if self.searches:
             judged = tuple(

@@ -17,6 +17,7 @@ from nightpress.core.recipes.passes.quantize import Awq, Gptq, WeightOnly
 from nightpress.core.recipes.passes.quantizing import Quantizing
 from nightpress.core.recipes.passes.requantize import Requantize
 from nightpress.core.recipes.passes.rotate import Rotate
+from nightpress.core.recipes.passes.shape import ShapeToSpeed
 from nightpress.core.recipes.passes.shrink import Channels, Heads
 from nightpress.core.recipes.passes.vocabulary import Vocabulary
 
@@ -44,6 +45,7 @@ __all__ = [
     "Recover",
     "Requantize",
     "Rotate",
+    "ShapeToSpeed",
     "SmoothQuant",
     "SparseGpt",
     "StaticEmbeddings",
