@@ -1,6 +1,6 @@
 """The context of a pass: its inputs other than the folders and the options."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
@@ -57,6 +57,25 @@ class Judge(Protocol):
 
 
 @dataclass(frozen=True)
+class TimedIn:
+    """Where and how graphs are timed."""
+
+    runtime: str  #: `onnx` or `openvino`
+    batch: int
+    length: int  #: tokens of each text
+
+
+class Stopwatch(Protocol):
+    """Times graphs in the runtime that will run the result, each in a process of its own."""
+
+    def conditions(self, place: TimedIn) -> str:
+        """Everything beside the graphs that the times depend on: processor, threads, the runtime's version, and the shape."""
+
+    def milliseconds(self, graphs: Sequence[Path], place: TimedIn, tell: Callable[[float], None]) -> list[float]:
+        """The median time of a run of each ONNX graph, taken by turns. tell: gets the share that is done."""
+
+
+@dataclass(frozen=True)
 class PassContext:
     header: ModelHeader  #: of the model that the pass reads
     work_dir: Path  #: kept between the attempts of a job, so that an attempt finds finished shards there
@@ -70,6 +89,8 @@ class PassContext:
     data_files: Mapping[str, Path] = field(default_factory=dict)
     #: Measures candidates, for a pass that searches within a gate; None: the pass does not.
     judge: Judge | None = None
+    #: Times graphs, for a pass that chooses by measured times; None: there is no runtime at hand.
+    stopwatch: Stopwatch | None = None
     progress: Callable[[float, str], None] = field(default=_no_progress)  #: (fraction of this pass, what it does now)
     #: (name, value, step): adds a point to a curve.
     metric: Callable[[str, float, int], None] = field(default=_no_metric)

@@ -241,7 +241,7 @@ def reshaping_cost(header: ModelHeader, *, tokens: int, levels: int, shape: int)
     """
     model = _shape(header)
     # Each module is left out once to see what the loss gains. The solver removes one input after the other.
-    work = tokens * (2 * model.blocks + 2) * model.linear_weights
+    work: float = tokens * (2 * model.blocks + 2) * model.linear_weights
     work += tokens * model.distinct_squares / 2 * _GRAM_EFFORT + _SOLVE_EFFORT * 2 * model.solving
     timed = levels * _TIMED_RUNS * shape * model.linear_weights
     memory = 4 * 4 * header.parameters + 4 * model.distinct_squares + 4 * 8 * model.widest**2 + TRACING_BYTES

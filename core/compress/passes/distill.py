@@ -116,7 +116,7 @@ def teach(
     if options.logits is not None and options.logits.cache:
         inputs = _Inputs(source, header, fixed=True)
         cached = cache_logits(teacher, inputs.of, examples, options, context, span=(0.0, 0.2))
-    lesson = _StudentTraining(student, teacher, options, source, header, cached, masks)
+    lesson = StudentTraining(student, teacher, options, source, header, cached, masks)
     lesson.to(context.device)
     recipe = f"{options.name} {options.model_dump_json()} {header.model_dump_json()}"
     trained = train(lesson, examples, options.train, context, recipe=recipe, span=(0.2 if cached else 0.0, 1.0))
@@ -167,7 +167,7 @@ class _Inputs:
         return torch.stack(rows).to(batch.ids.device)
 
 
-class _StudentTraining(nn.Module):
+class StudentTraining(nn.Module):
     """The training objective: the student and its projections learn; the frozen teacher computes the targets."""
 
     teacher: Any

@@ -64,10 +64,12 @@ def removal(weight: Tensor, second: Tensor, width: int, *, damping: float) -> Re
 def _costs(weight: Tensor, inverse: Tensor, width: int) -> Tensor:
     """The error that each unit's removal adds, eq. 2: tr(W_S (H⁻¹_SS)⁻¹ W_Sᵀ). → [units]; that of a removed unit is not defined."""
     if width == 1:
-        return torch.linalg.vector_norm(weight, dim=0).square() / inverse.diagonal().clamp(min=1e-300)
+        norms: Tensor = torch.linalg.vector_norm(weight, dim=0)
+        return norms.square() / inverse.diagonal().clamp(min=1e-300)
     units = weight.shape[1] // width
     blocks = inverse.view(units, width, units, width).diagonal(dim1=0, dim2=2).permute(2, 0, 1)  # [units, w, w]
     gone = blocks.diagonal(dim1=1, dim2=2).abs().amax(1) < 1e-12 * inverse.abs().max()
     blocks = torch.where(gone[:, None, None], torch.eye(width, dtype=inverse.dtype, device=inverse.device), blocks)
     parts = weight.view(-1, units, width).permute(1, 2, 0)  # [units, w, out]
-    return (parts * torch.linalg.solve(blocks, parts)).sum((1, 2))
+    solved: Tensor = torch.linalg.solve(blocks, parts)
+    return (parts * solved).sum((1, 2))
