@@ -29,7 +29,7 @@ def check_exports(recipe: Recipe) -> None:
     """Check that the exports and devices fit the passes, whatever the model is. Raises NightpressError: invalid_recipe."""
     for options in recipe.passes:
         _check_carriers(recipe, options, None)
-        if "gpu" in {recipe.device, recipe.evaluate_on} and "cuda" not in options.runs_on:
+        if "gpu" in {recipe.device, recipe.evaluate_on} and options.name in recipe.kept_off_gpus:
             raise invalid(f"`{options.name}` runs on a CPU only.", "Leave `device` and `evaluate_on` at `auto`.")
     if recipe.evaluate_on == "gpu":
         if recipe.device == "cpu":

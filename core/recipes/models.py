@@ -234,6 +234,19 @@ class Recipe(_Model):
         self.parsed_gates()
         return self
 
+    @property
+    def kept_off_gpus(self) -> tuple[str, ...]:
+        """The passes for which the job can't run on a GPU.
+
+        A pass that rewrites a graph runs on the processor of any worker. It decides nothing in a recipe that trains, which gains by a GPU.
+        """
+        trains = any(options.scope == "train" for options in self.passes)
+        return tuple(
+            options.name
+            for options in self.passes
+            if "cuda" not in options.runs_on and not (trains and options.stage in {"graph", "runtime"})
+        )
+
     def measured_on_gpu(self, export: Export | None) -> bool:
         """Return whether a job on a GPU measures this artifact there. export: None for the source, which is measured like most artifacts.
 

@@ -7,7 +7,7 @@ from typing import Any, Protocol
 
 from torch import Tensor, nn
 
-_VALUES = ("value", "v_proj", "v_lin", "v")  #: names of the layer that computes an attention's values
+_VALUES = ("value", "v_proj", "v_lin", "v", "value_proj")  #: names of the layer that computes an attention's values
 
 
 class Files(Protocol):

@@ -7,34 +7,33 @@ training is a checkpoint; the training resumes exactly by its own.
 
 import hashlib
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from nightpress.core.compress.context import PassContext
-from nightpress.core.compress.data.examples import Batch, Examples, collate, read_examples
+from nightpress.core.compress.data.examples import Examples, read_examples
 from nightpress.core.compress.executors.train import TrainingResult
-from nightpress.core.compress.executors.watch import without_padding
 from nightpress.core.compress.graph.tracing import content_digest
 from nightpress.core.compress.model.checkpoint import write_file
 from nightpress.core.compress.model.companions import family_member
 from nightpress.core.compress.model.modules import BiasAlone, give
 from nightpress.core.compress.model.networks import embeddings_of, find_blocks, load_model, save_model
-from nightpress.core.compress.numerical_failures import check_finite
 from nightpress.core.compress.passes.distill import StudentTraining, teach
 from nightpress.core.compress.passes.latency_table import LatencyTable, latency_table
 from nightpress.core.compress.passes.registry import folder_pass
+from nightpress.core.compress.passes.shape_errors import Module, modules_of, moments, sensitivities
 from nightpress.core.compress.solvers.knapsack import choose
 from nightpress.core.compress.solvers.structures import Removal, removal
-from nightpress.core.compress.solvers.units import Known, Moments, columns_of, compensated
+from nightpress.core.compress.solvers.units import Known, columns_of, compensated
 from nightpress.core.errors import ErrorCode, NightpressError
 from nightpress.core.handoff.report import PassRecord, Series
-from nightpress.core.recipes.anatomy import OWN_SHAPES, Anatomy, Inner
+from nightpress.core.recipes.anatomy import OWN_SHAPES, Anatomy
 from nightpress.core.recipes.inspect import FolderFiles, inspect_model
 from nightpress.core.recipes.passes import ShapeToSpeed
 
@@ -47,16 +46,6 @@ class Shape:
 
     heads: tuple[int, ...]  #: groups of heads
     widths: tuple[int, ...]  #: channels
-
-
-@dataclass(frozen=True)
-class _Module:
-    """The attention or the feed-forward of a layer."""
-
-    block: int
-    inner: Inner
-    name: str  #: path of its output projection in the model
-    width: int  #: columns of a unit
 
 
 def shape_to_speed_with(
@@ -118,7 +107,7 @@ def shape_of(model: Any, anatomy: Anatomy) -> Shape:
     """What each layer of a model keeps."""
     path, blocks = find_blocks(model)
     found: dict[int, list[int]] = {0: [], 1: []}
-    for module in _modules(path, len(blocks), anatomy):
+    for module in modules_of(path, len(blocks), anatomy):
         kind = 0 if module.inner is anatomy.family.attention else 1
         found[kind].append(model.get_submodule(module.name).in_features // module.width)
     return Shape(tuple(found[0]), tuple(found[1]))
@@ -147,13 +136,13 @@ def _shape(
     path, blocks = find_blocks(student)
     modules = [
         module
-        for module in _modules(path, len(blocks), anatomy)
+        for module in modules_of(path, len(blocks), anatomy)
         if not isinstance(student.get_submodule(module.name), BiasAlone)
     ]
     context.progress(0.0, f"measuring the inputs of {len(modules)} modules")
-    known = _moments(student, modules, chosen, options, device)
+    known = moments(student, modules, chosen, options, device)
     lesson = StudentTraining(student, teacher, options.resolved(context.header), source, context.header, None, None)
-    weights = _sensitivities(lesson, student, modules, known, chosen, options, context)
+    weights = sensitivities(lesson, student, modules, known, chosen, options, context)
     removals = []
     for at, module in enumerate(modules):
         context.progress(
@@ -179,7 +168,7 @@ def _shape(
 
 
 def chosen_levels(
-    modules: Sequence[_Module],
+    modules: Sequence[Module],
     removals: Sequence[Removal],
     weights: Sequence[float],
     options: ShapeToSpeed,
@@ -207,90 +196,10 @@ def chosen_levels(
     return tuple(fitting[at] for fitting, at in zip(levels, picked, strict=True))
 
 
-def _modules(path: str, blocks: int, anatomy: Anatomy) -> Iterator[_Module]:
-    for block in range(blocks):
-        for inner in (anatomy.family.attention, anatomy.family.feed_forward):
-            yield _Module(block, inner, f"{path}.{block}.{inner.output}", anatomy.unit(inner))
-
-
-def _batches(examples: Examples, options: ShapeToSpeed, device: torch.device) -> Iterator[Batch]:
-    order = np.argsort([len(row) for row in examples.ids], kind="stable")
-    for start in range(0, len(order), options.train.batch):
-        yield collate(examples, order[start : start + options.train.batch], device)
-
-
-def _moments(
-    student: Any, modules: Sequence[_Module], examples: Examples, options: ShapeToSpeed, device: torch.device
-) -> dict[str, Known]:
-    """The moments of the inputs of each module's output projection."""
-    sums: dict[str, Moments] = {}
-    real: list[Tensor] = []
-
-    def watch(name: str) -> Any:
-        def hook(layer: nn.Linear, inputs: tuple[Tensor, ...]) -> None:
-            sums.setdefault(name, Moments(layer.in_features, device)).add(without_padding(inputs[0], real[0]))
-
-        return hook
-
-    handles = [student.get_submodule(module.name).register_forward_pre_hook(watch(module.name)) for module in modules]
-    try:
-        with torch.inference_mode():
-            for batch in _batches(examples, options, device):
-                real[:] = [batch.mask.bool()]
-                student(**batch.inputs)
-    finally:
-        for handle in handles:
-            handle.remove()
-    for name, found in sums.items():
-        check_finite([name], found)
-    centred = {module.name: student.get_submodule(module.name).bias is not None for module in modules}
-    with torch.inference_mode():
-        finished = {name: found.finish(centred=centred[name]) for name, found in sums.items()}
-    return {name: Known(found.second.clone(), found.mean.clone()) for name, found in finished.items()}
-
-
-def _sensitivities(
-    lesson: StudentTraining,
-    student: Any,
-    modules: Sequence[_Module],
-    known: Mapping[str, Known],
-    examples: Examples,
-    options: ShapeToSpeed,
-    context: PassContext,
-) -> list[float]:
-    """What the training's loss gains if each module is left out, and the mean of its output stays."""
-    device = torch.device(context.device)
-
-    def loss() -> float:
-        total, texts = 0.0, 0
-        with torch.no_grad():
-            for batch in _batches(examples, options, device):
-                torch.default_generator.manual_seed(
-                    context.seed
-                )  # a masked language model hides the same words each time
-                total += float(lesson.losses(batch)["loss"]) * len(batch.ids)
-                texts += len(batch.ids)
-        return total / texts
-
-    whole, found = loss(), []
-    for at, module in enumerate(modules):
-        context.progress(0.02 + 0.08 * at / len(modules), f"leaving out {module.name}, {at + 1} of {len(modules)}")
-        layer = student.get_submodule(module.name)
-        mean = layer.weight.detach() @ known[module.name].mean
-        mean = mean if layer.bias is None else mean + layer.bias.detach()
-        handle = layer.register_forward_hook(lambda _layer, _inputs, out, mean=mean: mean.expand_as(out))
-        try:
-            found.append(loss() - whole)
-        finally:
-            handle.remove()
-    smallest = 1e-3 * max(*found, 1e-9)  # no module is worth nothing: among those, the smaller error decides
-    return [max(gain, smallest) for gain in found]
-
-
 def _narrowed(
     student: Any,
     path: str,
-    module: _Module,
+    module: Module,
     anatomy: Anatomy,
     removed: Removal,
     known: Known,
