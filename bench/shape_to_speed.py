@@ -40,7 +40,7 @@ from nightpress.core.recipes.inspect import FolderFiles, inspect_model
 from nightpress.core.recipes.passes import Distill, ShapeToSpeed, StaticInt8
 
 SPEEDS = (2.0, 4.0, 8.0)
-_TRAIN = {"length": 96, "batch": 32, "validation": 0.05, "precision": "auto"}
+_TRAIN = {"length": 96, "batch": 64, "validation": 0.05, "precision": "auto"}
 _LOSSES = {"logits": {"alpha": 0.7}, "hidden": {"weight": 1.0}}
 _BARS = {4.0: -0.010, 8.0: -0.020}  #: speed → the largest loss of accuracy
 _PART = 15_000_000  #: bytes of a file of OUT
@@ -54,8 +54,8 @@ def main() -> int:
     parser.add_argument("--press", type=Path)
     parser.add_argument("--measure", type=Path)
     parser.add_argument("--only", nargs="+", choices=["shape", "layers"], default=["shape", "layers"])
-    parser.add_argument("--epochs", type=int, default=10, help="passes over the rows after each step to a speed")
-    parser.add_argument("--learning-rate", type=float, default=1.5e-4)
+    parser.add_argument("--epochs", type=int, default=6, help="passes over the rows after each step to a speed")
+    parser.add_argument("--learning-rate", type=float, default=2e-4)
     parser.add_argument("--runtime", choices=["openvino", "onnxruntime"], default="openvino")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=2)
