@@ -204,6 +204,9 @@ def test_a_job_makes_models_of_two_speeds_and_says_what_was_estimated_and_measur
     assert shaped["table"]["heads_ms"].keys() == {"0", "1", "2", "3", "4"}
     assert "openvino" in shaped["table"]["conditions"]
     assert [record.summary.get("speed") for record in report.passes[1:]] == [1.3, 1.8]
+    page = (job / "out" / "report.md").read_text()
+    assert "## What shape-to-speed keeps" in page
+    assert f"| feed-forward | 64 channels | {shaped['table']['channels_ms']['64']:.3f} | 100% |" in page
     inputs = {"input_ids": _IDS, "attention_mask": np.ones_like(_IDS), "token_type_ids": np.zeros_like(_IDS)}
     for name in names:
         folder = job / "out" / name

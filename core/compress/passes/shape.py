@@ -307,7 +307,7 @@ def _record(
                 "source_ms": table.source,
                 "whole_ms": table.whole,
                 "rest_ms": table.rest,
-                "heads_ms": {str(anatomy_heads): ms for anatomy_heads, ms in table.heads.items()},
+                "heads_ms": {str(count): ms for count, ms in table.heads.items()},
                 "channels_ms": {str(count): ms for count, ms in table.widths.items()},
             },
         },
