@@ -71,8 +71,13 @@ class Stopwatch(Protocol):
     def conditions(self, place: TimedIn) -> str:
         """Everything beside the graphs that the times depend on: processor, threads, the runtime's version, and the shape."""
 
-    def milliseconds(self, graphs: Sequence[Path], place: TimedIn, tell: Callable[[float], None]) -> list[float]:
-        """The median time of a run of each ONNX graph, taken by turns. tell: gets the share that is done."""
+    def milliseconds(
+        self, graphs: Sequence[Callable[[Path], None]], place: TimedIn, tell: Callable[[float], None]
+    ) -> list[float]:
+        """The median time of a run of each graph, taken by turns. Each of `graphs` writes an ONNX graph to a path; the first is the largest.
+
+        tell: gets the share that is done.
+        """
 
 
 @dataclass(frozen=True)

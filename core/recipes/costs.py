@@ -59,6 +59,7 @@ TRIAL_TOKENS = (
     2048  #: tokens of held-out text on which a trial of a quantized graph is measured; a kind of layer uses a quarter
 )
 _TIMED_RUNS = 30  #: runs of each graph of a table of times
+_TIMED_BYTES = 1_500_000_000  #: of the processes that run a group of such graphs
 _TIMED_START_S = 1.5  #: seconds to write and load such a graph in a process of its own
 _TRIALS = 2.5  #: time of ten trials of quantized graphs, in forward passes in float
 #: The blocks executor settles a block in one forward pass if the intermediate results of all texts take no more bytes than this.
@@ -234,8 +235,8 @@ def graph_cost(header: ModelHeader, calibration: Calibration) -> Cost:
     return Cost(memory, 3 * header.size / _STREAM_RATE, host_work=work)
 
 
-def reshaping_cost(header: ModelHeader, *, tokens: int, levels: int, shape: int) -> Cost:
-    """Return the cost of a table of times, and of choosing once what is removed from an encoder by the table.
+def reshaping_cost(header: ModelHeader, *, tokens: int, levels: int, shape: int, stages: int) -> Cost:
+    """Return the cost of a table of times, and of choosing in each stage what is removed from an encoder by the table.
 
     tokens: on which errors are measured. levels: widths in the table. shape: tokens of each timed run.
     """
@@ -244,9 +245,12 @@ def reshaping_cost(header: ModelHeader, *, tokens: int, levels: int, shape: int)
     work: float = tokens * (2 * model.blocks + 2) * model.linear_weights
     work += tokens * model.distinct_squares / 2 * _GRAM_EFFORT + _SOLVE_EFFORT * 2 * model.solving
     timed = levels * _TIMED_RUNS * shape * model.linear_weights
+    work *= stages
+    # The student, the teacher and the graph; all Gram matrices; the solver's in float64. Or the processes that are timed, see stopwatch.py.
     memory = 4 * 4 * header.parameters + 4 * model.distinct_squares + 4 * 8 * model.widest**2 + TRACING_BYTES
+    memory = max(memory, _TIMED_BYTES + 2 * 4 * header.parameters + TRACING_BYTES)
     seconds = levels * _TIMED_START_S
-    host = 4 * header.parameters + TRACING_BYTES
+    host = _TIMED_BYTES + 2 * 4 * header.parameters + TRACING_BYTES
     return Cost(int(memory), seconds, work, gpu_bytes=int(memory), host_bytes=int(host), host_work=timed)
 
 

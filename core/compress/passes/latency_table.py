@@ -6,22 +6,22 @@ weights fill the caches as in the whole model, and the runtime's start of a run 
 
 import hashlib
 import json
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from itertools import accumulate
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from nightpress.core.compress.context import PassContext, TimedIn
+from nightpress.core.compress.context import PassContext, Stopwatch, TimedIn
 from nightpress.core.compress.data.tokenized import Sequences
 from nightpress.core.compress.graph.narrowed import in_int8, narrowed
 from nightpress.core.compress.graph.static_ranges import TOP
 from nightpress.core.compress.graph.tracing import example_ids, trace
 from nightpress.core.compress.model.checkpoint import disk_errors, write_file
 from nightpress.core.compress.passes.static_int8 import weight_bits
+from nightpress.core.errors import ErrorCode, NightpressError
 from nightpress.core.recipes.anatomy import Anatomy
 from nightpress.core.recipes.passes import ShapeToSpeed, StaticInt8
 from nightpress.core.recipes.passes.shape import FORMATS
@@ -62,7 +62,12 @@ def latency_table(source: Path, options: ShapeToSpeed, anatomy: Anatomy, context
 
     Raises NightpressError(unsupported_architecture) if the model can't be traced, or its graph not narrowed.
     """
-    assert context.stopwatch is not None
+    if context.stopwatch is None:
+        raise NightpressError(
+            ErrorCode.INTERNAL,
+            "`shape-to-speed` was run without a stopwatch, so that no times can be measured.",
+            hint="Run it in a job, or call `shape_to_speed_with` with a table.",
+        )
     place = TimedIn(FORMATS[options.runtime], options.batch, options.length)
     heads, widths = options.head_levels(anatomy), options.width_levels(anatomy)
     conditions = context.stopwatch.conditions(place)
@@ -70,7 +75,7 @@ def latency_table(source: Path, options: ShapeToSpeed, anatomy: Anatomy, context
     file = context.work_dir / "shape" / f"table-{hashlib.sha256(wanted.encode()).hexdigest()[:16]}.json"
     if not file.is_file():
         file.parent.mkdir(parents=True, exist_ok=True)
-        times = _measured(source, options, anatomy, context, place)
+        times = _measured(source, options, anatomy, context, context.stopwatch, place)
         write_file(file, table_of(conditions, options.type, anatomy.layers, times).to_json().encode())
         context.whole(1, file)
     return LatencyTable.from_json(file.read_text())
@@ -100,38 +105,29 @@ def table_of(conditions: str, type_: str, layers: int, times: Times) -> LatencyT
 
 
 def _measured(
-    source: Path, options: ShapeToSpeed, anatomy: Anatomy, context: PassContext, place: TimedIn
+    source: Path,
+    options: ShapeToSpeed,
+    anatomy: Anatomy,
+    context: PassContext,
+    stopwatch: Stopwatch,
+    place: TimedIn,
 ) -> dict[tuple[str, int], float]:
-    stopwatch = context.stopwatch
-    assert stopwatch is not None
     ids = example_ids(context.header).numpy()
     traced = trace(source, context.header, Sequences(ids, np.ones_like(ids)), context).path
-    folder = context.work_dir / "shape" / "graphs"
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
     most = max(anatomy.groups), max(anatomy.widths)
     heads = {("heads", count): (count, 0) for count in options.head_levels(anatomy) if count}
     widths = {("widths", count): (0, count) for count in options.width_levels(anatomy) if count}
     shapes: dict[tuple[str, int], tuple[int, int]] = {("whole", 0): most, ("rest", 0): (0, 0), **heads, **widths}
-    with disk_errors():
-        files = {key: folder / f"{key[0]}-{key[1]}" / "model.onnx" for key in (("source", 0), *shapes)}
-        for file in files.values():
-            file.parent.mkdir()
-        for at, (key, shape) in enumerate(shapes.items()):
-            context.progress(0.05 + 0.1 * at / len(shapes), f"making graphs to time, {at + 1} of {len(shapes)}")
-            _write(narrowed(traced, anatomy, *shape), files[key], int8=options.type == "int8" and any(shape))
-        files["source", 0].write_bytes(narrowed(traced, anatomy, *most).SerializeToString())
+
+    def write(shape: tuple[int, int], file: Path, *, int8: bool) -> None:
+        with disk_errors():
+            file.write_bytes(narrowed(traced, anatomy, *shape).SerializeToString())
+            if int8 and any(shape):  # the rest has no product that int8 makes faster
+                file.write_bytes(in_int8(file, StaticInt8(), TOP[weight_bits(StaticInt8())]))
 
     def tell(share: float) -> None:
-        context.progress(0.15 + 0.85 * share, f"timing {len(files)} graphs in {options.runtime}, {share:.0%}")
+        context.progress(0.1 + 0.9 * share, f"timing {len(shapes) + 1} graphs in {options.runtime}, {share:.0%}")
 
-    found = stopwatch.milliseconds(list(files.values()), place, tell)
-    shutil.rmtree(folder, ignore_errors=True)
-    return dict(zip(files, found, strict=True))
-
-
-def _write(model: Any, file: Path, *, int8: bool) -> None:
-    file.write_bytes(model.SerializeToString())
-    if int8:
-        quantized = StaticInt8()
-        file.write_bytes(in_int8(file, quantized, TOP[weight_bits(quantized)]))
+    writers = [partial(write, shape, int8=options.type == "int8") for shape in shapes.values()]
+    found = stopwatch.milliseconds([partial(write, most, int8=False), *writers], place, tell)
+    return dict(zip((("source", 0), *shapes), found, strict=True))

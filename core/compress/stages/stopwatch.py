@@ -3,7 +3,7 @@
 import contextlib
 import shutil
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from types import ModuleType
@@ -18,7 +18,9 @@ from nightpress.core.compress.graph.tracing import Traced
 from nightpress.core.processor import cpu_features, processor
 
 _EXPORTERS: dict[str, tuple[ModuleType, str]] = {"onnx": (onnx, "onnxruntime"), "openvino": (openvino, "openvino")}
-_AT_ONCE = 6  #: processes beside that of the first graph
+_AT_ONCE = 6  #: processes beside that of the first graph, at most
+_FEWEST = 2  #: processes in a group
+_GROUP_BYTES = 1_000_000_000  #: no further graph joins a group whose graphs take more
 _ROUNDS = 15
 _FIRST_TOKEN, _TOKENS = 5, 1000  #: the timed texts consist of these tokens: no padding, and in every cut token table
 
@@ -34,34 +36,38 @@ class GraphStopwatch:
         features = ", ".join(cpu_features())
         return f"{library} {version(library)}, {processor()} ({features}), {self._threads} threads, {place.batch} × {place.length} tokens"
 
-    def milliseconds(self, graphs: Sequence[Path], place: TimedIn, tell: Callable[[float], None]) -> list[float]:
+    def milliseconds(
+        self, graphs: Sequence[Callable[[Path], None]], place: TimedIn, tell: Callable[[float], None]
+    ) -> list[float]:
         """The median time of each graph. The first graph runs in every group of graphs: times are its time multiplied by ratios within rounds.
 
-        So what else the machine does in the meantime affects all alike. Raises NightpressError(verification_failed) if a graph does not run.
+        So what else the machine does in the meantime affects all alike. Graphs of a group alone lie on the disk and in memory. Raises
+        NightpressError(verification_failed) if a graph does not run.
         """
         first, *others = graphs
         firsts: list[float] = []
         ratios: list[float] = []
-        for start in range(0, max(1, len(others)), _AT_ONCE):
-            group = others[start : start + _AT_ONCE]
-            runs = self._rounds([first, *group], place)
+        while len(ratios) < len(others):
+            with self._opened([first, *others[len(ratios) : len(ratios) + _AT_ONCE]], place) as consumers:
+                shape = TimedShape(place.batch, place.length, _ROUNDS)
+                runs = [[run["milliseconds"] for run in found] for found in timed_rounds(shape, consumers, _untold)]
             firsts += runs[0]
             ratios += [
                 statistics.median(ours / base for ours, base in zip(times, runs[0], strict=True)) for times in runs[1:]
             ]
-            tell(min(1.0, (start + len(group)) / max(1, len(others))))
+            tell(len(ratios) / len(others))
         base = statistics.median(firsts)
         return [base, *(base * ratio for ratio in ratios)]
 
-    def _rounds(self, graphs: Sequence[Path], place: TimedIn) -> list[list[float]]:
-        """The milliseconds of each graph in each round."""
+    @contextlib.contextmanager
+    def _opened(self, graphs: Sequence[Callable[[Path], None]], place: TimedIn) -> Iterator[list[Consumer]]:
+        """Load graphs in processes of their own: all of them, or as many as together stay below a size, at least two."""
         exporter, _ = _EXPORTERS[place.runtime]
         shutil.rmtree(self._scratch, ignore_errors=True)
-        shape = TimedShape(place.batch, place.length, _ROUNDS)
         task = Task(
             name="embedding",
             sets=(),
-            shapes=(shape,),
+            shapes=(TimedShape(place.batch, place.length, _ROUNDS),),
             timing_ids=_FIRST_TOKEN + np.arange(place.length) % _TOKENS,
             pooling="mean",
             classes=1,
@@ -69,16 +75,24 @@ class GraphStopwatch:
         )
         with contextlib.ExitStack() as stack:
             stack.callback(shutil.rmtree, self._scratch, ignore_errors=True)
-            consumers = []
-            for at, graph in enumerate(graphs):
-                folder = self._scratch / str(at)
-                folder.parent.mkdir(parents=True, exist_ok=True)
-                exporter.save(self._source, folder, Traced(graph, np.zeros(0, np.float32), {}), [])
+            consumers: list[Consumer] = []
+            written = 0
+            for at, write in enumerate(graphs):
+                if at >= _FEWEST and written > _GROUP_BYTES:
+                    break
+                plain, folder = self._scratch / "graph" / "model.onnx", self._scratch / str(at)
+                plain.parent.mkdir(parents=True, exist_ok=True)
+                write(plain)
+                written += plain.stat().st_size
+                exporter.save(self._source, folder, Traced(plain, np.zeros(0, np.float32), {}), [])
                 opened = Consumer(
                     Path(exporter.CONSUMER), folder, task, name=f"timed-{at}", scratch=self._scratch / "processes"
                 )
                 consumers.append(stack.enter_context(opened))
             for consumer in consumers:
                 consumer.run()
-            found = timed_rounds(shape, consumers, lambda _share: None)
-        return [[run["milliseconds"] for run in runs] for runs in found]
+            yield consumers
+
+
+def _untold(_share: float) -> None:
+    """A group of graphs is timed in seconds."""

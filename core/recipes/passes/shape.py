@@ -179,8 +179,11 @@ class ShapeToSpeed(Teaching):
         if header.tensors:
             anatomy = self.anatomy(header)
             levels = len(self.head_levels(anatomy)) + len(self.width_levels(anatomy))
-        whole = reshaping_cost(
-            header, tokens=self.samples * self.train.length, levels=levels, shape=self.batch * self.length
+        reshaping = reshaping_cost(
+            header,
+            tokens=self.samples * self.train.length,
+            levels=levels,
+            shape=self.batch * self.length,
+            stages=len(self.stages),
         )
-        training = self.train.cost(header)
-        return whole.times(1).then(training.times(len(self.stages)))
+        return reshaping.then(self.train.cost(header).times(len(self.stages)))
