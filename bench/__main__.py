@@ -68,6 +68,11 @@ BENCHES = {
     "structure": Bench("The code itself: arrows against the floors, circles of files, repeated lines.", 0.5),
     "static_search": Bench("The `static-int8` pass alone, on encoders that you have.", 3, "arguments"),
     "train": Bench("Distilled, pruned and early-exit classifiers: accuracy and latency.", 9, "arguments"),
+    "shape_to_speed": Bench(
+        "A classifier at 2, 4 and 8 times the speed, beside distillation to fewer layers; trained on a GPU.",
+        15,
+        "arguments",
+    ),
     "within": Bench(
         "Int8 within a gate on accuracy, on a classifier and rows that you have, beside NNCF.", 10, "arguments"
     ),

@@ -105,7 +105,7 @@ def press(model: Path, data: Path, out: Path, device: str, names: list[str]) -> 
         "torch": torch.__version__,
     }
     with tempfile.TemporaryDirectory() as scratch:
-        files = _data(data, Path(scratch))
+        files = data_files(data, Path(scratch))
         test = test_rows(model, files["test"])
         found["source_accuracy"] = accuracy(model, model, test, device)
         for name in names:
@@ -151,7 +151,7 @@ def _press_one(
     }
 
 
-def _data(data: Path, scratch: Path) -> dict[str, Path]:
+def data_files(data: Path, scratch: Path) -> dict[str, Path]:
     """The data files: `train` and `test` rows with labels, and `both`: the training texts and paragraphs of novels, without labels."""
     files = {"train": data / "rt_sentiment_train.jsonl.gz", "test": data / "rt_sentiment_test.jsonl.gz"}
     rows = [json.loads(line)["text"] for line in read_lines(files["train"])] * 2

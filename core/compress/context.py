@@ -1,6 +1,6 @@
 """The context of a pass: its inputs other than the folders and the options."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -60,6 +60,30 @@ class Judge(Protocol):
 
 
 @dataclass(frozen=True)
+class TimedIn:
+    """Where and how graphs are timed."""
+
+    runtime: str  #: `onnx` or `openvino`
+    batch: int
+    length: int  #: tokens of each text
+
+
+class Stopwatch(Protocol):
+    """Times graphs in the runtime that will run the result, each in a process of its own."""
+
+    def conditions(self, place: TimedIn) -> str:
+        """Everything beside the graphs that the times depend on: processor, threads, the runtime's version, and the shape."""
+
+    def milliseconds(
+        self, graphs: Sequence[Callable[[Path], None]], place: TimedIn, tell: Callable[[float], None]
+    ) -> list[float]:
+        """The median time of a run of each graph, taken by turns. Each of `graphs` writes an ONNX graph to a path; the first is the largest.
+
+        tell: gets the share that is done.
+        """
+
+
+@dataclass(frozen=True)
 class PassContext:
     header: ModelHeader  #: of the model that the pass reads
     work_dir: Path  #: kept between the attempts of a job, so that an attempt finds finished shards there
@@ -76,6 +100,8 @@ class PassContext:
     #: The processes that share out the pass's work, for `over_ranks`; None: there is this one alone.
     ranks: Ranks | None = None
     group: Group = ALONE  #: in such a process: the others
+    #: Times graphs, for a pass that chooses by measured times; None: there is no runtime at hand.
+    stopwatch: Stopwatch | None = None
     progress: Callable[[float, str], None] = field(default=_no_progress)  #: (fraction of this pass, what it does now)
     #: (name, value, step): adds a point to a curve.
     metric: Callable[[str, float, int], None] = field(default=_no_metric)

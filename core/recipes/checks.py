@@ -30,7 +30,7 @@ def check_exports(recipe: Recipe) -> None:
     for options in recipe.passes:
         _check_carriers(recipe, options, None)
         on_gpu = recipe.wants_several_gpus or "gpu" in {recipe.device, recipe.evaluate_on}
-        if on_gpu and "cuda" not in options.runs_on:
+        if on_gpu and options.name in recipe.kept_off_gpus:
             raise invalid(
                 f"`{options.name}` runs on a CPU only.", "Leave `device` and `evaluate_on` at `auto`, and `gpus` out."
             )

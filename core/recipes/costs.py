@@ -58,6 +58,9 @@ GRAPH_TOKENS = 1024  #: tokens of calibration text that run through a graph at a
 TRIAL_TOKENS = (
     2048  #: tokens of held-out text on which a trial of a quantized graph is measured; a kind of layer uses a quarter
 )
+_TIMED_RUNS = 30  #: runs of each graph of a table of times
+_TIMED_BYTES = 1_500_000_000  #: of the processes that run a group of such graphs
+_TIMED_START_S = 1.5  #: seconds to write and load such a graph in a process of its own
 _TRIALS = 2.5  #: time of ten trials of quantized graphs, in forward passes in float
 #: The blocks executor settles a block in one forward pass if the intermediate results of all texts take no more bytes than this.
 IN_TURN_BYTES = {"cuda": 4 * 1024**3, "cpu": 1024**3}
@@ -228,7 +231,27 @@ def graph_cost(header: ModelHeader, calibration: Calibration) -> Cost:
     # The graph, and its copies in a session and while it loads; all Gram matrices; the inputs of all layers for one batch; TRACING_BYTES.
     memory = 4 * 4 * header.parameters + 4 * shape.distinct_squares
     memory += 4 * max(GRAPH_TOKENS, length) * linears * shape.widest + TRACING_BYTES
-    return Cost(memory, 3 * header.size / _STREAM_RATE, work)
+    # A graph runs on the processor, whatever the job's device is.
+    return Cost(memory, 3 * header.size / _STREAM_RATE, host_work=work)
+
+
+def reshaping_cost(header: ModelHeader, *, tokens: int, levels: int, shape: int, stages: int) -> Cost:
+    """Return the cost of a table of times, and of choosing in each stage what is removed from an encoder by the table.
+
+    tokens: on which errors are measured. levels: widths in the table. shape: tokens of each timed run.
+    """
+    model = _shape(header)
+    # Each module is left out once to see what the loss gains. The solver removes one input after the other.
+    work: float = tokens * (2 * model.blocks + 2) * model.linear_weights
+    work += tokens * model.distinct_squares / 2 * _GRAM_EFFORT + _SOLVE_EFFORT * 2 * model.solving
+    timed = levels * _TIMED_RUNS * shape * model.linear_weights
+    work *= stages
+    # The student, the teacher and the graph; all Gram matrices; the solver's in float64. Or the processes that are timed, see stopwatch.py.
+    memory = 4 * 4 * header.parameters + 4 * model.distinct_squares + 4 * 8 * model.widest**2 + TRACING_BYTES
+    memory = max(memory, _TIMED_BYTES + 2 * 4 * header.parameters + TRACING_BYTES)
+    seconds = levels * _TIMED_START_S
+    host = _TIMED_BYTES + 2 * 4 * header.parameters + TRACING_BYTES
+    return Cost(int(memory), seconds, work, gpu_bytes=int(memory), host_bytes=int(host), host_work=timed)
 
 
 class _Shape(NamedTuple):

@@ -47,11 +47,13 @@ class Export(BaseModel):
 
     format: ExportFormat
     type: str | None = None
+    speed: float | None = None  #: which of the models that `shape-to-speed` makes; None: there is one model
 
     @property
     def name(self) -> str:
-        """The name of the artifact and of its folder."""
-        return self.format if self.type is None else f"{self.format}-{self.type}"
+        """The name of the artifact and of its folder, e.g. `onnx`, `onnx-fp16`, `onnx-4x`."""
+        speed = None if self.speed is None else speed_name(self.speed)
+        return "-".join(part for part in (self.format, self.type, speed) if part is not None)
 
     @property
     def carrier(self) -> ExportFormat:
@@ -87,7 +89,8 @@ class Export(BaseModel):
 
     @model_serializer
     def _as_written(self) -> str | dict[str, Any]:
-        return self.format if self.type is None else {"format": self.format, "type": self.type}
+        more = {key: value for key in ("type", "speed") if (value := getattr(self, key)) is not None}
+        return {"format": self.format, **more} if more else self.format
 
     def stored_bytes(self, tensor: TensorInfo) -> int:
         """Return the bytes of a tensor that no pass has rounded."""
@@ -106,6 +109,11 @@ class Export(BaseModel):
         if why is not None:
             others = [name for name in (*TYPES, "safetensors") if _refusal(Export(format=name), header) is None]
             raise invalid(f"exports: {self.name} can't take this model: {why}.", f"Use {', '.join(others)}.")
+
+
+def speed_name(speed: float) -> str:
+    """Return e.g. `4x`."""
+    return f"{speed:g}x"
 
 
 def runs_in_llama_cpp(header: ModelHeader) -> bool:

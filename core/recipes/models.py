@@ -205,6 +205,20 @@ class Recipe(_Model):
         return self
 
     @model_validator(mode="after")
+    def _an_export_for_each_speed(self) -> "Recipe":
+        family = next((options.family for options in self.passes if options.family), ())
+        if any(export.speed is not None and export.speed not in family for export in self.exports):
+            raise ValueError("an export names a `speed` that no pass makes")
+        each = tuple(
+            export if export.speed is not None else export.model_copy(update={"speed": speed})
+            for export in self.exports
+            for speed in (family if export.speed is None else (export.speed,))
+        )
+        if family:
+            self.__dict__["exports"] = each  # the model is frozen, and no other field depends on this one
+        return self
+
+    @model_validator(mode="after")
     def _data_that_chooses_does_not_judge(self) -> "Recipe":
         if self.searches:
             judged = tuple(
@@ -230,6 +244,19 @@ class Recipe(_Model):
     def wants_several_gpus(self) -> bool:
         """Whether the recipe names a number of GPUs above one."""
         return self.gpus != "auto" and self.gpus > 1
+
+    @property
+    def kept_off_gpus(self) -> tuple[str, ...]:
+        """The passes for which the job can't run on a GPU.
+
+        A pass that rewrites a graph runs on the processor of any worker. It decides nothing in a recipe that trains, which gains by a GPU.
+        """
+        trains = any(options.scope == "train" for options in self.passes)
+        return tuple(
+            options.name
+            for options in self.passes
+            if "cuda" not in options.runs_on and not (trains and options.stage in {"graph", "runtime"})
+        )
 
     def measured_on_gpu(self, export: Export | None) -> bool:
         """Return whether a job on a GPU measures this artifact there. export: None for the source, which is measured like most artifacts.

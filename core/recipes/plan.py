@@ -215,9 +215,8 @@ def _placed(recipe: Recipe, costs: Sequence[Cost], fleet: Sequence[Seat]) -> Pla
     """Return the queue, and the reason for it."""
     if recipe.device != "auto" or recipe.evaluate_on == "gpu" or recipe.wants_several_gpus:
         return _queue_without_model(recipe)
-    here_alone = [options.name for options in recipe.passes if "cuda" not in options.runs_on]
-    if here_alone:
-        return Placement("cpu", f"`{here_alone[0]}` runs on a processor alone.")
+    if recipe.kept_off_gpus:
+        return Placement("cpu", f"`{recipe.kept_off_gpus[0]}` runs on a processor alone.")
     # Both estimates use the same number of threads: a GPU worker's larger number of threads is no reason to choose a GPU.
     threads = threads_of(fleet, "cpu" if any(seat.queue == "cpu" for seat in fleet) else "gpu")
     return place(_need(recipe, costs, 0, threads), _need(recipe, costs, 1, threads), fleet)

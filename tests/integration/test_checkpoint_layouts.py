@@ -48,6 +48,7 @@ _OF_MIXTURES = {"experts"}
 _OF_CODES = {"recover-scales"}  #: tests/integration/test_recover_scales.py
 _OF_EMBEDDERS = {"static-embeddings", "truncate-embeddings"}  #: tests/integration/test_static_embeddings.py
 _OF_LLAMA_CPP = {"k-quants"}  #: tests/integration/test_k_quants.py
+_BY_TIMES = {"shape-to-speed"}  #: tests/integration/test_shape_to_speed.py
 _STORES_CODES = {"weight-only", "gptq", "awq", "learned-rounding", "smoothquant", "fp8", "kv-cache", "qat"}
 #: from `_unread_tensors`, and the scales that `kv-cache` writes for vLLM
 _UNKNOWN_TO_TRANSFORMERS = ("inv_freq", "k_scale", "v_scale")
@@ -201,7 +202,8 @@ def _expected(name: str, one_file: Path, work: Path) -> tuple[Tensors, Tensor]:
 
 
 def test_every_pass_is_walked():
-    assert set(PASSES) == set(MODEL_PASSES) - _OF_EMBEDDERS - _OF_CODES - _OF_LLAMA_CPP
+    own = _OF_EMBEDDERS | _OF_CODES | _OF_LLAMA_CPP | _BY_TIMES
+    assert set(PASSES) == set(MODEL_PASSES) - own
 
 
 # torch warns that it will remove a dtype that transformers uses for the scales.

@@ -35,6 +35,7 @@ EXPECTED = {
     "browser": {"small lm": NO_GPU, "large lm": NO_GPU, "small encoder": NO_GPU, "large encoder": NO_GPU},
     "cpu-encoder": {"small encoder": NO_GPU, "large encoder": NO_GPU},
     "cpu-llm": {"small lm": ANYWHERE, "large lm": ON_A_GPU},
+    "fast-encoder": {"small encoder": ON_A_GPU, "large encoder": ON_A_GPU},
     "gguf-lm": {"small lm": ANYWHERE, "large lm": ANYWHERE},
     "gpu-vllm": {"small lm": ANYWHERE, "large lm": ON_A_GPU},
     "int4-lm": {"small lm": ON_A_GPU, "large lm": ON_A_GPU},

@@ -2,7 +2,7 @@
 
 import pytest
 
-from nightpress.core.compress.passes.static_int8 import _weight_bits
+from nightpress.core.compress.passes.static_int8 import weight_bits
 from nightpress.core.recipes.passes import StaticInt8
 
 
@@ -15,4 +15,4 @@ def test_weights_have_7_bits_where_the_processor_is_told_to_do_without_vnni(
         lambda _field: "avx2 avx512f avx512_vnni avx_vnni avx512_bf16 amx_int8",
     )
     monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", isa)
-    assert _weight_bits(StaticInt8()) == bits
+    assert weight_bits(StaticInt8()) == bits

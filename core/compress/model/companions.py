@@ -7,11 +7,20 @@ from pathlib import Path
 
 from nightpress.core.compress.model.checkpoint import INDEX_FILE, disk_errors, write_file
 
+_FAMILY = "speeds"  #: folder of the slower models of a family, inside the folder of the fastest
+
+
+def family_member(folder: Path, speed: float) -> Path:
+    """Return the folder of the model of this speed, which a pass wrote inside the folder of the fastest model."""
+    return folder / _FAMILY / f"{speed:g}x"
+
 
 def copy_companions(source: Path, target: Path) -> None:
     """Copy all files of a model except its weights and their index: config, tokenizer, module descriptions."""
     with disk_errors():
         for path in sorted(source.rglob("*")):
+            if path.relative_to(source).parts[0] == _FAMILY:
+                continue
             if path.is_file() and path.suffix != ".safetensors" and path.name != INDEX_FILE:
                 copy = target / path.relative_to(source)
                 copy.parent.mkdir(parents=True, exist_ok=True)

@@ -7,6 +7,8 @@ from typing import Any, Protocol
 
 from torch import Tensor, nn
 
+_VALUES = ("value", "v_proj", "v_lin", "v", "value_proj")  #: names of the layer that computes an attention's values
+
 
 class Files(Protocol):
     """The tensors of a model's files, read on request."""
@@ -41,7 +43,7 @@ def fit(module: nn.Module, shapes: Mapping[str, tuple[int, ...]]) -> None:
 
 def _recount_heads(module: Any) -> None:
     """Correct the number of heads in attention modules that store it."""
-    value = getattr(module, "value", None) or getattr(module, "v_proj", None)
+    value = next((getattr(module, name) for name in _VALUES if hasattr(module, name)), None)
     if isinstance(value, nn.Linear):
         if hasattr(module, "attention_head_size") and hasattr(module, "all_head_size"):
             module.all_head_size = value.out_features
@@ -72,8 +74,57 @@ def take_own_shapes(model: nn.Module, files: Files) -> None:
             tensor = files.read(stored)
             if parameters[name].shape != tensor.shape:
                 odd[name] = tensor.to(parameters[name].dtype)
-    fit(model, {name: tuple(tensor.shape) for name, tensor in odd.items()})
-    model.load_state_dict(odd, strict=False, assign=True)
+    give(model, odd)
+
+
+def give(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Replace parameters of a model, whatever their shapes were. tensors: by the parameters' names.
+
+    Attention without heads and layers without inputs, which have nothing to compute, are replaced by stand-ins.
+    """
+    fit(model, {name: tuple(tensor.shape) for name, tensor in tensors.items()})
+    model.load_state_dict(dict(tensors), strict=False, assign=True)
+    _skip_empty(model)
+
+
+class BiasAlone(nn.Module):
+    """A linear layer without inputs: it answers with its bias. A drop-in for nn.Linear, with the same parameters."""
+
+    def __init__(self, layer: nn.Linear) -> None:
+        super().__init__()
+        self.weight, self.bias = layer.weight, layer.bias  # [out, 0], [out]
+        self.in_features, self.out_features = layer.in_features, layer.out_features
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [B, S, any] → [1, 1, out]: a sum with the residual broadcasts it."""
+        bias = x.new_zeros(self.out_features) if self.bias is None else self.bias
+        return bias.view(*[1] * (x.dim() - 1), -1)
+
+
+class NoHeads(nn.Module):
+    """An attention module without heads. It keeps its layers, which are empty, so that the parameters keep their names."""
+
+    def __init__(self, attention: nn.Module) -> None:
+        super().__init__()
+        for name, layer in attention.named_children():
+            self.add_module(name, layer)
+
+    def forward(self, hidden: Tensor, *_args: Any, **_kwargs: Any) -> tuple[Tensor, None]:
+        """hidden [B, S, H] → what the output projection answers, if it is part of this module; else the input, which is not used."""
+        output = next((layer for layer in self.children() if isinstance(layer, BiasAlone)), None)
+        return (hidden if output is None else output(hidden)), None
+
+
+def _skip_empty(model: nn.Module) -> None:
+    for parent in list(model.modules()):
+        for name, layer in list(parent.named_children()):
+            if isinstance(layer, nn.Linear) and layer.in_features == 0:
+                setattr(parent, name, BiasAlone(layer))
+    for parent in list(model.modules()):
+        for name, inner in list(parent.named_children()):
+            value = next((getattr(inner, key) for key in _VALUES if hasattr(inner, key)), None)
+            if isinstance(value, nn.Linear) and value.out_features == 0 and not isinstance(inner, NoHeads):
+                setattr(parent, name, NoHeads(inner))
 
 
 @contextlib.contextmanager

@@ -123,7 +123,7 @@ def teach(
         begin = span[0] + 0.2 * (span[1] - span[0])
         cached = cache_logits(teacher, inputs.of, examples, options, context, span=(span[0], begin))
         span = (begin, span[1])
-    lesson = _StudentTraining(student, teacher, options, source, header, cached, masks)
+    lesson = StudentTraining(student, teacher, options, source, header, cached, masks)
     lesson.to(context.device)
     recipe = f"{options.name} {options.model_dump_json()} {header.model_dump_json()}"
     before = validation_losses(lesson, examples, options.train, context) if measured else {}
@@ -176,7 +176,7 @@ class _Inputs:
         return torch.stack(rows).to(batch.ids.device)
 
 
-class _StudentTraining(nn.Module):
+class StudentTraining(nn.Module):
     """The training objective: the student and its projections learn; the frozen teacher computes the targets."""
 
     teacher: Any

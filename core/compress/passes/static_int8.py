@@ -49,7 +49,7 @@ def static_int8(
     Raises NightpressError: invalid_recipe if nothing is left to quantize, and numerical_failure if a layer's inputs are not finite.
     """
     start = time.monotonic()
-    bits = _weight_bits(options)
+    bits = weight_bits(options)
     wanted = f"{traced.path.parent.name}\n{options.model_dump_json()}\n{context.calibration.model_dump_json()}\n{bits}"
     folder = context.work_dir / "static" / hashlib.sha256(wanted.encode()).hexdigest()[:16]
     graph, report = folder / GRAPH_FILE, folder / "record.json"
@@ -99,7 +99,7 @@ def static_int8(
     return replace(traced, path=graph), PassRecord.model_validate_json(report.read_bytes())
 
 
-def _weight_bits(options: StaticInt8) -> int:
+def weight_bits(options: StaticInt8) -> int:
     if options.weight_bits != "auto":
         return options.weight_bits
     have = set(cpu_features())

@@ -17,6 +17,7 @@ from nightpress.core.compress.report.figures import megabytes, shown
 from nightpress.core.compress.report.model_card import front_matter
 from nightpress.core.compress.report.searches import searches
 from nightpress.core.compress.report.serving import serving_tables
+from nightpress.core.compress.report.shapes import shapes
 from nightpress.core.compress.report.slices import slices
 from nightpress.core.compress.report.table import headline, rows_of
 from nightpress.core.handoff.compare import compare
@@ -95,6 +96,7 @@ def _context(report: Report) -> dict[str, Any]:
         ],
         "caches": [found for record in report.passes if (found := costs.cache_tables(record))],
         "searches": searches(report),
+        "shapes": shapes(report),
         "zeros": costs.storage_tables(report),
         "gates_summary": _gates_summary(report),
         "layer_charts": _layer_charts(report.passes),

@@ -22,6 +22,7 @@ from nightpress.core.compress.stages.judge import judge_of
 from nightpress.core.compress.stages.state import Exported, State
 from nightpress.core.errors import ErrorCode, NightpressError
 from nightpress.core.recipes.exports import GRAPH_FORMATS, Export
+from nightpress.core.recipes.inspect import FolderFiles, inspect_model
 
 _EXPORTERS = {
     "onnx": onnx,
@@ -75,33 +76,37 @@ def _save_uncompressed(job: PressJob, state: State, export: Export) -> Exported:
 def _save(job: PressJob, state: State, export: Export, folder: Path, report: Report) -> Path:
     """Write one artifact. Returns the path of the runner script that loads it."""
     exporter: Any = _EXPORTERS[export.format]
+    pressed = state.pressed(export)
     if export.format in GRAPH_FORMATS:
-        if state.traced is None:
-            state.traced = _trace(job, state, report)
+        if export.speed not in state.traced:
+            state.traced[export.speed] = _trace(job, state, export, report)
         passes = [(at, options) for at, options in enumerate(job.recipe.passes) if options.stage == "runtime"]
-        for record in exporter.save(state.folder, folder, state.traced, passes, weights=export.weights):
+        for record in exporter.save(pressed, folder, state.traced[export.speed], passes, weights=export.weights):
             state.records.append(job.publish_pass(record, record.index))
         _free_graphs()
     elif export.format == "gguf":
         assert export.weights is not None
-        gguf.save(state.folder, folder, state.header, weights=export.weights, pooling=state.trial.task.pooling)
+        gguf.save(pressed, folder, state.header, weights=export.weights, pooling=state.trial.task.pooling)
     else:
-        exporter.save(state.folder, folder)
+        exporter.save(pressed, folder)
     return state.runner or Path(exporter.CONSUMER)
 
 
-def _trace(job: PressJob, state: State, report: Report) -> Traced:
-    """Trace the pressed model's graph and apply the passes of the stage `graph`."""
-    passes = job.recipe.passes
+def _trace(job: PressJob, state: State, export: Export, report: Report) -> Traced:
+    """Trace the graph of the export's model and apply the passes of the stage `graph`."""
+    passes, folder = job.recipe.passes, state.pressed(export)
+    header = state.header if folder == state.folder else inspect_model(FolderFiles(folder))
     trace = trace_exits if passes and passes[-1].early_exits else tracing.trace
-    traced = trace(state.folder, state.header, state.check, job.context(state.header, report, index=len(passes)))
+    traced = trace(folder, header, state.check, job.context(header, report, index=len(passes)))
     _free_graphs()
     for index, options in enumerate(passes):
         if options.stage == "graph":
             with naming_the_package(options):
-                context = job.context(state.header, report, index=index, judge=judge_of(job, state, options))
-                traced, record = graph_pass_of(options)(state.folder, traced, options, context)
+                context = job.context(header, report, index=index, judge=judge_of(job, state, options))
+                traced, record = graph_pass_of(options)(folder, traced, options, context)
             _free_graphs()
+            if export.speed is not None:
+                record = record.model_copy(update={"summary": {"speed": export.speed, **record.summary}})
             state.records.append(job.publish_pass(record, index))
     return traced
 

@@ -12,6 +12,7 @@ from nightpress.core.compress.context import Judge, PassContext
 from nightpress.core.compress.export.consumer_environment import Device
 from nightpress.core.compress.ranks.launch import Ranks
 from nightpress.core.compress.stages.clock import Clock, Emit, Report
+from nightpress.core.compress.stages.stopwatch import GraphStopwatch
 from nightpress.core.errors import ErrorCode, NightpressError
 from nightpress.core.handoff.frames import Checkpoint, Log, Metric, Span
 from nightpress.core.handoff.report import PassRecord, Serving, Subject
@@ -60,6 +61,7 @@ class PressJob:
             data_files=self.data_files,
             judge=judge,
             ranks=ranks,
+            stopwatch=GraphStopwatch(self.source, self.scratch / "timed", self.spec.threads),
             progress=progress,
             metric=lambda name, value, step: self.emit(Metric(name=name, value=value, step=step)),
             checkpoint=partial(self.checkpoint, index),

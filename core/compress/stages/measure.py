@@ -1,13 +1,13 @@
 """The stage that measures: first the source, before anything is pressed; then each artifact, loaded by its consumer in a fresh process."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 from nightpress.core.compress import environment
 from nightpress.core.compress.evaluate import quality, speed
 from nightpress.core.compress.evaluate.beside import ConsumerBeside
-from nightpress.core.compress.evaluate.remarks import remarks
+from nightpress.core.compress.evaluate.remarks import remarks, times
 from nightpress.core.compress.export import gguf
 from nightpress.core.compress.export.consumer import Beside, Consumer, Observed, run_consumer
 from nightpress.core.compress.export.probes import PROBED_FORMATS, compare, probed_layers
@@ -21,8 +21,11 @@ from nightpress.core.compress.stages.clock import Report, parts
 from nightpress.core.compress.stages.job import PressJob, folder_bytes, naming_the_package
 from nightpress.core.compress.stages.state import Exported, State
 from nightpress.core.errors import ErrorCode, NightpressError
-from nightpress.core.handoff.report import Subject
+from nightpress.core.handoff.report import Subject, Timing
+from nightpress.core.recipes.exports import Export
 from nightpress.core.recipes.measuring import uncompressed_bytes
+from nightpress.core.recipes.passes import ShapeToSpeed
+from nightpress.core.recipes.passes.shape import FORMATS
 from nightpress.core.recipes.plan import stored
 
 SERVED_FROM = 0.9  #: the part of the job that is done when vLLM serves; without vLLM, the measuring lasts until 0.98
@@ -66,7 +69,8 @@ def _measure(
     name, task, device = artifact.export.name, state.trial.task, job.device_of(artifact.export)
     baseline = state.baseline
     job.clock.at(start, f"loading {name} in a fresh process")
-    packed = probed_layers(state.folder) if artifact.export.format in PROBED_FORMATS else {}
+    pressed = state.pressed(artifact.export)
+    packed = probed_layers(pressed) if artifact.export.format in PROBED_FORMATS else {}
     with _uncompressed_beside(job, state, artifact) as uncompressed:
         observed = run_consumer(
             artifact.runner,
@@ -86,34 +90,53 @@ def _measure(
     of_tokens: tuple[str, ...] = ()
     if artifact.export.format == "gguf":
         of_tokens = gguf.check_tokens(job.source, artifact.folder, name=name, scratch=job.scratch)
-    probes = compare(state.folder, observed.outputs, observed.loaded_as.get("dtype", "")) if packed else None
+    probes = compare(pressed, observed.outputs, observed.loaded_as.get("dtype", "")) if packed else None
     verification = verify(
         job.recipe,
         artifact.export,
         _by_own_ids(state, observed),
         source=baseline.observed,
-        traced=state.traced,
+        traced=state.traced.get(artifact.export.speed),
         task=replace(task, sets=(replace(task.sets[0], sequences=state.check), *task.sets[1:])),
         probes=probes,
     )
     baseline.took_turns(observed, device)
     timed_source = baseline.timed() if observed.beside is None and device == baseline.device else None
+    timings = speed.timings(observed, task, timed_source)
     return Subject(
         name=name,
         format=name,
         size_bytes=folder_bytes(artifact.folder),
-        parameters=state.header.parameters,
+        parameters=state.parameters(artifact.export),
         measurements=quality.measurements(state.trial, baseline.observed, observed),
         slices=quality.slices(state.trial, baseline.observed, observed),
-        timings=speed.timings(observed, task, timed_source),
+        timings=timings,
         generation=speed.generation_timings(observed, task.threads, timed_source),
         measured_on=measured_on(observed),
         peak_memory_bytes=observed.peak_memory,
         peak_gpu_bytes=observed.peak_gpu,
         verification=verification,
         usage=usage_program(artifact.export.format, artifact.folder, state.header),
-        notes=of_tokens,
+        notes=(*of_tokens, *_estimated(state, artifact.export, timings)),
     )
+
+
+def _estimated(state: State, export: Export, timings: Sequence[Timing]) -> Iterator[str]:
+    """Say what `shape-to-speed` estimated of an artifact's speed, beside what was measured."""
+    for record in state.records:
+        told = record.summary
+        if record.name != ShapeToSpeed.model_fields["pass_"].default or FORMATS[told["runtime"]] != export.format:
+            continue
+        stage = next((stage for stage in told["stages"] if stage["speed"] == export.speed), told["stages"][-1])
+        shape = f"{told['batch']} × {told['length']} tokens"
+        text = f"Estimated by the table of {record.name}: {stage['estimated_speed']:.2f}× the uncompressed model in this runtime at {shape} ({stage['estimated_ms']:.2f} ms)"
+        same = next(
+            (timing for timing in timings if (timing.batch, timing.length) == (told["batch"], told["length"])), None
+        )
+        if same is None or same.over_uncompressed is None:
+            yield f"{text}. It was not measured at this shape: name it in a `latency` of `evaluate`."
+        else:
+            yield f"{text}; measured: {times(same.over_uncompressed)} ({same.p50_ms:.2f} ms)."
 
 
 def _by_own_ids(state: State, observed: Observed) -> Observed:

@@ -6,11 +6,13 @@ from pathlib import Path
 from nightpress.core.compress.data.tokenized import Sequences
 from nightpress.core.compress.evaluate.quality import Trial
 from nightpress.core.compress.graph.tracing import Traced
+from nightpress.core.compress.model.companions import family_member
 from nightpress.core.compress.stages.baseline import Baseline
 from nightpress.core.compress.stages.renumbering import Renumbering
 from nightpress.core.handoff.report import PassRecord, Screening, Subject
 from nightpress.core.recipes.exports import Export
 from nightpress.core.recipes.header import ModelHeader
+from nightpress.core.recipes.inspect import FolderFiles, inspect_model
 from nightpress.core.recipes.profile import Profile
 
 
@@ -34,7 +36,8 @@ class State:
     folder: Path  #: the model as the passes so far have written it
     header: ModelHeader  #: of that model; after a pass that must be last, of the model before that pass
     records: list[PassRecord] = dataclasses.field(default_factory=list)
-    traced: Traced | None = None  #: the graph of the pressed model, if an export needs one
+    #: speed of a family's model, None for the pressed model → its graph, if an export needs one
+    traced: dict[float | None, Traced] = dataclasses.field(default_factory=dict)
     exported: list[Exported] = dataclasses.field(default_factory=list)
     #: format → the uncompressed model in that format, to be timed beside the artifacts of its runtime
     uncompressed: dict[str, Exported] = dataclasses.field(default_factory=dict)
@@ -47,6 +50,16 @@ class State:
     )
     renumbering: Renumbering | None = None  #: of the source's token ids, if a pass has cut the vocabulary
     versions: dict[str, str] = dataclasses.field(default_factory=dict)  #: of the libraries in the consumers' processes
+
+    def pressed(self, export: Export) -> Path:
+        """The folder of the model from which an export is made."""
+        member = self.folder if export.speed is None else family_member(self.folder, export.speed)
+        return member if member.is_dir() else self.folder  # the fastest of a family lies in the pressed folder itself
+
+    def parameters(self, export: Export) -> int:
+        """The number of parameters of that model."""
+        folder = self.pressed(export)
+        return (self.header if folder == self.folder else inspect_model(FolderFiles(folder))).parameters
 
     @property
     def check(self) -> Sequences:

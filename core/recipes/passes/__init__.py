@@ -20,6 +20,7 @@ from nightpress.core.recipes.passes.quantizing import Quantizing
 from nightpress.core.recipes.passes.recover_scales import RecoverScales
 from nightpress.core.recipes.passes.requantize import Requantize
 from nightpress.core.recipes.passes.rotate import Rotate
+from nightpress.core.recipes.passes.shape import ShapeToSpeed
 from nightpress.core.recipes.passes.shrink import Channels, Heads
 from nightpress.core.recipes.passes.vocabulary import Vocabulary
 
@@ -49,6 +50,7 @@ __all__ = [
     "RecoverScales",
     "Requantize",
     "Rotate",
+    "ShapeToSpeed",
     "SmoothQuant",
     "SparseGpt",
     "StaticEmbeddings",

@@ -66,6 +66,11 @@ class PassOptions(BaseModel):
         return None
 
     @property
+    def family(self) -> tuple[float, ...]:
+        """The speeds of the models that the pass makes, if it makes several; each export is made for each. Empty: it makes one model."""
+        return ()
+
+    @property
     def cache_cuts_back(self) -> bool:
         """Whether the last tokens can be removed from the key/value cache that the resulting model uses."""
         return True

@@ -1,0 +1,133 @@
+"""The table of `shape-to-speed`: how long an encoder's attention and feed-forward take at each width, in the runtime that will run the result.
+
+Each entry is the time of a graph in which every layer has this width and lacks the other module, beside the graph without any module. So
+weights fill the caches as in the whole model, and the runtime's start of a run is not counted for each module.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from itertools import accumulate
+from pathlib import Path
+
+import numpy as np
+
+from nightpress.core.compress.context import PassContext, Stopwatch, TimedIn
+from nightpress.core.compress.data.tokenized import Sequences
+from nightpress.core.compress.graph.narrowed import in_int8, narrowed
+from nightpress.core.compress.graph.static_ranges import TOP
+from nightpress.core.compress.graph.tracing import example_ids, trace
+from nightpress.core.compress.model.checkpoint import disk_errors, write_file
+from nightpress.core.compress.passes.static_int8 import weight_bits
+from nightpress.core.errors import ErrorCode, NightpressError
+from nightpress.core.recipes.anatomy import Anatomy
+from nightpress.core.recipes.passes import ShapeToSpeed, StaticInt8
+from nightpress.core.recipes.passes.shape import FORMATS
+
+
+@dataclass(frozen=True)
+class LatencyTable:
+    """Milliseconds of one run."""
+
+    conditions: str  #: processor, threads, runtime and shape
+    type: str  #: number type of all graphs but the source's: `float` or `int8`
+    source: float  #: the whole model in float
+    whole: float  #: the whole model in `type`
+    rest: float  #: the model without attention and feed-forward: embeddings, norms, head, and the start of a run
+    heads: Mapping[int, float]  #: groups of heads → attention of one layer
+    widths: Mapping[int, float]  #: channels → feed-forward of one layer
+
+    def estimate(self, heads: Sequence[int], widths: Sequence[int]) -> float:
+        """The milliseconds of a model whose layers have these groups of heads and channels."""
+        return self.rest + sum(self.heads[count] for count in heads) + sum(self.widths[count] for count in widths)
+
+    def speed(self, heads: Sequence[int], widths: Sequence[int]) -> float:
+        """How many times as fast as the source in float that model is."""
+        return self.source / self.estimate(heads, widths)
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self), indent=1)
+
+    @classmethod
+    def from_json(cls, text: str) -> "LatencyTable":
+        raw = json.loads(text)
+        counts = {name: {int(count): ms for count, ms in raw[name].items()} for name in ("heads", "widths")}
+        return cls(**raw | counts)
+
+
+def latency_table(source: Path, options: ShapeToSpeed, anatomy: Anatomy, context: PassContext) -> LatencyTable:
+    """Measure the table, or find the one that an earlier attempt measured for the same shapes under the same conditions.
+
+    Raises NightpressError(unsupported_architecture) if the model can't be traced, or its graph not narrowed.
+    """
+    if context.stopwatch is None:
+        raise NightpressError(
+            ErrorCode.INTERNAL,
+            "`shape-to-speed` was run without a stopwatch, so that no times can be measured.",
+            hint="Run it in a job, or call `shape_to_speed_with` with a table.",
+        )
+    place = TimedIn(FORMATS[options.runtime], options.batch, options.length)
+    heads, widths = options.head_levels(anatomy), options.width_levels(anatomy)
+    conditions = context.stopwatch.conditions(place)
+    wanted = json.dumps([conditions, options.type, heads, widths, context.header.model_dump(mode="json")])
+    file = context.work_dir / "shape" / f"table-{hashlib.sha256(wanted.encode()).hexdigest()[:16]}.json"
+    if not file.is_file():
+        file.parent.mkdir(parents=True, exist_ok=True)
+        times = _measured(source, options, anatomy, context, context.stopwatch, place)
+        write_file(file, table_of(conditions, options.type, anatomy.layers, times).to_json().encode())
+        context.whole(1, file)
+    return LatencyTable.from_json(file.read_text())
+
+
+Times = Mapping[
+    tuple[str, int], float
+]  #: (`heads` or `widths`, count), (`source`, 0), (`whole`, 0) or (`rest`, 0) → milliseconds of a graph
+
+
+def table_of(conditions: str, type_: str, layers: int, times: Times) -> LatencyTable:
+    """Make the table from the times of the graphs.
+
+    A module that is wider never counts as faster. All modules' times are multiplied by one factor, so that the estimate of the whole model is
+    its measured time: beside each other, modules take longer or less long than alone.
+    """
+    rest, whole = times["rest", 0], times["whole", 0]
+    columns: dict[str, dict[int, float]] = {}
+    for kind in ("heads", "widths"):
+        counts = sorted(count for name, count in times if name == kind)
+        alone = [max(0.0, (times[kind, count] - rest) / layers) for count in counts]
+        columns[kind] = {0: 0.0, **dict(zip(counts, accumulate(alone, max), strict=True))}
+    dense = layers * sum(max(column.values()) for column in columns.values())
+    factor = max(0.0, whole - rest) / dense if dense else 1.0
+    heads, widths = ({count: factor * ms for count, ms in column.items()} for column in columns.values())
+    return LatencyTable(conditions, type_, times["source", 0], whole, rest, heads, widths)
+
+
+def _measured(
+    source: Path,
+    options: ShapeToSpeed,
+    anatomy: Anatomy,
+    context: PassContext,
+    stopwatch: Stopwatch,
+    place: TimedIn,
+) -> dict[tuple[str, int], float]:
+    ids = example_ids(context.header).numpy()
+    traced = trace(source, context.header, Sequences(ids, np.ones_like(ids)), context).path
+    most = max(anatomy.groups), max(anatomy.widths)
+    heads = {("heads", count): (count, 0) for count in options.head_levels(anatomy) if count}
+    widths = {("widths", count): (0, count) for count in options.width_levels(anatomy) if count}
+    shapes: dict[tuple[str, int], tuple[int, int]] = {("whole", 0): most, ("rest", 0): (0, 0), **heads, **widths}
+
+    def write(shape: tuple[int, int], file: Path, *, int8: bool) -> None:
+        with disk_errors():
+            file.write_bytes(narrowed(traced, anatomy, *shape).SerializeToString())
+            if int8 and any(shape):  # the rest has no product that int8 makes faster
+                file.write_bytes(in_int8(file, StaticInt8(), TOP[weight_bits(StaticInt8())]))
+
+    def tell(share: float) -> None:
+        context.progress(0.1 + 0.9 * share, f"timing {len(shapes) + 1} graphs in {options.runtime}, {share:.0%}")
+
+    writers = [partial(write, shape, int8=options.type == "int8") for shape in shapes.values()]
+    found = stopwatch.milliseconds([partial(write, most, int8=False), *writers], place, tell)
+    return dict(zip((("source", 0), *shapes), found, strict=True))
