@@ -128,7 +128,7 @@ def _check_generation(speed: GenerationSpeed, header: ModelHeader) -> None:
 #: Metric → (tasks of the models that it is for, whether prose is enough data for it).
 _METRICS: dict[str, tuple[frozenset[str], bool]] = {
     "perplexity": (frozenset({"causal-lm"}), True),
-    "generation": (frozenset({"causal-lm"}), True),
+    "generation": (frozenset({"causal-lm", "seq2seq"}), True),
     "multiple-choice": (frozenset({"causal-lm"}), False),
     "masked-lm": (frozenset({"masked-lm"}), True),
     "accuracy": (frozenset({"classification"}), False),

@@ -13,6 +13,8 @@ from nightpress.core.recipes.mlx import why_not_mlx
 from nightpress.core.recipes.passes.base import ExportFormat
 
 GRAPH_FORMATS = frozenset({"onnx", "openvino", "transformers.js"})
+#: Formats that hold an encoder-decoder in two graphs, its encoder and its decoder.
+_IN_TWO_GRAPHS = frozenset({"onnx", "openvino"})
 #: Formats that transformers loads. Only it can run a model on a GPU here.
 TORCH_FORMATS = frozenset({"safetensors", "compressed-tensors"})
 
@@ -124,6 +126,8 @@ def _refusal(export: Export, header: ModelHeader) -> str | None:
     kind = header.model_type
     if export.format in GRAPH_FORMATS and (why := why_no_graph(header)) is not None:
         return why
+    if export.format in GRAPH_FORMATS - _IN_TWO_GRAPHS and (header.task == "seq2seq" or header.sees_images):
+        return "only models of text in a single graph were run there"
     if export.format in GRAPH_FORMATS and (turning := _rope_type(header)) in _TURNED_BY_LENGTH:
         return f"rotary positions of kind {turning!r} are computed anew for longer texts, which a traced graph can't decide"
     if export.format in GRAPH_FORMATS and header.one_text_a_batch:
@@ -137,10 +141,6 @@ def _refusal(export: Export, header: ModelHeader) -> str | None:
 
 def why_no_graph(header: ModelHeader) -> str | None:
     """Return why no graph of the model is made, although the exporter might trace it; None: it is tried."""
-    if header.task == "seq2seq":
-        return "a graph has one model, and an encoder-decoder runs its decoder once a token beside the encoder's answer"
-    if header.sees_images:
-        return "a graph is traced on a text's tokens, and this model reads images"
     if "vision_config" in header.config or "audio_config" in header.config:
         return "a graph would hold its text part alone, without the images that it is for"
     return None

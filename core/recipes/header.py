@@ -188,6 +188,22 @@ class ModelHeader(BaseModel):
         return self.kind.senses == "images"
 
     @property
+    def pixels(self) -> tuple[int, int, int]:
+        """The channels, height and width of an image that the model sees."""
+        size = self.config.get("image_size") or 224
+        height, width = size if isinstance(size, list | tuple) else (size, size)
+        return int(self.config.get("num_channels") or 3), int(height), int(width)
+
+    @property
+    def hears(self) -> bool:
+        return self.kind.senses == "sound"
+
+    @property
+    def features(self) -> tuple[int, int]:
+        """The bands and frames of a log-mel spectrogram that the model hears: its encoder halves the frames."""
+        return int(self.config.get("num_mel_bins") or 80), 2 * int(self.config.get("max_source_positions") or 1500)
+
+    @property
     def positions(self) -> int | None:
         """The longest text that the model takes, in tokens; None: the config names no limit."""
         limit = next((self.text_config[key] for key in _POSITIONS if self.text_config.get(key)), None)

@@ -1,6 +1,6 @@
 """Metrics of language models: perplexity, hidden words, multiple choice, and whether an artifact generates the same text as its source."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -224,7 +224,9 @@ class Generation:
 def generation(request: ScorerRequest) -> Generation:
     """Read rows with `prompt` (or `text`), cut at `length` tokens. For built-in prose, windows of it are the prompts."""
     wanted = request.wanted
-    before, _ = tokenized.special_tokens(request.tokenizer)
+    before, after = tokenized.special_tokens(request.tokenizer)
+    if request.header.task != "seq2seq":  # an encoder reads a whole text, to its end
+        after = []
     if request.ref.startswith("builtin:"):
         windows = tokenized.text_windows(
             request.source.rows(), request.tokenizer, samples=wanted.samples, length=wanted.length, ref=request.ref
@@ -234,10 +236,10 @@ def generation(request: ScorerRequest) -> Generation:
         records = request.source.records()
         prompts = [(at, request.source.field(records[at], at, "text", *_PROMPTS)) for at in request.drawn(len(records))]
         encoded = [
-            [*before, *request.tokenizer.encode(prompt, special=False)][: wanted.length] for _, prompt in prompts
+            [*before, *request.tokenizer.encode(prompt, special=False), *after] for _, prompt in prompts
         ]
-    return Generation(
-        TokenSet(
-            request.name, "generated", tokenized.pad(encoded, request.tokenizer.pad_id), new_tokens=wanted.new_tokens
-        )
-    )
+        encoded = [tokenized.cut(ids, wanted.length) if after else ids[: wanted.length] for ids in encoded]
+    sequences = tokenized.pad(encoded, request.tokenizer.pad_id)
+    if request.prefix:
+        sequences = replace(sequences, decoder=np.tile(np.asarray(request.prefix, np.int64), (len(encoded), 1)))
+    return Generation(TokenSet(request.name, "generated", sequences, new_tokens=wanted.new_tokens))

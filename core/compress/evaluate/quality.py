@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nightpress.core.compress.data import tokenized
+from nightpress.core.compress.data.decoder_text import first_tokens, read_by_decoder
 from nightpress.core.compress.data.images import read_images
 from nightpress.core.compress.data.pairs import has_pairs, pair_rows
 from nightpress.core.compress.data.rows import Row
@@ -26,6 +27,7 @@ from nightpress.core.recipes.models import GenerationSpeed, Latency, Metric, Qua
 from nightpress.core.recipes.plan import timed_by_turns, timed_uncompressed
 
 _CHECK_ROWS = 8  #: texts of different lengths in the verification
+_CHECK_STEPS = 6  #: tokens that an encoder-decoder writes in the verification, each by a run of its decoder
 _UNCACHED_TOKENS = 4  #: few, because without a cache each token reads the whole text again
 _SEED = 20  #: of the bootstrap; the recipe's seed is added to it
 
@@ -95,7 +97,8 @@ def prepare(
     _check_lengths(header, longest_text + [shape.length for shape in shapes])
     # The check texts also decide which layers stay in float, so they must not come from the text of the evaluation.
     prose = tokenized.read_rows("builtin:prose", None, purpose="calibration")
-    sets: list[TokenSet] = [_check_set(prose, tokenizer, header)]
+    prefix = first_tokens(model_dir, header)
+    sets: list[TokenSet] = [_check_set(prose, tokenizer, header, prefix)]
     evaluations = []
     evaluation_of = partial(_evaluation, recipe, header, model_dir, data_files, tokenizer)
     for at, quality in enumerate(qualities):
@@ -121,6 +124,7 @@ def prepare(
             classes=header.vocabulary or 1,
             threads=threads,
             writings=writings,
+            prefix=prefix,
         ),
         evaluations=tuple(evaluations),
         seed=_SEED + recipe.seed,
@@ -158,7 +162,8 @@ def _evaluation(
 ) -> Evaluation:
     """Read the data of an entry of the recipe's `evaluate`. name: of its examples."""
     source = tokenized.DataSource(wanted.data, data_files.get(wanted.data), model_dir, wanted.part)
-    request = ScorerRequest(name, wanted, source, tokenizer, header, recipe.seed)
+    prefix = first_tokens(model_dir, header)
+    request = ScorerRequest(name, wanted, source, tokenizer, header, recipe.seed, prefix)
     return Evaluation(wanted.data, _SCORERS[_metric(wanted, header, source)](request))
 
 
@@ -294,7 +299,9 @@ def _is_judged(source: tokenized.DataSource) -> bool:
     )
 
 
-def _check_set(prose: list[tokenized.Row], tokenizer: tokenized.Tokenizer, header: ModelHeader) -> TokenSet:
+def _check_set(
+    prose: list[tokenized.Row], tokenizer: tokenized.Tokenizer, header: ModelHeader, prefix: tuple[int, ...]
+) -> TokenSet:
     """A few texts of different lengths in one padded batch. They reveal an artifact that ignores its attention mask."""
     texts = [row for row in prose if len(row.text) > 200][:_CHECK_ROWS]
     if header.scores_pairs:
@@ -302,6 +309,9 @@ def _check_set(prose: list[tokenized.Row], tokenizer: tokenized.Tokenizer, heade
         pairs = [tokenized.encode_row(row, tokenizer, 16 + 5 * at) for at, row in enumerate(halves)]
         return TokenSet("check", "logits", tokenized.pad_typed(pairs, tokenizer.pad_id, header))
     encoded = [tokenizer.encode(row.text, special=True)[: 12 + 5 * at] for at, row in enumerate(texts)]
+    if header.task == "seq2seq":
+        sequences = tokenized.pad(encoded, tokenizer.pad_id)
+        return TokenSet("check", "steps", read_by_decoder(sequences, prefix, tokens=len(prefix) + _CHECK_STEPS))
     kind = {"embedding": "pooled", "classification": "logits"}.get(header.task, "last")
     return TokenSet("check", kind, tokenized.pad(encoded, tokenizer.pad_id), alone=header.one_text_a_batch)
 

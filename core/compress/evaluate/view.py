@@ -31,6 +31,7 @@ class ScorerRequest:
     tokenizer: tokenized.Tokenizer
     header: ModelHeader
     seed: int
+    prefix: tuple[int, ...] = ()  #: the first tokens of an encoder-decoder's decoder
 
     @property
     def ref(self) -> str:
