@@ -74,7 +74,7 @@ def keep_heard(model: Any) -> None:
                 node.output(0).replace(known.output(0))
             elif node.get_type_name() == "Concat":
                 new = node.input_value(1)
-                variable = Variable(_told(port, name))
+                variable = Variable(_told(name, port.get_element_type()))
                 kept = read_value(new, variable)
                 node.output(0).replace(kept.output(0))
                 model.add_variables([variable])
@@ -90,9 +90,11 @@ def keep_heard(model: Any) -> None:
     model.validate_nodes_and_infer_types()
 
 
-def _told(port: Any, name: str) -> Any:
+def _told(name: str, kind: Any) -> Any:
+    """A state's description, with all dimensions open: those of its first value are not always known before the graph runs."""
+    from openvino import Dimension, PartialShape
     from openvino.op.util import VariableInfo
 
     told = VariableInfo()
-    told.data_shape, told.data_type, told.variable_id = port.get_partial_shape(), port.get_element_type(), name
+    told.data_shape, told.data_type, told.variable_id = PartialShape([Dimension()] * 4), kind, name
     return told
