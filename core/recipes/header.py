@@ -35,7 +35,13 @@ _POSITIONS_AFTER_PADDING = frozenset(
 #: Keys of config.json for the number of experts that a token passes.
 _CHOSEN = ("num_experts_per_tok", "moe_topk", "moe_k", "top_k_experts", "num_experts_per_token")
 #: Keys of config.json for the longest text that a model takes.
-_POSITIONS = ("max_position_embeddings", "n_positions", "max_seq_len", "max_sequence_length")
+_POSITIONS = (
+    "max_position_embeddings",
+    "n_positions",
+    "max_seq_len",
+    "max_sequence_length",
+    "max_target_positions",  # of a speech model: what its decoder reads
+)
 
 
 #: The meaning of a classifier's outputs: one of several classes, independent yes/no labels, or plain numbers.

@@ -144,10 +144,11 @@ def _warnings(recipe: Recipe, header: ModelHeader | None) -> Iterable[str]:
     for options, seen in zip(recipe.passes, given, strict=True):
         yield from options.warnings(seen)
     calibrated = [options.name for options in recipe.passes if options.wants == "calibration"]
-    if header is not None and header.sees_images:
+    if header is not None and (header.sees_images or header.hears):
         used = [evaluation.data for evaluation in recipe.evaluate if isinstance(evaluation, Quality)]
         if any(ref.startswith("builtin:") for ref in (*used, *([recipe.calibration.data] if calibrated else []))):
-            yield "The model sees images, and the recipe names none: synthetic ones stand in. Figures on them say how near the result is to its source, not how well it sees."
+            what, how = ("sees images", "sees") if header.sees_images else ("hears sounds", "understands speech")
+            yield f"The model {what}, and the recipe names none: synthetic ones stand in. Figures on them say how near the result is to its source, not how well it {how}."
     if calibrated and recipe.calibration.data in {
         evaluation.data for evaluation in recipe.evaluate if isinstance(evaluation, Quality)
     } - {"builtin:prose"}:

@@ -14,6 +14,7 @@ from nightpress.core.recipes.datafile import invalid
 from nightpress.core.recipes.header import ModelHeader
 
 _MAX_PIXELS = 64 * 1024**2
+_BILINEAR = 2  #: Pillow's number of the filter
 
 
 @dataclass(frozen=True)
@@ -30,34 +31,73 @@ def read_images(
     A built-in data set has no images. Smooth random fields are used in their place, the same ones for the same seed. A measurement on them
     shows how close a pressed model is to its source. It does not show how well the model recognises images.
     """
-    size, channels = int(header.config.get("image_size") or 224), int(header.config.get("num_channels") or 3)
+    channels, height, width = header.pixels
     settings = _settings(model_dir)
     if ref.startswith("builtin:"):
-        pixels = _synthetic(samples, size, channels, seed)
+        pixels = _synthetic(samples, (height, width), channels, seed)
         return Images(_normalised(pixels, settings), (None,) * samples)
     rows = list(parquet_rows(ref, find_file(ref, file), ("image", "label")))
     if not rows or "image" not in rows[0]:
         raise invalid(ref, "it has no column `image`", "Bring a Parquet file with `image` (bytes) and perhaps `label`.")
     order = np.random.default_rng(seed).permutation(len(rows))[:samples]
-    pixels = np.stack([_decode(ref, int(at), rows[at]["image"], size, channels) for at in order])
+    frame = _Frame.of(settings, height, width)
+    pixels = np.stack([_decode(ref, int(at), rows[at]["image"], frame, channels) for at in order])
     return Images(_normalised(pixels, settings), tuple(rows[at].get("label") for at in order))
 
 
-def _synthetic(count: int, size: int, channels: int, seed: int) -> NDArray[np.float32]:
-    """[N, C, size, size] from 0 to 1: noise whose amplitude is proportional to 1 / frequency, as in photographs."""
-    noise = np.random.default_rng(seed).standard_normal((count, channels, size, size))
-    across = np.fft.rfftfreq(size) * size
-    down = np.fft.fftfreq(size) * size
+@dataclass(frozen=True)
+class _Frame:
+    """How an image of any size becomes one of the model's, as preprocessor_config.json says."""
+
+    scaled: tuple[int, int] | int  #: height and width; one number: of the shorter side, so that the image keeps its form
+    cut: tuple[int, int]  #: height and width of the middle that the model sees
+    resample: int  #: Pillow's number of the filter
+
+    @classmethod
+    def of(cls, settings: dict[str, Any], height: int, width: int) -> "_Frame":
+        size = settings.get("size")
+        size = size if isinstance(size, dict) else {"shortest_edge": size} if isinstance(size, int) else {}
+        cropped = bool(settings.get("do_center_crop")) or "crop_pct" in settings
+        scaled: tuple[int, int] | int = height, width
+        if "shortest_edge" in size and cropped:
+            scaled = max(int(size["shortest_edge"]), height, width)
+            if settings.get("crop_pct") and scaled < 384:  # ConvNeXt: scaled up first, then cut to `shortest_edge`
+                scaled = max(height, width, int(scaled / float(settings["crop_pct"])))
+        elif cropped and "height" in size:
+            scaled = max(int(size["height"]), height), max(int(size["width"]), width)
+        return cls(scaled, (height, width), int(settings.get("resample") or _BILINEAR))
+
+    def apply(self, image: Any) -> Any:
+        """The image in the model's size."""
+        from PIL import Image
+
+        if isinstance(self.scaled, int):
+            short = min(image.size)
+            wide, high = (max(1, round(side * self.scaled / short)) for side in image.size)
+        else:
+            high, wide = self.scaled
+        scaled = image.resize((wide, high), Image.Resampling(self.resample))
+        height, width = self.cut
+        left, top = (wide - width) // 2, (high - height) // 2
+        return scaled.crop((left, top, left + width, top + height))
+
+
+def _synthetic(count: int, size: tuple[int, int], channels: int, seed: int) -> NDArray[np.float32]:
+    """[N, C, height, width] from 0 to 1: noise whose amplitude is proportional to 1 / frequency, as in photographs."""
+    height, width = size
+    noise = np.random.default_rng(seed).standard_normal((count, channels, height, width))
+    across = np.fft.rfftfreq(width) * width
+    down = np.fft.fftfreq(height) * height
     frequency = np.hypot(down[:, None], across[None, :])
     spectrum = np.fft.rfft2(noise) / np.maximum(frequency, 1)
-    fields = np.fft.irfft2(spectrum, s=(size, size))
+    fields = np.fft.irfft2(spectrum, s=size)
     low, high = fields.min(axis=(2, 3), keepdims=True), fields.max(axis=(2, 3), keepdims=True)
     result: NDArray[np.float32] = ((fields - low) / np.maximum(high - low, 1e-9)).astype(np.float32)
     return result
 
 
-def _decode(ref: str, number: int, raw: Any, size: int, channels: int) -> NDArray[np.float32]:
-    """Decode and resize one image to [C, size, size], values from 0 to 1. `number`: its row, for error texts."""
+def _decode(ref: str, number: int, raw: Any, frame: _Frame, channels: int) -> NDArray[np.float32]:
+    """Decode one image and bring it to the model's size: [C, height, width], values from 0 to 1. `number`: its row, for error texts."""
     from PIL import Image, UnidentifiedImageError
 
     data = raw.get("bytes") if isinstance(raw, dict) else raw
@@ -68,7 +108,7 @@ def _decode(ref: str, number: int, raw: Any, size: int, channels: int) -> NDArra
             if image.width * image.height > _MAX_PIXELS:
                 raise invalid(ref, f"row {number + 1}: its image has more than 64 megapixels", "Scale it down.")
             mode = "L" if channels == 1 else "RGB"
-            scaled = np.asarray(image.convert(mode).resize((size, size), Image.Resampling.BILINEAR), np.float32) / 255
+            scaled = np.asarray(frame.apply(image.convert(mode)), np.float32) / 255
     except (UnidentifiedImageError, OSError, ValueError) as error:
         raise invalid(ref, f"row {number + 1}: its image can't be read", "Use PNG, JPEG or WebP.") from error
     result: NDArray[np.float32] = (scaled[None] if channels == 1 else scaled.transpose(2, 0, 1)).astype(np.float32)

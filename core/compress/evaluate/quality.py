@@ -5,17 +5,13 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
-import numpy as np
-from numpy.typing import NDArray
-
 from nightpress.core.compress.data import tokenized
 from nightpress.core.compress.data.decoder_text import first_tokens, read_by_decoder
-from nightpress.core.compress.data.images import read_images
 from nightpress.core.compress.data.pairs import has_pairs, pair_rows
 from nightpress.core.compress.data.rows import Row
-from nightpress.core.compress.evaluate import embeddings, fidelity, labels, language, neighbours, ranking
+from nightpress.core.compress.evaluate import embeddings, fidelity, labels, language, neighbours, ranking, senses
 from nightpress.core.compress.evaluate.screening import SAMPLES
-from nightpress.core.compress.evaluate.view import OutputPair, Scorer, ScorerRequest
+from nightpress.core.compress.evaluate.view import Evaluation, OutputPair, Scorer, ScorerRequest
 from nightpress.core.compress.export.consumer import Observed
 from nightpress.core.compress.export.task import Task, TimedGeneration, TimedShape, TokenSet
 from nightpress.core.errors import ErrorCode, NightpressError
@@ -44,14 +40,6 @@ _SCORERS: dict[Metric, Callable[[ScorerRequest], Scorer]] = {
     "neighbours": neighbours.neighbours,
     "fidelity": fidelity.prepare,
 }
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """One entry of the recipe's `evaluate`, with its examples."""
-
-    ref: str
-    scorer: Scorer
 
 
 @dataclass(frozen=True)
@@ -87,8 +75,8 @@ def prepare(
 
     Raises NightpressError: invalid_data, malformed_model or invalid_recipe.
     """
-    if header.sees_images:
-        return _prepare_images(recipe, header, model_dir, data_files, threads=threads)
+    if header.sees_images or header.hears:
+        return _prepare_senses(recipe, header, model_dir, data_files, threads=threads)
     tokenizer = tokenized.open_tokenizer(model_dir)
     qualities = [evaluation for evaluation in recipe.evaluate if isinstance(evaluation, Quality)]
     shapes = _shapes(recipe)
@@ -206,46 +194,23 @@ def _writings(recipe: Recipe) -> tuple[TimedGeneration, ...]:
     return (*wanted, *without)
 
 
-def _prepare_images(
+def _prepare_senses(
     recipe: Recipe, header: ModelHeader, model_dir: Path, data_files: dict[str, Path], *, threads: int
 ) -> Trial:
-    """`prepare` for a vision model: lengths of text do not matter, and each timed run reads whole images."""
-    kind = "logits" if header.task == "classification" else "pooled"
-    check = read_images("builtin:images", None, model_dir, header, samples=_CHECK_ROWS, seed=_SEED)
-    sets = [TokenSet("check", kind, _image_sequences(check.pixels, None))]
-    evaluations = []
-    for at, evaluation in enumerate(evaluation for evaluation in recipe.evaluate if isinstance(evaluation, Quality)):
-        images = read_images(
-            evaluation.data,
-            data_files.get(evaluation.data),
-            model_dir,
-            header,
-            samples=evaluation.samples,
-            seed=_SEED + 1 + recipe.seed,
-        )
-        labelled = kind == "logits" and header.head == "classes" and all(label is not None for label in images.labels)
-        scorer: Scorer
-        if evaluation.metric == "accuracy" or (evaluation.metric == "auto" and labelled):
-            classes = [tokenized.class_index(label, header, evaluation.data) for label in images.labels]
-            names = fidelity.output_names(header)
-            scorer = labels.Classification(
-                TokenSet(f"quality{at}", kind, _image_sequences(images.pixels, classes)), names
-            )
-        else:
-            scorer = fidelity.of_classifier(
-                TokenSet(f"quality{at}", kind, _image_sequences(images.pixels, None)), header
-            )
-        sets.append(scorer.examples)
-        evaluations.append(Evaluation(evaluation.data, scorer))
+    """`prepare` for a model that sees or hears: lengths of text do not matter, and each timed run reads whole images or sounds."""
+    read = senses.images if header.sees_images else senses.sounds
+    check, evaluations, sample = read(recipe, header, model_dir, data_files, _CHECK_ROWS, _CHECK_STEPS, _SEED)
     task = Task(
         name=header.task,
         model_class=header.kind.loader,
-        sets=tuple(sets),
+        sets=(check, *(evaluation.scorer.examples for evaluation in evaluations)),
         shapes=_shapes(recipe),
-        timing_ids=check.pixels[0],
+        timing_ids=sample,
         pooling="cls",
-        classes=header.classes,
+        classes=header.classes if header.sees_images else header.vocabulary or 1,
         threads=threads,
+        writings=_writings(recipe),
+        prefix=first_tokens(model_dir, header),
     )
     return Trial(
         task,
@@ -254,11 +219,6 @@ def _prepare_images(
         uncompressed=timed_uncompressed(recipe, header),
         by_turns=timed_by_turns(recipe, header),
     )
-
-
-def _image_sequences(pixels: NDArray[np.float32], classes: list[int] | None) -> tokenized.Sequences:
-    mask = np.ones((len(pixels), 1), np.int64)
-    return tokenized.Sequences(pixels, mask, labels=None if classes is None else np.asarray(classes, np.int64))
 
 
 def _check_lengths(header: ModelHeader, lengths: list[int]) -> None:

@@ -135,6 +135,14 @@ class Scorer(Protocol):
     def figures(self, view: OutputPair) -> list[Measurement]: ...
 
 
+@dataclass(frozen=True)
+class Evaluation:
+    """One entry of the recipe's `evaluate`, with its examples."""
+
+    ref: str
+    scorer: Scorer
+
+
 def spread(positions: NDArray[np.int64], width: int, shape: tuple[int, ...], limit_bytes: int) -> NDArray[np.bool_]:
     """A mask of `shape` that marks some of the scored positions, evenly spread. Their whole distributions are kept.
 

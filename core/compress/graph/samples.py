@@ -129,8 +129,9 @@ def written(
             alive = alive * ~np.isin(step, list(ends))
             if not alive.any():
                 break
-        texts.append(np.concatenate(text, axis=1))
-        masks.append(np.concatenate(mask, axis=1))
+        own, real = np.concatenate(text, axis=1), np.concatenate(mask, axis=1)
+        texts.append(own)
+        masks.append(real)
     width = max(text.shape[1] for text in texts)
     whole, real = (
         np.concatenate([np.pad(rows, ((0, 0), (0, width - rows.shape[1]))) for rows in parts])

@@ -19,6 +19,8 @@ from numpy.typing import NDArray
 from nightpress.core.compress.context import PassContext
 from nightpress.core.compress.data.calibration import calibration_samples
 from nightpress.core.compress.data.decoder_text import first_tokens
+from nightpress.core.compress.data.rows import read_rows
+from nightpress.core.compress.data.tokenized import open_tokenizer, text_windows
 from nightpress.core.compress.graph.samples import Samples, answer, session, written
 from nightpress.core.compress.graph.static_model import StaticModel
 from nightpress.core.compress.graph.tracing import Traced
@@ -26,7 +28,7 @@ from nightpress.core.compress.model.checkpoint import disk_errors, write_file
 from nightpress.core.compress.model.cosines import row_cosines
 from nightpress.core.compress.passes.registry import graph_pass
 from nightpress.core.compress.passes.within import Candidate, Search, bisect
-from nightpress.core.compress.runners.encoder_decoder import ends_of
+from nightpress.core.compress.runners.encoder_decoder import decoder_text, ends_of
 from nightpress.core.compress.runners.measure import pool
 from nightpress.core.handoff.report import PassRecord, Within
 from nightpress.core.processor import cpu_features
@@ -114,10 +116,7 @@ def _weight_bits(options: StaticInt8) -> int:
 
 
 def _samples(model_dir: Path, traced: Traced, context: PassContext) -> tuple[Samples, Samples]:
-    """Return (samples for calibration, held-out samples for comparing the graphs).
-
-    The decoder of an encoder-decoder reads what the float model itself writes for them: that is what it will see in use.
-    """
+    """Return (samples for calibration, held-out samples for comparing the graphs)."""
     header, found = context.header, calibration_samples(model_dir, context)
     given = {name: values.numpy() for name, values in found.items() if not name.startswith("decoder_")}
     first = next(iter(given.values()))
@@ -136,13 +135,38 @@ def _samples(model_dir: Path, traced: Traced, context: PassContext) -> tuple[Sam
             "Raise `samples`.",
         )
     if traced.encoder is not None:
-        sessions = {name: session(graph, context.threads) for name, graph in traced.graphs.items()}
-        prefix, longest = first_tokens(model_dir, header), header.positions or _WRITTEN
-        tokens = max(1, min(_WRITTEN, longest - len(prefix), context.calibration.length))
-        context.progress(0.1, "writing what the decoder reads while it is calibrated")
-        samples = written(sessions, samples, prefix, ends_of(str(model_dir)), tokens, GRAPH_TOKENS)
+        samples = _with_decoder_text(model_dir, traced, samples, context)
     held = min(max(1, TRIAL_TOKENS // _TRIAL_LENGTH), max(1, count // 4))
     return samples[: count - held], samples[count - held :].cut(_TRIAL_LENGTH)
+
+
+def _with_decoder_text(model_dir: Path, traced: Traced, samples: Samples, context: PassContext) -> Samples:
+    """The same samples with what an encoder-decoder's decoder reads.
+
+    For every other sample it is what the float model itself writes: that is what it will see in use. A model may write the same few words
+    for all of them, so for the others it is the sample's own text, or prose where the sample is a sound.
+    """
+    header, prefix = context.header, first_tokens(model_dir, context.header)
+    sessions = {name: session(graph, context.threads) for name, graph in traced.graphs.items()}
+    room = (header.positions or _WRITTEN) - len(prefix)
+    tokens = max(1, min(_WRITTEN, room, context.calibration.length))
+    context.progress(0.1, "writing what the decoder reads while it is calibrated")
+    found = written(sessions, samples, prefix, ends_of(str(model_dir)), tokens, GRAPH_TOKENS)
+    assert found.decoder is not None
+    assert found.decoder_mask is not None
+    texts = samples.given.get("input_ids")
+    if texts is None:
+        prose = read_rows("builtin:prose", None, purpose="calibration")
+        tokenizer = open_tokenizer(model_dir)
+        texts = text_windows(prose, tokenizer, samples=len(samples), length=max(16, tokens), ref="builtin:prose").ids
+        texts = np.resize(texts, (len(samples), texts.shape[1]))
+    told = decoder_text(texts, list(prefix))
+    width = min(told.shape[1], found.decoder.shape[1])
+    real = samples.mask[:, :width] if samples.mask.shape[1] > 1 else np.ones_like(told[:, :width])
+    decoder, mask = found.decoder.copy(), found.decoder_mask.copy()
+    mask[1::2] = 0
+    decoder[1::2, :width], mask[1::2, :width] = told[1::2, :width], real[1::2]
+    return replace(found, decoder=decoder, decoder_mask=mask)
 
 
 class _GraphFidelity:
