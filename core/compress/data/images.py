@@ -49,7 +49,9 @@ def read_images(
 class _Frame:
     """How an image of any size becomes one of the model's, as preprocessor_config.json says."""
 
-    scaled: tuple[int, int] | int  #: height and width; one number: of the shorter side, so that the image keeps its form
+    scaled: (
+        tuple[int, int] | int
+    )  #: height and width; one number: of the shorter side, so that the image keeps its form
     cut: tuple[int, int]  #: height and width of the middle that the model sees
     resample: int  #: Pillow's number of the filter
 

@@ -235,9 +235,7 @@ def generation(request: ScorerRequest) -> Generation:
     else:
         records = request.source.records()
         prompts = [(at, request.source.field(records[at], at, "text", *_PROMPTS)) for at in request.drawn(len(records))]
-        encoded = [
-            [*before, *request.tokenizer.encode(prompt, special=False), *after] for _, prompt in prompts
-        ]
+        encoded = [[*before, *request.tokenizer.encode(prompt, special=False), *after] for _, prompt in prompts]
         encoded = [tokenized.cut(ids, wanted.length) if after else ids[: wanted.length] for ids in encoded]
     sequences = tokenized.pad(encoded, request.tokenizer.pad_id)
     if request.prefix:

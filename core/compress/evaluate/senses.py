@@ -48,9 +48,7 @@ def images(
         labelled = kind == "logits" and header.head == "classes" and all(label is not None for label in read.labels)
         scorer: Scorer
         if wanted.metric == "accuracy" or (wanted.metric == "auto" and labelled):
-            classes = np.asarray(
-                [tokenized.class_index(label, header, wanted.data) for label in read.labels], np.int64
-            )
+            classes = np.asarray([tokenized.class_index(label, header, wanted.data) for label in read.labels], np.int64)
             examples = TokenSet(f"quality{at}", kind, replace(_whole(read.pixels), labels=classes))
             scorer = labels.Classification(examples, fidelity.output_names(header))
         else:
@@ -74,7 +72,9 @@ def sounds(
     """
     prefix = list(first_tokens(model_dir, header))
     tokenizer = tokenized.open_tokenizer(model_dir)
-    prose = [row.text for row in tokenized.read_rows("builtin:prose", None, purpose="calibration") if len(row.text) > 200]
+    prose = [
+        row.text for row in tokenized.read_rows("builtin:prose", None, purpose="calibration") if len(row.text) > 200
+    ]
 
     def told(features: NDArray[np.float32], texts: tuple[str | None, ...], length: int) -> Sequences:
         tokens = [
@@ -90,9 +90,7 @@ def sounds(
     evaluations = []
     for at, wanted in enumerate(entry for entry in recipe.evaluate if isinstance(entry, Quality)):
         name, file = f"quality{at}", data_files.get(wanted.data)
-        heard = read_sounds(
-            wanted.data, file, model_dir, header, samples=wanted.samples, seed=seed + 1 + recipe.seed
-        )
+        heard = read_sounds(wanted.data, file, model_dir, header, samples=wanted.samples, seed=seed + 1 + recipe.seed)
         scorer: Scorer
         if wanted.metric == "generation":
             first: NDArray[Any] = np.tile(np.asarray(prefix, np.int64), (len(heard.texts), 1))

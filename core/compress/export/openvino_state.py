@@ -45,7 +45,6 @@ def keep_cache(model: Any) -> None:
     model.validate_nodes_and_infer_types()
 
 
-
 def keep_heard(model: Any) -> None:
     """Make a decoder project the encoder's answer at the first call after `reset_state` alone, and keep the keys and values.
 

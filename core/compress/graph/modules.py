@@ -221,7 +221,11 @@ class _Decoder(nn.Module):
         self.model = model
 
     def forward(
-        self, input_ids: Tensor, encoder_attention_mask: Tensor | None, encoder_hidden_states: Tensor, past: list[Tensor]
+        self,
+        input_ids: Tensor,
+        encoder_attention_mask: Tensor | None,
+        encoder_hidden_states: Tensor,
+        past: list[Tensor],
     ) -> tuple[Tensor, ...]:
         from transformers import DynamicCache, EncoderDecoderCache
         from transformers.modeling_outputs import BaseModelOutput
@@ -232,7 +236,9 @@ class _Decoder(nn.Module):
         cache.is_updated = dict.fromkeys(cache.is_updated, False)  # what is new is always added
         new = encoder_hidden_states[:, past[2].shape[2] :]
         masked = {}
-        if encoder_attention_mask is not None:  # in four dimensions, for the mask is of the whole text and not of what is new
+        if (
+            encoder_attention_mask is not None
+        ):  # in four dimensions, for the mask is of the whole text and not of what is new
             hidden = 1.0 - encoder_attention_mask[:, None, None, :].to(torch.float32)
             masked["attention_mask"] = hidden * torch.finfo(torch.float32).min
         out = self.model(
@@ -254,7 +260,8 @@ class _Decoder(nn.Module):
         layers = zip(found.self_attention_cache.layers, found.cross_attention_cache.layers, strict=True)
         caches = [kept for a, b in layers for kept in (a.keys, a.values, b.keys, b.values)]
         past = [
-            torch.zeros(len(ids), kept.shape[1], 3 if at % 4 < 2 else 5, kept.shape[3]) for at, kept in enumerate(caches)
+            torch.zeros(len(ids), kept.shape[1], 3 if at % 4 < 2 else 5, kept.shape[3])
+            for at, kept in enumerate(caches)
         ]
         names = [
             f"{at}.{part}.{kind}"

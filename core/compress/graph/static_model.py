@@ -31,7 +31,8 @@ class StaticModel:
     ) -> "StaticModel":
         """Run the samples through each graph. A decoder reads the float encoder's answers. Another attempt finds the results in `folder`."""
         encoder = session(next(iter(graphs.values())), context.threads) if len(graphs) > 1 else None
-        plans, ranges, costs = {}, {}, {}
+        plans, ranges = {}, {}
+        costs: dict[str, float] = {}
         for name, feeder in feeders(samples, encoder).items():
             found = calibrated(graphs[name], feeder, len(samples), options, bits, folder / name, context)
             plans[name], ranges[name] = found[:2]

@@ -53,7 +53,7 @@ class Forward:
         self._graphs, self._prefix, self._ends = graphs, request["prefix"], ends_of(request["folder"])
         self.probed = graphs.probed
 
-    def __call__(self, ids: Array, mask: Array, types: Any = None, decoder: Any = None) -> Array:
+    def __call__(self, ids: Array, mask: Array, _types: Any = None, decoder: Any = None) -> Array:
         """The logits [B, T, V] of all tokens of `decoder` at once; None: those of `decoder_text`."""
         tokens = decoder_text(ids, self._prefix) if decoder is None else decoder
         return self._graphs.decode(tokens, self._graphs.encode(ids, mask), mask, None)[0]

@@ -8,9 +8,7 @@ from numpy.typing import NDArray
 Array = NDArray[Any]
 
 
-def continuations(
-    forward: Any, generate: Any, wanted: dict[str, Any], inputs: Any, reference: Any
-) -> dict[str, Array]:
+def continuations(forward: Any, generate: Any, wanted: dict[str, Any], inputs: Any, reference: Any) -> dict[str, Array]:
     """The source generates tokens [N, new], −1 after its end. An artifact gives its own choice at each position of the source's text."""
     name = wanted["name"]
     ids, lengths = inputs[f"{name}.ids"], inputs[f"{name}.mask"].sum(axis=1)

@@ -101,7 +101,8 @@ class Products:
     """The products with packed weights of a graph's file."""
 
     def __init__(self, file: Path) -> None:
-        self._file, self._graph = file, None
+        self._file = file
+        self._graph: Any = None
 
     def probed(self, name: str, factor: float) -> Any:
         """The answers of one product with packed weights, as `transformers_runner.OnCpu.probed`: its node, alone in a graph.
