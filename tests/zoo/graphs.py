@@ -20,8 +20,10 @@ _STEPS = 6  #: tokens that a decoder reads, one by one
 def graph_distance(format_: str, header: ModelHeader, source: Path, work: Path, options: PassOptions) -> float:
     """Return the relative distance of the graphs' outputs from the model's, for two texts, images or sounds."""
     check = _examples(header)
-    (work / "work").mkdir(parents=True)
-    context = PassContext(header=header, work_dir=work / "work")
+    traces = source.parent / "traces"  # both formats find the same
+    traces.mkdir(exist_ok=True)
+    work.mkdir(parents=True)
+    context = PassContext(header=header, work_dir=traces)
     traced = trace(source, header, check, context)
     exporter: Any = onnx if format_ == "onnx" else openvino
     exporter.save(source, work / "out", traced, [(0, options)], weights="fp32")
