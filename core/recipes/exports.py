@@ -13,8 +13,6 @@ from nightpress.core.recipes.mlx import why_not_mlx
 from nightpress.core.recipes.passes.base import ExportFormat
 
 GRAPH_FORMATS = frozenset({"onnx", "openvino", "transformers.js"})
-#: Formats that hold an encoder-decoder in two graphs, its encoder and its decoder.
-_IN_TWO_GRAPHS = frozenset({"onnx", "openvino"})
 #: Formats that transformers loads. Only it can run a model on a GPU here.
 TORCH_FORMATS = frozenset({"safetensors", "compressed-tensors"})
 
@@ -126,7 +124,7 @@ def _refusal(export: Export, header: ModelHeader) -> str | None:
     kind = header.model_type
     if export.format in GRAPH_FORMATS and (why := why_no_graph(header)) is not None:
         return why
-    if export.format in GRAPH_FORMATS - _IN_TWO_GRAPHS and (header.task == "seq2seq" or header.sees_images):
+    if export.format == "transformers.js" and (header.task == "seq2seq" or header.sees_images):
         return "only models of text in a single graph were run there"
     if export.format in GRAPH_FORMATS and (turning := _rope_type(header)) in _TURNED_BY_LENGTH:
         return f"rotary positions of kind {turning!r} are computed anew for longer texts, which a traced graph can't decide"

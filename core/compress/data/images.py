@@ -15,6 +15,7 @@ from nightpress.core.recipes.header import ModelHeader
 
 _MAX_PIXELS = 64 * 1024**2
 _BILINEAR = 2  #: Pillow's number of the filter
+_UNCUT = 384  #: pixels of the shorter side from which ConvNeXt scales and does not cut
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,7 @@ def read_images(
     A built-in data set has no images. Smooth random fields are used in their place, the same ones for the same seed. A measurement on them
     shows how close a pressed model is to its source. It does not show how well the model recognises images.
     """
-    channels, height, width = header.pixels
+    channels, height, width = image_shape(model_dir, header)
     settings = _settings(model_dir)
     if ref.startswith("builtin:"):
         pixels = _synthetic(samples, (height, width), channels, seed)
@@ -57,16 +58,13 @@ class _Frame:
 
     @classmethod
     def of(cls, settings: dict[str, Any], height: int, width: int) -> "_Frame":
-        size = settings.get("size")
-        size = size if isinstance(size, dict) else {"shortest_edge": size} if isinstance(size, int) else {}
-        cropped = bool(settings.get("do_center_crop")) or "crop_pct" in settings
+        size, share = _sides(settings.get("size")), settings.get("crop_pct")
         scaled: tuple[int, int] | int = height, width
-        if "shortest_edge" in size and cropped:
-            scaled = max(int(size["shortest_edge"]), height, width)
-            if settings.get("crop_pct") and scaled < 384:  # ConvNeXt: scaled up first, then cut to `shortest_edge`
-                scaled = max(height, width, int(scaled / float(settings["crop_pct"])))
-        elif cropped and "height" in size:
-            scaled = max(int(size["height"]), height), max(int(size["width"]), width)
+        if isinstance(size, int) and share and size < _UNCUT:  # ConvNeXt: larger than the model's images, then cut
+            scaled = max(height, width, int(size / float(share)))
+        elif settings.get("do_center_crop") and size is not None:
+            shorter = isinstance(size, int)
+            scaled = max(size, height, width) if shorter else (max(size[0], height), max(size[1], width))
         return cls(scaled, (height, width), int(settings.get("resample") or _BILINEAR))
 
     def apply(self, image: Any) -> Any:
@@ -82,6 +80,25 @@ class _Frame:
         height, width = self.cut
         left, top = (wide - width) // 2, (high - height) // 2
         return scaled.crop((left, top, left + width, top + height))
+
+
+def image_shape(model_dir: Path, header: ModelHeader) -> tuple[int, int, int]:
+    """The channels, height and width of the images that a model is given, as preprocessor_config.json says; else as config.json does."""
+    channels, height, width = header.pixels
+    settings = _settings(model_dir)
+    said = _sides(settings.get("crop_size")) if settings.get("do_center_crop") else _sides(settings.get("size"))
+    if isinstance(said, int):
+        said = (said, said)
+    return (channels, *said) if said is not None else (channels, height, width)
+
+
+def _sides(said: Any) -> tuple[int, int] | int | None:
+    """Height and width; one number: of the shorter side, or of both. None: the settings don't say."""
+    if isinstance(said, int) and not isinstance(said, bool):
+        return said
+    if isinstance(said, dict) and isinstance(said.get("height"), int) and isinstance(said.get("width"), int):
+        return said["height"], said["width"]
+    return said["shortest_edge"] if isinstance(said, dict) and isinstance(said.get("shortest_edge"), int) else None
 
 
 def _synthetic(count: int, size: tuple[int, int], channels: int, seed: int) -> NDArray[np.float32]:

@@ -7,7 +7,7 @@ nothing of Nightpress.
 from pathlib import Path
 
 from nightpress.core.compress.data.chat import chat_template
-from nightpress.core.compress.data.images import normalisation
+from nightpress.core.compress.data.images import image_shape, normalisation
 from nightpress.core.compress.export.pair_programs import pair_program
 from nightpress.core.recipes.header import ModelHeader
 
@@ -283,7 +283,7 @@ def _program(format_: str, artifact: Path, header: ModelHeader) -> str:
         return (_MLX + (_MLX_CHAT if chat else _MLX_PROMPT)).format(folder=folder, text=text, new_tokens=_NEW_TOKENS)
     if header.architecture.endswith("ForImageClassification"):
         mean, deviation = normalisation(artifact)
-        _, height, width = header.pixels
+        _, height, width = image_shape(artifact, header)
         head, run = _SEES.get(format_, _SEES["transformers"])
         read = _IMAGE.format(mean=mean, deviation=deviation, height=height, width=width)
         return head.format(folder=folder) + read + run.format() + _answer("classes", format_, header)

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -43,11 +44,11 @@ class Whole(nn.Module):
         super().__init__()
         self.model = model
 
-    def parts(self, header: ModelHeader) -> Mapping[str, tuple[nn.Module, Signature]]:
-        """The modules to trace, each by the name of its graph."""
-        return {MODEL: (self, self.signature(header))}
+    def parts(self, header: ModelHeader, check: Sequences) -> Mapping[str, tuple[nn.Module, Signature]]:
+        """The modules to trace, each by the name of its graph. check: the examples of `answer`."""
+        return {MODEL: (self, self.signature(header, check))}
 
-    def signature(self, header: ModelHeader) -> Signature:
+    def signature(self, header: ModelHeader, check: Sequences) -> Signature:
         raise NotImplementedError
 
     def answer(self, check: Sequences) -> Tensor:
@@ -67,7 +68,7 @@ class FirstOutput(Whole):
         out: Tensor = self(torch.from_numpy(check.ids), torch.from_numpy(check.mask), types)
         return out
 
-    def signature(self, header: ModelHeader) -> Signature:
+    def signature(self, header: ModelHeader, _check: Sequences) -> Signature:
         return encoder_signature(example_ids(header), types=self.types, outputs=[self.output])
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor | None = None) -> Tensor:
@@ -88,8 +89,8 @@ class Sees(Whole):
         out: Tensor = self(torch.from_numpy(check.ids))
         return out
 
-    def signature(self, header: ModelHeader) -> Signature:
-        images = torch.randn(2, *header.pixels, generator=torch.Generator().manual_seed(0))
+    def signature(self, _header: ModelHeader, check: Sequences) -> Signature:
+        images = torch.from_numpy(np.resize(check.ids, (2, *check.ids.shape[1:])))
         return Signature(("pixel_values",), (self.output,), (images,), ({0: _BATCH},))
 
     def forward(self, pixel_values: Tensor) -> Tensor:
@@ -138,7 +139,7 @@ class WithCache(Whole):
         out: Tensor = self.model(input_ids=ids, attention_mask=mask, use_cache=False).logits
         return out
 
-    def signature(self, header: ModelHeader) -> Signature:
+    def signature(self, header: ModelHeader, _check: Sequences) -> Signature:
         ids = example_ids(header)
         batch, length, past = *ids.shape, 3
         cache = [torch.zeros(batch, heads, past, width) for heads, width in self.shapes]
@@ -159,7 +160,7 @@ class EncoderDecoder(Whole):
         super().__init__(model)
         self._hears = header.hears
 
-    def parts(self, header: ModelHeader) -> Mapping[str, tuple[nn.Module, Signature]]:
+    def parts(self, header: ModelHeader, _check: Sequences) -> Mapping[str, tuple[nn.Module, Signature]]:
         encoder = _Encoder(self.model, hears=self._hears).eval()
         given = encoder.example(header)
         with torch.inference_mode():

@@ -87,7 +87,7 @@ def trace(model_dir: Path, header: ModelHeader, check: Sequences, context: PassC
             # Protobuf's limit is 2 GiB. Weights up to this limit are stored inside the file, larger ones in a second file.
             partial = folder / "partial"
             partial.mkdir(exist_ok=True)
-            for name, (module, signature) in _parts(model, header).items():
+            for name, (module, signature) in _parts(model, header, check).items():
                 program = export_graph(module, header, signature)
                 _name_after_modules(program.model.graph)
                 _settle_shapes(program.model.graph)
@@ -178,10 +178,10 @@ def _load(model_dir: Path, header: ModelHeader, threads: int) -> Whole:
     return FirstOutput(model, output, types=takes_types(model, header)).eval()
 
 
-def _parts(model: Whole, header: ModelHeader) -> Mapping[str, tuple[torch.nn.Module, Signature]]:
+def _parts(model: Whole, header: ModelHeader, check: Sequences) -> Mapping[str, tuple[torch.nn.Module, Signature]]:
     """The modules to trace. Raises NightpressError(unsupported_architecture) for an encoder-decoder whose caches are no plain tensors."""
     try:
-        return model.parts(header)
+        return model.parts(header, check)
     except (AttributeError, TypeError, ValueError, IndexError, RuntimeError) as error:
         if header.task != "seq2seq":
             raise
