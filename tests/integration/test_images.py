@@ -130,7 +130,7 @@ def test_a_classifier_is_judged_by_the_users_labels_and_calibrated_on_images(vit
         assert found["accuracy"] > 0.7
         assert found["top1_agreement"] > 0.8
         assert artifact.verification is not None
-        assert artifact.verification.value > 0.99
+        assert artifact.verification.value > 0.95
         assert "%" in run_usage(artifact, job / "out")
     assert report.passes[0].summary["attention_scores"] == 1
     assert json.loads((job / "out" / "onnx" / "preprocessor_config.json").read_bytes())["size"]["height"] == 32

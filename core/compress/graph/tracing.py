@@ -247,21 +247,22 @@ def _name_after_modules(graph: Any) -> None:
 def _settle_shapes(graph: Any) -> None:
     """Write the known size in place of −1 into shapes that are put together as the graph runs.
 
-    A tensor without elements, such as the new keys of an encoder's answer that is cached already, leaves −1 undecided.
+    A tensor without elements, such as the new keys of an encoder's answer that is cached already, leaves −1 undecided. Products of several
+    widths may share a shape; then −1 stays.
     """
     import onnx_ir
 
-    for node in graph:
-        shape = node.inputs[1].producer() if node.op_type == "Reshape" else None
-        known = node.outputs[0].shape
-        if shape is None or shape.op_type != "Concat" or known is None or len(shape.inputs) != len(known):
+    for number, shape in enumerate([node for node in graph if node.op_type == "Concat"]):
+        users = [user for user, _ in shape.outputs[0].uses()]
+        if not users or any(user.op_type != "Reshape" or user.outputs[0].shape is None for user in users):
             continue
-        for at, (part, size) in enumerate(zip(shape.inputs, known, strict=True)):
+        for at, part in enumerate(shape.inputs):
             value = part.const_value
+            sizes = {user.outputs[0].shape[at] for user in users if len(user.outputs[0].shape) == len(shape.inputs)}
+            size = sizes.pop() if len(sizes) == 1 else None
             if value is not None and value.numpy().tolist() == [-1] and isinstance(size, int):
-                settled = onnx_ir.Value(
-                    name=f"{node.name}_size", const_value=onnx_ir.tensor(np.array([size]), name=f"{node.name}_size")
-                )
+                name = f"settled_size_{number}"
+                settled = onnx_ir.Value(name=name, const_value=onnx_ir.tensor(np.array([size]), name=name))
                 graph.register_initializer(settled)
                 shape.replace_input_with(at, settled)
 
