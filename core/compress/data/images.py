@@ -63,8 +63,10 @@ class _Frame:
         if isinstance(size, int) and share and size < _UNCUT:  # ConvNeXt: larger than the model's images, then cut
             scaled = max(height, width, int(size / float(share)))
         elif settings.get("do_center_crop") and size is not None:
-            shorter = isinstance(size, int)
-            scaled = max(size, height, width) if shorter else (max(size[0], height), max(size[1], width))
+            if isinstance(size, int):
+                scaled = max(size, height, width)
+            else:
+                scaled = max(size[0], height), max(size[1], width)
         return cls(scaled, (height, width), int(settings.get("resample") or _BILINEAR))
 
     def apply(self, image: Any) -> Any:
