@@ -63,10 +63,8 @@ class _Frame:
         if isinstance(size, int) and share and size < _UNCUT:  # ConvNeXt: larger than the model's images, then cut
             scaled = max(height, width, int(size / float(share)))
         elif settings.get("do_center_crop") and size is not None:
-            if isinstance(size, int):
-                scaled = max(size, height, width)
-            else:
-                scaled = max(size[0], height), max(size[1], width)
+            high, wide = (size, size) if isinstance(size, int) else size
+            scaled = max(high, height, width) if isinstance(size, int) else (max(high, height), max(wide, width))
         return cls(scaled, (height, width), int(settings.get("resample") or _BILINEAR))
 
     def apply(self, image: Any) -> Any:
