@@ -172,7 +172,9 @@ def test_a_whole_job_measures_what_a_whisper_writes(short: Path, tmp_path: Path)
     found = {figure.name: figure.value for figure in artifact.measurements}
     assert found["centred_cosine"] > 0.95
     assert found["prefix_match"] > 0.5
-    assert report.passes[0].summary["matrices"] > 20
+    # Six products of the encoder's block, ten of each of the decoder's, and the head. Some of them may stay in float.
+    assert len([layer for layer in report.passes[0].layers if "embed" not in layer.name]) == 27
+    assert report.passes[0].summary["matrices"] >= 13
     assert run_usage(artifact, job / "out").endswith("\n")
 
 
