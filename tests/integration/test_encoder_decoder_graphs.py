@@ -144,7 +144,7 @@ def test_a_whole_job_measures_what_an_encoder_decoder_writes(tmp_path: Path):
     config.write_text(json.dumps(json.loads(config.read_bytes()) | {"tokenizer_class": "PreTrainedTokenizerFast"}))
     recipe = {
         "passes": [{"pass": "dynamic-int8"}],
-        "exports": ["onnx", "openvino"],
+        "exports": ["openvino"],
         "evaluate": [
             {"metric": "auto", "samples": 8, "length": 32},
             {"metric": "generation", "samples": 4, "length": 24, "new_tokens": 6},
