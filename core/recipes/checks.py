@@ -54,6 +54,16 @@ def check_exports(recipe: Recipe) -> None:
         )
 
 
+def check_pass(options: PassOptions, header: ModelHeader) -> None:
+    """Raise NightpressError(invalid_recipe) if a pass can't take a model."""
+    if header.hears and options.stage == "folder" and options.wants != "nothing":
+        raise invalid(
+            f"`{options.name}` learns from texts or images, and a {header.architecture} hears.",
+            "Use `dynamic-int8` or `static-int8` in ONNX or OpenVINO, or a pass that needs no data, such as `weight-only`.",
+        )
+    options.check(header)
+
+
 def _check_carriers(recipe: Recipe, options: PassOptions, header: ModelHeader | None) -> None:
     carriers = options.carriers(header)
     wrong = [export.name for export in recipe.exports if export.carrier not in carriers]
@@ -95,7 +105,7 @@ def check_model(recipe: Recipe, header: ModelHeader) -> None:
         )
     seen = header
     for options in recipe.passes:
-        options.check(seen)
+        check_pass(options, seen)
         _check_carriers(recipe, options, seen)
         seen = options.leaves(seen)
     for options in recipe.passes:
@@ -104,8 +114,9 @@ def check_model(recipe: Recipe, header: ModelHeader) -> None:
         export.check(header)
     for wanted in recipe.evaluate:
         if isinstance(wanted, Quality):
-            if header.sees_images and wanted.part != "all":
-                raise invalid("evaluate: images are not divided into parts.", "Leave `part` out.")
+            if (header.sees_images or header.hears) and wanted.part != "all":
+                what = "images" if header.sees_images else "sounds"
+                raise invalid(f"evaluate: {what} are not divided into parts.", "Leave `part` out.")
             _check_metric(wanted, header)
         elif isinstance(wanted, GenerationSpeed):
             _check_generation(wanted, header)
@@ -133,7 +144,7 @@ def _check_generation(speed: GenerationSpeed, header: ModelHeader) -> None:
 #: Metric → (tasks of the models that it is for, whether prose is enough data for it).
 _METRICS: dict[str, tuple[frozenset[str], bool]] = {
     "perplexity": (frozenset({"causal-lm"}), True),
-    "generation": (frozenset({"causal-lm"}), True),
+    "generation": (frozenset({"causal-lm", "seq2seq"}), True),
     "multiple-choice": (frozenset({"causal-lm"}), False),
     "masked-lm": (frozenset({"masked-lm"}), True),
     "accuracy": (frozenset({"classification"}), False),

@@ -26,7 +26,7 @@ class Kind(NamedTuple):
 
 #: Mapping of transformers → the kind of its classes. A class in several mappings has the kind of the first.
 MAPPINGS: Mapping[str, Kind] = {
-    "MODEL_FOR_SPEECH_SEQ_2_SEQ": Kind("other", "sound", "AutoModelForSpeechSeq2Seq"),
+    "MODEL_FOR_SPEECH_SEQ_2_SEQ": Kind("seq2seq", "sound", "AutoModelForSpeechSeq2Seq"),
     "MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM": Kind("seq2seq", "text", "AutoModelForSeq2SeqLM"),
     "MODEL_FOR_CAUSAL_LM": Kind("causal-lm", "text", "AutoModelForCausalLM"),
     # A model that sees images as well is pressed and measured as the language model that it is without them.
@@ -45,6 +45,8 @@ MAPPINGS: Mapping[str, Kind] = {
 #: XLM's class finds hidden words and keeps no keys and values; transformers has it among the language models, too.
 _NOT_AS = frozenset({("MODEL_FOR_CAUSAL_LM", "XLMWithLMHeadModel")})
 
+#: Types of models that hear, and whose sounds are made into what they hear: windows of a log-mel spectrogram.
+_HEARD = frozenset({"whisper"})
 #: For classes that no mapping has: the end of the name → the task.
 _SUFFIXES: tuple[tuple[str, Task], ...] = (
     ("ForCausalLM", "causal-lm"),
@@ -78,8 +80,11 @@ def why_not_measured(architecture: str, model_type: str) -> tuple[str, str] | No
             "Bring a model that transformers has built in.",
         )
     kind, table = kind_of(architecture, model_type), _table()
-    if kind.senses == "sound":
-        return "it hears, and nothing here measures a model on sound", "Press a model that reads text or sees images."
+    if kind.senses == "sound" and (kind.task != "seq2seq" or model_type not in _HEARD):
+        return (
+            "it hears, and of such models only Whisper is measured here",
+            "Press a Whisper, or a model that reads text or sees images.",
+        )
     if kind.task == "other":
         return (
             "what it answers can't be measured here",

@@ -124,6 +124,8 @@ def _refusal(export: Export, header: ModelHeader) -> str | None:
     kind = header.model_type
     if export.format in GRAPH_FORMATS and (why := why_no_graph(header)) is not None:
         return why
+    if export.format == "transformers.js" and (header.task == "seq2seq" or header.sees_images):
+        return "only models of text in a single graph were run there"
     if export.format in GRAPH_FORMATS and (turning := _rope_type(header)) in _TURNED_BY_LENGTH:
         return f"rotary positions of kind {turning!r} are computed anew for longer texts, which a traced graph can't decide"
     if export.format in GRAPH_FORMATS and header.one_text_a_batch:
@@ -137,10 +139,6 @@ def _refusal(export: Export, header: ModelHeader) -> str | None:
 
 def why_no_graph(header: ModelHeader) -> str | None:
     """Return why no graph of the model is made, although the exporter might trace it; None: it is tried."""
-    if header.task == "seq2seq":
-        return "a graph has one model, and an encoder-decoder runs its decoder once a token beside the encoder's answer"
-    if header.sees_images:
-        return "a graph is traced on a text's tokens, and this model reads images"
     if "vision_config" in header.config or "audio_config" in header.config:
         return "a graph would hold its text part alone, without the images that it is for"
     return None

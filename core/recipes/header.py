@@ -35,7 +35,13 @@ _POSITIONS_AFTER_PADDING = frozenset(
 #: Keys of config.json for the number of experts that a token passes.
 _CHOSEN = ("num_experts_per_tok", "moe_topk", "moe_k", "top_k_experts", "num_experts_per_token")
 #: Keys of config.json for the longest text that a model takes.
-_POSITIONS = ("max_position_embeddings", "n_positions", "max_seq_len", "max_sequence_length")
+_POSITIONS = (
+    "max_position_embeddings",
+    "n_positions",
+    "max_seq_len",
+    "max_sequence_length",
+    "max_target_positions",  # of a speech model: what its decoder reads
+)
 
 
 #: The meaning of a classifier's outputs: one of several classes, independent yes/no labels, or plain numbers.
@@ -192,6 +198,22 @@ class ModelHeader(BaseModel):
     @property
     def sees_images(self) -> bool:
         return self.kind.senses == "images"
+
+    @property
+    def pixels(self) -> tuple[int, int, int]:
+        """The channels, height and width of an image that the model sees."""
+        size = self.config.get("image_size") or 224
+        height, width = size if isinstance(size, list | tuple) else (size, size)
+        return int(self.config.get("num_channels") or 3), int(height), int(width)
+
+    @property
+    def hears(self) -> bool:
+        return self.kind.senses == "sound"
+
+    @property
+    def features(self) -> tuple[int, int]:
+        """The bands and frames of a log-mel spectrogram that the model hears: its encoder halves the frames."""
+        return int(self.config.get("num_mel_bins") or 80), 2 * int(self.config.get("max_source_positions") or 1500)
 
     @property
     def positions(self) -> int | None:

@@ -80,9 +80,10 @@ def check_searches(recipe: Recipe, header: ModelHeader | None) -> None:
             f"`{searching.name}`: nothing in `evaluate` measures quality, so that nothing can be kept `within` a gate.",
             "Add an evaluation, e.g. `{metric: auto}`.",
         )
-    if header is not None and header.sees_images:
+    if header is not None and (header.sees_images or header.hears):
+        what = "images" if header.sees_images else "sounds"
         raise invalid(
-            f"`{searching.name}`: `within` divides the evaluation's data into two halves, and images are not divided.",
+            f"`{searching.name}`: `within` divides the evaluation's data into two halves, and {what} are not divided.",
             "Leave `within` out, and give the pass its options.",
         )
 
@@ -211,7 +212,7 @@ def _becomes_codes(recipe: Recipe, tensor: TensorInfo) -> bool:
 
 def _logit_bytes(recipe: Recipe, header: ModelHeader) -> int:
     """Return the bytes of an evaluation's largest batch of logits over the vocabulary."""
-    if header.task not in {"causal-lm", "masked-lm"}:
+    if header.task not in {"causal-lm", "masked-lm", "seq2seq"}:
         return 0
     row = 4 * int(header.vocabulary or 0)
     lengths = [

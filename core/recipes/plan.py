@@ -16,9 +16,9 @@ from nightpress.core.recipes.costs import (
     RUNTIME_BYTES,
     Cost,
 )
-from nightpress.core.recipes.exports import Export
+from nightpress.core.recipes.exports import GRAPH_FORMATS, Export
 from nightpress.core.recipes.gpu_count import GpuCount, Spread, count_gpus
-from nightpress.core.recipes.header import ModelHeader
+from nightpress.core.recipes.header import ModelHeader, TensorInfo
 from nightpress.core.recipes.models import Evaluation, GenerationSpeed, Latency, Quality, Recipe, aim
 from nightpress.core.recipes.placement import Need, Placement, Queue, Seat, place, threads_of
 from nightpress.core.recipes.serving import serving_cost
@@ -155,10 +155,11 @@ def _warnings(recipe: Recipe, header: ModelHeader | None) -> Iterable[str]:
     for options, seen in zip(recipe.passes, given, strict=True):
         yield from options.warnings(seen)
     calibrated = [options.name for options in recipe.passes if options.wants == "calibration"]
-    if header is not None and header.sees_images:
+    if header is not None and (header.sees_images or header.hears):
         used = [evaluation.data for evaluation in recipe.evaluate if isinstance(evaluation, Quality)]
         if any(ref.startswith("builtin:") for ref in (*used, *([recipe.calibration.data] if calibrated else []))):
-            yield "The model sees images, and the recipe names none: synthetic ones stand in. Figures on them say how near the result is to its source, not how well it sees."
+            what, how = ("sees images", "sees") if header.sees_images else ("hears sounds", "understands speech")
+            yield f"The model {what}, and the recipe names none: synthetic ones stand in. Figures on them say how near the result is to its source, not how well it {how}."
     if calibrated and recipe.calibration.data == MIXTURE and header is not None and header.task != "causal-lm":
         yield "`calibration: auto` mixes texts for causal language models: this model gets prose alone."
     if (
@@ -187,10 +188,8 @@ def _outputs(recipe: Recipe, header: ModelHeader) -> dict[str, int]:
 def _output_bytes(recipe: Recipe, header: ModelHeader, export: Export) -> int:
     given, left = _chain(recipe, header)
     passes = [options.settled(seen) for options, seen in zip(recipe.passes, given, strict=True)]
-    tensors = left.tensors
-    if left.tied_table is not None and any(options.stage in {"graph", "runtime"} for options in passes):
-        # A graph holds the tied table twice, for the lookup and for the product, and each copy has its own codes.
-        tensors += (left.tied_table.model_copy(update={"name": _HEADS[left.task]}),)
+    rounded = any(options.stage in {"graph", "runtime"} for options in passes)
+    tensors = left.tensors + _further_copies(left, export, rounded=rounded)
     total = 0
     for tensor in tensors:
         size = tensor.size
@@ -199,6 +198,20 @@ def _output_bytes(recipe: Recipe, header: ModelHeader, export: Export) -> int:
         total += export.stored_bytes(tensor) if size == tensor.size else size
         total += export.text_bytes(tensor)
     return total
+
+
+def _further_copies(header: ModelHeader, export: Export, *, rounded: bool) -> tuple[TensorInfo, ...]:
+    """Return the tensors that an artifact holds once more than the model does. rounded: a graph's pass gives each copy its own codes."""
+    if header.task == "seq2seq" and export.format in GRAPH_FORMATS:
+        tables = [
+            tensor for tensor in header.tensors if len(tensor.shape) == 2 and tensor.shape[0] == header.vocabulary
+        ]
+        # The encoder and the decoder look tokens up in the same table. Without a head of its own, the decoder also multiplies by it.
+        return tuple(tables[:1]) * ((not header.hears) + (rounded and len(tables) == 1))
+    if header.tied_table is not None and rounded:
+        # A graph holds the tied table twice, for the lookup and for the product, and each copy has its own codes.
+        return (header.tied_table.model_copy(update={"name": _HEADS[header.task]}),)
+    return ()
 
 
 def _queue_without_model(recipe: Recipe) -> Placement:

@@ -6,6 +6,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from nightpress.core.errors import NightpressError
+from nightpress.core.recipes.checks import check_pass
 from nightpress.core.recipes.classes import why_not_measured
 from nightpress.core.recipes.exports import TYPES, Export
 from nightpress.core.recipes.header import ModelHeader
@@ -71,7 +72,7 @@ def _why_not(forms: list[PassOptions], header: ModelHeader) -> str | None:
 
 def _refusal(asked: PassOptions | Export, header: ModelHeader) -> str | None:
     try:
-        asked.check(header)
+        asked.check(header) if isinstance(asked, Export) else check_pass(asked, header)
     except NightpressError as error:
         return error.message
     return None

@@ -29,7 +29,7 @@ class Aim:
     calibration: Mapping[str, Any] | None  #: used with these passes
     exports: tuple[str | Mapping[str, str], ...]  #: in the notation of recipes
     reads: frozenset[ExportFormat]  #: the formats that the target's runtimes load
-    decoders: bool | None  #: True: for models that generate text; False: for other models; None: for both
+    decoders: bool | None  #: True: for language models; False: for other models, encoder-decoders too; None: for both
     because: str  #: the reason for the choice, and the command that prints its figures
 
 
@@ -40,7 +40,7 @@ AIMS: Mapping[str, Aim] = {
         exports=("openvino", "onnx"),
         reads=frozenset({"onnx", "openvino"}),
         decoders=False,
-        because="With VNNI (AVX-512 or AVX), OpenVINO ran calibrated int8 faster than anything else that was timed, and ONNX Runtime ran it next (`bench.targets`). On a CPU without VNNI it was not timed there; ONNX Runtime was the faster of the two in dynamic int8 (`bench.encoder`). So both are made, and the report says which was faster on the worker. `weight_bits: auto` goes by the processor that presses: name `weight_bits: 7` where the result is to run on an x86 processor without VNNI.",
+        because="With VNNI (AVX-512 or AVX), OpenVINO ran calibrated int8 faster than anything else that was timed, and ONNX Runtime ran it next (`bench.targets`). On a CPU without VNNI it was not timed there; ONNX Runtime was the faster of the two in dynamic int8 (`bench.encoder`). So both are made, and the report says which was faster on the worker. `weight_bits: auto` goes by the processor that presses: name `weight_bits: 7` where the result is to run on an x86 processor without VNNI. What was timed are text encoders; image classifiers and encoder-decoders get the same form.",
     ),
     "cpu-llm": Aim(
         passes=({"pass": "gptq", "bits": 4, "group_size": 32},),
@@ -99,7 +99,7 @@ def check_target(target: str | None, header: ModelHeader) -> None:
     """Raise NightpressError(invalid_recipe) if the target is for another kind of model."""
     aim = AIMS.get(target or "")
     if aim is not None and aim.decoders not in {None, header.is_decoder}:
-        kind = "models that write text" if aim.decoders else "encoders"
+        kind = "language models" if aim.decoders else "encoders and encoder-decoders"
         raise invalid(
             f"`target: {target}` is for {kind}, and this is a {header.architecture}.",
             f"Use `target: {target_for(header)}`, or `target: auto`.",
@@ -111,9 +111,11 @@ def target_for(header: ModelHeader) -> str:
     if header.is_decoder:
         small = header.parameters <= _LARGEST_ON_CPU
         return "cpu-llm" if small and runs_in_llama_cpp(header) else "gpu-vllm"
-    if reads_both_ways(header.model_type) and header.task not in {"seq2seq", "other"}:
+    reads_text = reads_both_ways(header.model_type) and header.task != "other"
+    sees = header.sees_images and header.task == "classification"
+    if reads_text or sees or header.task == "seq2seq":
         return "cpu-encoder"
     raise invalid(
-        f"`target: auto` knows no target for a {header.architecture}: they are for language models and text encoders.",
+        f"`target: auto` knows no target for a {header.architecture}: they are for language models, encoders, image classifiers and encoder-decoders.",
         "Name `passes` and `exports`.",
     )

@@ -172,7 +172,7 @@ def test_what_a_model_can_have_is_said_with_the_reason_of_what_it_can_not(tmp_pa
 @pytest.mark.parametrize(
     ("model_type", "class_name", "why"),
     [
-        ("whisper", "WhisperForConditionalGeneration", "it hears"),
+        ("speech_to_text", "Speech2TextForConditionalGeneration", "it hears"),
         ("bart", "BartModel", "an encoder-decoder is measured here by the text"),
         ("bert", "BertForQuestionAnswering", "what it answers can't be measured"),
         ("llama4_text", "Llama4ForCausalLM", "looks for each expert's own weights"),

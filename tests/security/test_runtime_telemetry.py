@@ -12,7 +12,7 @@ from nightpress.core.compress.export.consumer_environment import consumer_enviro
 from nightpress.worker.sandbox import child_environment
 from tests.service import ROOT
 
-_OURS = "import sys; from pathlib import Path; from nightpress.core.compress.graph.static_ranges import session; session(Path(sys.argv[1]), 1)"
+_OURS = "import sys; from pathlib import Path; from nightpress.core.compress.graph.samples import session; session(Path(sys.argv[1]), 1)"
 _CONSUMERS = "import sys, onnxruntime; onnxruntime.InferenceSession(sys.argv[1])"
 
 

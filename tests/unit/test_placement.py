@@ -18,6 +18,13 @@ FLEETS = {"cpu only": (CPU,), "gpu only": (GPU,), "both": (CPU, GPU), "gpu too s
 SMALL_LM = decoder(768, 2048, 12, 4, 6, vocabulary=32000, tied=True)
 LARGE_LM = decoder(4096, 14336, 32, 8, 32, vocabulary=128256)
 SMALL_ENCODER, LARGE_ENCODER = encoder(384, 12, 6), encoder(1024, 16, 24)
+#: An encoder-decoder, and an image classifier, of the same sizes.
+TRANSLATOR, CLASSIFIER = (
+    SMALL_ENCODER.model_copy(
+        update={"model_type": kind, "architecture": name, "config": {**SMALL_ENCODER.config, "model_type": kind}}
+    )
+    for kind, name in (("marian", "MarianMTModel"), ("vit", "ViTForImageClassification"))
+)
 RERANKER = SMALL_ENCODER.model_copy(
     update={
         "architecture": "BertForSequenceClassification",
@@ -31,9 +38,21 @@ ANYWHERE = ("cpu", "gpu", "cpu", "cpu", "cpu")
 ON_A_GPU = ("cpu", "gpu", "gpu", "cpu", "gpu")  #: the recipe gains much from a GPU
 NO_GPU = ("cpu", "cpu", "cpu", "cpu", "cpu")  #: one of the passes has no code for a GPU
 EXPECTED = {
-    "auto": {"small lm": ANYWHERE, "large lm": ON_A_GPU, "small encoder": NO_GPU, "large encoder": NO_GPU},
+    "auto": {
+        "small lm": ANYWHERE,
+        "large lm": ON_A_GPU,
+        "small encoder": NO_GPU,
+        "large encoder": NO_GPU,
+        "translator": NO_GPU,
+        "image classifier": NO_GPU,
+    },
     "browser": {"small lm": NO_GPU, "large lm": NO_GPU, "small encoder": NO_GPU, "large encoder": NO_GPU},
-    "cpu-encoder": {"small encoder": NO_GPU, "large encoder": NO_GPU},
+    "cpu-encoder": {
+        "small encoder": NO_GPU,
+        "large encoder": NO_GPU,
+        "translator": NO_GPU,
+        "image classifier": NO_GPU,
+    },
     "cpu-llm": {"small lm": ANYWHERE, "large lm": ON_A_GPU},
     "fast-encoder": {"small encoder": ON_A_GPU, "large encoder": ON_A_GPU},
     "gguf-lm": {"small lm": ANYWHERE, "large lm": ANYWHERE},
@@ -45,7 +64,12 @@ EXPECTED = {
         "small encoder": ANYWHERE,
         "large encoder": ANYWHERE,
     },
-    "int8-encoder": {"small encoder": NO_GPU, "large encoder": NO_GPU},
+    "int8-encoder": {
+        "small encoder": NO_GPU,
+        "large encoder": NO_GPU,
+        "translator": NO_GPU,
+        "image classifier": NO_GPU,
+    },
     "int8-weights": {
         "small lm": ANYWHERE,
         "large lm": ON_A_GPU,
@@ -73,6 +97,8 @@ MODELS = {
     "small encoder": SMALL_ENCODER,
     "large encoder": LARGE_ENCODER,
     "reranker": RERANKER,
+    "translator": TRANSLATOR,
+    "image classifier": CLASSIFIER,
 }
 
 

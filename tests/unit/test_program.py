@@ -17,6 +17,9 @@ _HEADS = {
     "classes of tokens": ("BertForTokenClassification", {"num_labels": 3}),
     "a word": ("BertForMaskedLM", {}),
     "text": ("LlamaForCausalLM", {}),
+    "a translation": ("MarianMTModel", {"vocab_size": 100}),
+    "speech": ("WhisperForConditionalGeneration", {"vocab_size": 100}),
+    "an image's class": ("ViTForImageClassification", {"num_labels": 3}),
 }
 _PYTHON = ("safetensors", "compressed-tensors", "onnx", "openvino")
 

@@ -78,6 +78,9 @@ def test_what_contradicts_a_target_is_refused_with_a_reason(raw: dict[str, Any],
         (header("phi3", "Phi3ForCausalLM"), "gpu-vllm"),
         (BERT, "cpu-encoder"),
         (header("roberta", "RobertaForSequenceClassification"), "cpu-encoder"),
+        (header("vit", "ViTForImageClassification"), "cpu-encoder"),
+        (header("marian", "MarianMTModel"), "cpu-encoder"),
+        (header("whisper", "WhisperForConditionalGeneration"), "cpu-encoder"),
     ],
 )
 def test_auto_goes_by_the_model(model: ModelHeader, target: str):

@@ -57,8 +57,11 @@ def load(class_name: str, folder: Path) -> Any:
 
 
 def inputs_of(model: Any) -> dict[str, Tensor]:
-    """Two random texts, or two images."""
+    """Two random texts, images or sounds."""
     random = torch.Generator().manual_seed(1)
+    if getattr(model, "main_input_name", "input_ids") == "input_features":
+        frames = torch.randn(2, model.config.num_mel_bins, 2 * model.config.max_source_positions, generator=random)
+        return {"input_features": frames, "decoder_input_ids": torch.randint(5, 50, (2, 8), generator=random)}
     if getattr(model, "main_input_name", "input_ids") == "pixel_values":
         size = getattr(model.config, "image_size", 32)
         height, width = size if isinstance(size, list | tuple) else (size, size)

@@ -1,4 +1,4 @@
-"""Calibration samples for a pass: texts for language models, images for vision models."""
+"""Calibration samples for a pass: texts for language models, images for vision models, sounds for speech models."""
 
 from pathlib import Path
 
@@ -9,6 +9,7 @@ from nightpress.core.compress.calibration.mixture import from_another, mixed_win
 from nightpress.core.compress.context import PassContext
 from nightpress.core.compress.data.images import read_images
 from nightpress.core.compress.data.pairs import has_pairs, pair_rows
+from nightpress.core.compress.data.sounds import read_sounds
 from nightpress.core.compress.data.tokenized import DataSource, open_tokenizer, text_rows, text_windows
 from nightpress.core.recipes.calibration import MIXTURE
 from nightpress.core.recipes.header import ModelHeader
@@ -24,6 +25,9 @@ def calibration_samples(source: Path, context: PassContext) -> dict[str, Tensor]
     if header.sees_images:
         images = read_images(wanted.data, file, source, header, samples=wanted.samples, seed=wanted.seed)
         return {"pixel_values": torch.from_numpy(images.pixels)}
+    if header.hears:
+        sounds = read_sounds(wanted.data, file, source, header, samples=wanted.samples, seed=wanted.seed)
+        return {"input_features": torch.from_numpy(sounds.features)}
     if wanted.data == MIXTURE and header.task == "causal-lm":
         return model_inputs(torch.from_numpy(mixed_windows(source, context)), header)
     ref = "builtin:prose" if wanted.data == MIXTURE else wanted.data

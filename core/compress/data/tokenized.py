@@ -28,13 +28,18 @@ BUILTIN_LICENSE = "public domain"  #: see core/compress/data/LICENSE.md
 
 @dataclass(frozen=True)
 class Sequences:
-    """Examples padded on the right. ids and mask are [N, S]. For images, ids are pixels [N, C, H, W] and the mask is [N, 1]."""
+    """Examples padded on the right. ids and mask are [N, S].
+
+    For images, ids are pixels [N, C, H, W]; for sound, log-mel features [N, bands, frames]. Their mask is [N, 1].
+    """
 
     ids: NDArray[Any]
     mask: Ids
     labels: NDArray[Any] | None = None  #: [N], the class; [N, C], labels that hold (0 or 1), or numbers
     types: Ids | None = None  #: [N, S], 1 at the second text of a pair; None: the model reads no types, or single texts
-    targets: Ids | None = None  #: [N, S], the token that each position should predict; -1: the position is not scored
+    #: [N, S], or [N, T] over the decoder's tokens: the token that each position should predict; -1: the position is not scored
+    targets: Ids | None = None
+    decoder: Ids | None = None  #: [N, T], what the decoder of an encoder-decoder reads
     slices: Slices | None = None  #: of each example; None: the data has no slices
 
     @property

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nightpress.core.compress.data import tokenized
+from nightpress.core.compress.data.decoder_text import every_read_token, read_by_decoder
 from nightpress.core.compress.data.pairs import has_pairs, pair_rows
 from nightpress.core.compress.data.slices import Slices
 from nightpress.core.compress.evaluate.scores import pearson, spearman
@@ -98,7 +99,7 @@ def prepare(request: ScorerRequest) -> Fidelity:
         case "causal-lm":
             sequences = tokenized.next_token_targets(sequences)
         case "seq2seq":  # the decoder gets the encoder's text; outputs are compared at every token
-            sequences = tokenized.every_token(sequences)
+            sequences = every_read_token(read_by_decoder(sequences, request.prefix))
         case _:
             return Fidelity(token_set(request.name, tokenized.every_token(sequences), header.classes))
     return Fidelity(token_set(request.name, sequences, request.vocabulary), causal=header.is_decoder)

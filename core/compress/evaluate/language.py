@@ -280,7 +280,9 @@ class Generation:
 def generation(request: ScorerRequest) -> Generation:
     """Read rows with `prompt` (or `text`), cut at `length` tokens, or with `messages`. For built-in prose, windows of it are the prompts."""
     wanted = request.wanted
-    before, _ = tokenized.special_tokens(request.tokenizer)
+    before, after = tokenized.special_tokens(request.tokenizer)
+    if request.header.task != "seq2seq":  # an encoder reads a whole text, to its end
+        after = []
     if request.ref.startswith("builtin:"):
         prompts = tokenized.text_windows(
             request.source.rows(), request.tokenizer, samples=wanted.samples, length=wanted.length, ref=request.ref
@@ -289,14 +291,19 @@ def generation(request: ScorerRequest) -> Generation:
         records, source = request.source.records(), request.source
         slices = source.slices(records)
         drawn = request.drawn(slices)
-        encoded = _encoded_prompts(request, {int(at): records[at] for at in drawn}, before)
+        encoded = _encoded_prompts(request, {int(at): records[at] for at in drawn}, before, after)
         prompts = replace(
             tokenized.pad(encoded, request.tokenizer.pad_id), slices=slices_of(slices[at] for at in drawn)
         )
+    if request.prefix:
+        first: NDArray[Any] = np.tile(np.asarray(request.prefix, np.int64), (len(prompts.ids), 1))
+        prompts = replace(prompts, decoder=first)
     return Generation(TokenSet(request.name, "generated", prompts, new_tokens=wanted.new_tokens))
 
 
-def _encoded_prompts(request: ScorerRequest, records: dict[int, dict[str, Any]], before: list[int]) -> list[list[int]]:
+def _encoded_prompts(
+    request: ScorerRequest, records: dict[int, dict[str, Any]], before: list[int], after: list[int]
+) -> list[list[int]]:
     """The tokens of each prompt. records: index of a row → its columns.
 
     A conversation is rendered up to its last answer, which the model is to write. One that is too long loses its beginning.
@@ -316,7 +323,8 @@ def _encoded_prompts(request: ScorerRequest, records: dict[int, dict[str, Any]],
             encoded.append((ids if ids[: len(before)] == before else [*before, *ids])[-length:])
         else:
             ids = request.tokenizer.encode(source.field(row, at, "text", *_PROMPTS), special=False)
-            encoded.append([*before, *ids][:length])
+            whole = [*before, *ids, *after]
+            encoded.append(tokenized.cut(whole, length) if after else whole[:length])
     return encoded
 
 

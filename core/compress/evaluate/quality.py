@@ -5,16 +5,23 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
-import numpy as np
-
 from nightpress.core.compress.data import tokenized
-from nightpress.core.compress.data.images import Images, read_images
+from nightpress.core.compress.data.decoder_text import first_tokens, read_by_decoder
 from nightpress.core.compress.data.pairs import has_pairs, pair_rows
 from nightpress.core.compress.data.rows import Row
-from nightpress.core.compress.evaluate import embeddings, fidelity, labels, language, many_labels, neighbours, ranking
+from nightpress.core.compress.evaluate import (
+    embeddings,
+    fidelity,
+    labels,
+    language,
+    many_labels,
+    neighbours,
+    ranking,
+    senses,
+)
 from nightpress.core.compress.evaluate.screening import SAMPLES
 from nightpress.core.compress.evaluate.slices import by_slice, worst_first
-from nightpress.core.compress.evaluate.view import OutputPair, Scorer, ScorerRequest
+from nightpress.core.compress.evaluate.view import Evaluation, OutputPair, Scorer, ScorerRequest
 from nightpress.core.compress.export.consumer import Observed
 from nightpress.core.compress.export.task import Task, TimedGeneration, TimedShape, TokenSet
 from nightpress.core.errors import ErrorCode, NightpressError
@@ -26,6 +33,7 @@ from nightpress.core.recipes.models import GenerationSpeed, Latency, Metric, Qua
 from nightpress.core.recipes.plan import timed_by_turns, timed_uncompressed
 
 _CHECK_ROWS = 8  #: texts of different lengths in the verification
+_CHECK_STEPS = 6  #: tokens that an encoder-decoder writes in the verification, each by a run of its decoder
 _UNCACHED_TOKENS = 4  #: few, because without a cache each token reads the whole text again
 _SEED = 20  #: of the bootstrap; the recipe's seed is added to it
 
@@ -43,14 +51,6 @@ _SCORERS: dict[Metric, Callable[[ScorerRequest], Scorer]] = {
     "neighbours": neighbours.neighbours,
     "fidelity": fidelity.prepare,
 }
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """One entry of the recipe's `evaluate`, with its examples."""
-
-    ref: str
-    scorer: Scorer
 
 
 @dataclass(frozen=True)
@@ -86,8 +86,8 @@ def prepare(
 
     Raises NightpressError: invalid_data, malformed_model or invalid_recipe.
     """
-    if header.sees_images:
-        return _prepare_images(recipe, header, model_dir, data_files, threads=threads)
+    if header.sees_images or header.hears:
+        return _prepare_senses(recipe, header, model_dir, data_files, threads=threads)
     tokenizer = tokenized.open_tokenizer(model_dir)
     qualities = [evaluation for evaluation in recipe.evaluate if isinstance(evaluation, Quality)]
     shapes = _shapes(recipe)
@@ -96,7 +96,8 @@ def prepare(
     _check_lengths(header, longest_text + [shape.length for shape in shapes])
     # The check texts also decide which layers stay in float, so they must not come from the text of the evaluation.
     prose = tokenized.read_rows("builtin:prose", None, purpose="calibration")
-    sets: list[TokenSet] = [_check_set(prose, tokenizer, header)]
+    prefix = first_tokens(model_dir, header)
+    sets: list[TokenSet] = [_check_set(prose, tokenizer, header, prefix)]
     evaluations = []
     evaluation_of = partial(_evaluation, recipe, header, model_dir, data_files, tokenizer)
     for at, quality in enumerate(qualities):
@@ -122,6 +123,7 @@ def prepare(
             classes=header.vocabulary or 1,
             threads=threads,
             writings=writings,
+            prefix=prefix,
         ),
         evaluations=tuple(evaluations),
         seed=_SEED + recipe.seed,
@@ -159,7 +161,8 @@ def _evaluation(
 ) -> Evaluation:
     """Read the data of an entry of the recipe's `evaluate`. name: of its examples."""
     source = tokenized.DataSource(wanted.data, data_files.get(wanted.data), model_dir, wanted.part)
-    request = ScorerRequest(name, wanted, source, tokenizer, header, recipe.seed)
+    prefix = first_tokens(model_dir, header)
+    request = ScorerRequest(name, wanted, source, tokenizer, header, recipe.seed, prefix)
     return Evaluation(wanted.data, _SCORERS[_metric(wanted, header, source)](request))
 
 
@@ -202,43 +205,23 @@ def _writings(recipe: Recipe) -> tuple[TimedGeneration, ...]:
     return (*wanted, *without)
 
 
-def _prepare_images(
+def _prepare_senses(
     recipe: Recipe, header: ModelHeader, model_dir: Path, data_files: dict[str, Path], *, threads: int
 ) -> Trial:
-    """`prepare` for a vision model: lengths of text do not matter, and each timed run reads whole images."""
-    kind = "logits" if header.task == "classification" else "pooled"
-    check = read_images("builtin:images", None, model_dir, header, samples=_CHECK_ROWS, seed=_SEED)
-    sets = [TokenSet("check", kind, _image_sequences(check, None))]
-    evaluations = []
-    for at, evaluation in enumerate(evaluation for evaluation in recipe.evaluate if isinstance(evaluation, Quality)):
-        images = read_images(
-            evaluation.data,
-            data_files.get(evaluation.data),
-            model_dir,
-            header,
-            samples=evaluation.samples,
-            seed=_SEED + 1 + recipe.seed,
-            sliced=True,
-        )
-        labelled = kind == "logits" and header.head == "classes" and all(label is not None for label in images.labels)
-        scorer: Scorer
-        if evaluation.metric == "accuracy" or (evaluation.metric == "auto" and labelled):
-            classes = [tokenized.class_index(label, header, evaluation.data) for label in images.labels]
-            names = fidelity.output_names(header)
-            scorer = labels.Classification(TokenSet(f"quality{at}", kind, _image_sequences(images, classes)), names)
-        else:
-            scorer = fidelity.of_classifier(TokenSet(f"quality{at}", kind, _image_sequences(images, None)), header)
-        sets.append(scorer.examples)
-        evaluations.append(Evaluation(evaluation.data, scorer))
+    """`prepare` for a model that sees or hears: lengths of text do not matter, and each timed run reads whole images or sounds."""
+    read = senses.images if header.sees_images else senses.sounds
+    check, evaluations, sample = read(recipe, header, model_dir, data_files, _CHECK_ROWS, _CHECK_STEPS, _SEED)
     task = Task(
         name=header.task,
         model_class=header.kind.loader,
-        sets=tuple(sets),
+        sets=(check, *(evaluation.scorer.examples for evaluation in evaluations)),
         shapes=_shapes(recipe),
-        timing_ids=check.pixels[0],
+        timing_ids=sample,
         pooling="cls",
-        classes=header.classes,
+        classes=header.classes if header.sees_images else header.vocabulary or 1,
         threads=threads,
+        writings=_writings(recipe),
+        prefix=first_tokens(model_dir, header),
     )
     return Trial(
         task,
@@ -247,12 +230,6 @@ def _prepare_images(
         uncompressed=timed_uncompressed(recipe, header),
         by_turns=timed_by_turns(recipe, header),
     )
-
-
-def _image_sequences(images: Images, classes: list[int] | None) -> tokenized.Sequences:
-    mask = np.ones((len(images.pixels), 1), np.int64)
-    labels = None if classes is None else np.asarray(classes, np.int64)
-    return tokenized.Sequences(images.pixels, mask, labels=labels, slices=images.slices)
 
 
 def _check_lengths(header: ModelHeader, lengths: list[int]) -> None:
@@ -296,7 +273,9 @@ def _is_judged(source: tokenized.DataSource) -> bool:
     )
 
 
-def _check_set(prose: list[tokenized.Row], tokenizer: tokenized.Tokenizer, header: ModelHeader) -> TokenSet:
+def _check_set(
+    prose: list[tokenized.Row], tokenizer: tokenized.Tokenizer, header: ModelHeader, prefix: tuple[int, ...]
+) -> TokenSet:
     """A few texts of different lengths in one padded batch. They reveal an artifact that ignores its attention mask."""
     texts = [row for row in prose if len(row.text) > 200][:_CHECK_ROWS]
     if header.scores_pairs:
@@ -304,6 +283,9 @@ def _check_set(prose: list[tokenized.Row], tokenizer: tokenized.Tokenizer, heade
         pairs = [tokenized.encode_row(row, tokenizer, 16 + 5 * at) for at, row in enumerate(halves)]
         return TokenSet("check", "logits", tokenized.pad_typed(pairs, tokenizer.pad_id, header))
     encoded = [tokenizer.encode(row.text, special=True)[: 12 + 5 * at] for at, row in enumerate(texts)]
+    if header.task == "seq2seq":
+        sequences = tokenized.pad(encoded, tokenizer.pad_id)
+        return TokenSet("check", "steps", read_by_decoder(sequences, prefix, tokens=len(prefix) + _CHECK_STEPS))
     kind = {"embedding": "pooled", "classification": "logits"}.get(header.task, "last")
     return TokenSet("check", kind, tokenized.pad(encoded, tokenizer.pad_id), alone=header.one_text_a_batch)
 

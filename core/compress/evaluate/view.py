@@ -42,6 +42,7 @@ class ScorerRequest:
     tokenizer: tokenized.Tokenizer
     header: ModelHeader
     seed: int
+    prefix: tuple[int, ...] = ()  #: the first tokens of an encoder-decoder's decoder
 
     @property
     def ref(self) -> str:
@@ -177,6 +178,14 @@ class Scorer(Protocol):
 
     def part(self, view: OutputPair, units: NDArray[np.bool_]) -> list[Measurement]:
         """The figures of some of the units. units [U]."""
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """One entry of the recipe's `evaluate`, with its examples."""
+
+    ref: str
+    scorer: Scorer
 
 
 def spread(positions: NDArray[np.int64], width: int, shape: tuple[int, ...], limit_bytes: int) -> NDArray[np.bool_]:

@@ -19,16 +19,9 @@ from torch import Tensor, nn
 
 from nightpress.core.compress.context import PassContext
 from nightpress.core.compress.data.tokenized import Sequences
+from nightpress.core.compress.graph.modules import encoder_signature, example_ids, takes_types
 from nightpress.core.compress.graph.telling import telling
-from nightpress.core.compress.graph.tracing import (
-    Traced,
-    content_digest,
-    encoder_signature,
-    example_ids,
-    export_graph,
-    takes_types,
-    without_notes,
-)
+from nightpress.core.compress.graph.tracing import Traced, content_digest, export_graph, without_notes
 from nightpress.core.compress.model.checkpoint import disk_errors
 from nightpress.core.compress.model.exits import ExitModel, ExitPlan, load_exits
 from nightpress.core.recipes.header import ModelHeader

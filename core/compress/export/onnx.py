@@ -1,6 +1,10 @@
-"""An ONNX graph with its tokenizer and config, as ONNX Runtime reads it."""
+"""An ONNX graph with its tokenizer and config, as ONNX Runtime reads it.
+
+An encoder-decoder is two files, encoder_model.onnx and decoder_model_merged.onnx: the names that optimum and transformers.js look for.
+"""
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +13,8 @@ from nightpress.core.compress.graph.tracing import Traced
 from nightpress.core.compress.grids.pressed_weights import PressedWeights
 from nightpress.core.compress.model.checkpoint import disk_errors
 from nightpress.core.compress.model.companions import copy_companions
-from nightpress.core.compress.passes.registry import Records, RuntimePasses, runtime_pass_of
+from nightpress.core.compress.passes.registry import Records, RuntimePasses, runtime_pass_of, together
+from nightpress.core.handoff.report import PassRecord
 
 CONSUMER = Path(__file__).parents[1] / "runners" / "onnxruntime_runner.py"
 GRAPH_FILE = "model.onnx"
@@ -26,25 +31,28 @@ def save(model_dir: Path, out_dir: Path, traced: Traced, passes: RuntimePasses, 
     with disk_errors():
         out_dir.mkdir(parents=True)
         copy_companions(model_dir, out_dir)
-    target = out_dir / GRAPH_FILE
-    records = tuple(runtime_pass_of(options, "onnx")(traced, target, options, index=index) for index, options in passes)
-    if records and weights == "fp32":
-        return records
-    with disk_errors():
-        if not records and not pressed.packed and weights == "fp32":
-            for file in traced.path.parent.glob(f"{GRAPH_FILE}*"):
-                shutil.copyfile(file, out_dir / file.name)
-            return ()
-        import onnx
+    records: list[PassRecord] = []
+    for name, graph in traced.graphs.items():
+        target, alone = out_dir / f"{name}.onnx", replace(traced, path=graph, encoder=None)
+        done = [runtime_pass_of(options, "onnx")(alone, target, options, index=index) for index, options in passes]
+        records = together(records, done)
+        if done and weights == "fp32":
+            continue
+        with disk_errors():
+            if not done and not pressed.packed and weights == "fp32":
+                for file in graph.parent.glob(f"{graph.name}*"):
+                    shutil.copyfile(file, out_dir / file.name)
+                continue
+            import onnx
 
-        model = onnx.load(target if records else traced.path)
-        if pressed.packed:
-            write_codes(model, pressed)
-        if weights == "fp16":
-            _halve(onnx, model)
-        large = sum(len(initializer.raw_data) for initializer in model.graph.initializer) > _LARGEST
-        onnx.save(model, target, save_as_external_data=large, location=f"{GRAPH_FILE}.data")
-    return records
+            model = onnx.load(target if done else graph)
+            if pressed.packed:
+                write_codes(model, pressed)
+            if weights == "fp16":
+                _halve(onnx, model)
+            large = sum(len(initializer.raw_data) for initializer in model.graph.initializer) > _LARGEST
+            onnx.save(model, target, save_as_external_data=large, location=f"{target.name}.data")
+    return tuple(records)
 
 
 def _halve(onnx: Any, model: Any) -> None:

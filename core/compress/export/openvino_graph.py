@@ -1,4 +1,4 @@
-"""Changes to an OpenVINO graph: compressed constants with a pass's codes, divisions merged into norms, float16 constants, a kept cache."""
+"""Changes to an OpenVINO graph: compressed constants with a pass's codes, divisions merged into norms and float16 constants."""
 
 from typing import Any
 
@@ -8,7 +8,6 @@ from numpy.typing import NDArray
 from nightpress.core.compress.grids.pressed_weights import Codes, PressedWeights
 
 _FEWEST = 1024  #: weights; smaller constants stay in float32
-_PAST, _PRESENT = "past_key_values.", "present."
 
 
 def write_codes(model: Any, pressed: PressedWeights) -> int:
@@ -125,43 +124,6 @@ def halve(model: Any) -> None:
         floats = ops.convert(half, Type.f32)
         for user in node.output(0).get_target_inputs():
             user.replace_source_output(floats.output(0))
-
-
-def keep_cache(model: Any) -> None:
-    """Make the model keep its key/value cache between calls and reorder it by `beam_idx`, as OpenVINO's generation libraries expect.
-
-    After `reset_state` the cache is empty. Its batch size is then that of the next call's `input_ids`.
-    """
-    from openvino import Dimension, PartialShape, Type
-    from openvino import opset13 as ops
-    from openvino._offline_transformations import apply_make_stateful_transformation
-
-    beams = ops.parameter(PartialShape([Dimension()]), Type.i32, name="beam_idx")
-    beams.output(0).set_names({"beam_idx"})
-    model.add_parameters([beams])
-    pairs = {}
-    for port in model.inputs:
-        name = port.get_any_name()
-        if not name.startswith(_PAST):
-            continue
-        users = port.get_target_inputs()
-        chosen = ops.gather(port, beams, ops.constant(np.int64(0)))
-        for user in users:
-            user.replace_source_output(chosen.output(0))
-        pairs[name] = _PRESENT + name.removeprefix(_PAST)
-    apply_make_stateful_transformation(model, pairs)
-    batch = ops.gather(
-        ops.shape_of(model.input("input_ids"), output_type="i64"), ops.constant([0]), ops.constant(np.int64(0))
-    )
-    for node in model.get_ops():
-        if node.get_type_name() != "ReadValue":
-            continue
-        # [batch, heads, 0, width]
-        known = [size.get_length() if size.is_static else 0 for size in node.get_output_partial_shape(0)]
-        shape = ops.concat([batch, ops.constant(np.array(known[1:], np.int64))], axis=0)
-        empty = ops.broadcast(ops.constant(0.0, dtype=node.get_output_element_type(0)), shape)
-        node.set_arguments([empty.output(0)])
-    model.validate_nodes_and_infer_types()
 
 
 def settle_names(model: Any) -> None:

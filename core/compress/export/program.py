@@ -7,7 +7,8 @@ nothing of Nightpress.
 from pathlib import Path
 
 from nightpress.core.compress.data.chat import chat_template
-from nightpress.core.compress.data.images import normalisation
+from nightpress.core.compress.data.images import image_shape, normalisation
+from nightpress.core.compress.export.pair_programs import pair_program
 from nightpress.core.recipes.header import ModelHeader
 
 _TEXT = "The sea was calm, and the ship came home."
@@ -198,7 +199,14 @@ prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True)
 print(generate(model, tokenizer, prompt, max_tokens={new_tokens}))
 """
 
-_IMAGE = """\
+_IMAGE = """
+picture = Image.new("RGB", ({width}, {height}), "seagreen")  # or Image.open("photo.jpg").convert("RGB").resize(({width}, {height}))
+pixels = ((np.asarray(picture, np.float32) / 255 - {mean}) / {deviation}).transpose(2, 0, 1)[None].astype(np.float32)
+"""
+#: Runtime → what loads an image classifier, and what runs it.
+_SEES = {
+    "transformers": (
+        """\
 import numpy as np
 import torch
 from PIL import Image
@@ -206,13 +214,38 @@ from transformers import AutoModelForImageClassification
 
 folder = "{folder}"
 model = AutoModelForImageClassification.from_pretrained(folder).eval()
-size = model.config.image_size
+""",
+        """with torch.inference_mode():
+    output = model(pixel_values=torch.from_numpy(pixels)).logits[0].numpy()
+""",
+    ),
+    "onnx": (
+        """\
+import numpy as np
+import onnxruntime
+from PIL import Image
+from transformers import AutoConfig
 
-picture = Image.new("RGB", (size, size), "seagreen")  # or Image.open("photo.jpg").convert("RGB").resize((size, size))
-pixels = (np.asarray(picture, np.float32) / 255 - {mean}) / {deviation}
-with torch.inference_mode():
-    output = model(pixel_values=torch.from_numpy(pixels.transpose(2, 0, 1)[None]).float()).logits[0].numpy()
-"""
+folder = "{folder}"
+session = onnxruntime.InferenceSession(f"{{folder}}/model.onnx", providers=["CPUExecutionProvider"])
+""",
+        """output = session.run(None, {{"pixel_values": pixels}})[0][0]
+""",
+    ),
+    "openvino": (
+        """\
+import numpy as np
+import openvino
+from PIL import Image
+from transformers import AutoConfig
+
+folder = "{folder}"
+model = openvino.Core().compile_model(f"{{folder}}/openvino_model.xml", "CPU")
+""",
+        """output = model({{"pixel_values": pixels}})[0][0]
+""",
+    ),
+}
 _JAVASCRIPT = """\
 const {{ env, pipeline }} = require("@huggingface/transformers");
 
@@ -250,9 +283,14 @@ def _program(format_: str, artifact: Path, header: ModelHeader) -> str:
         return (_MLX + (_MLX_CHAT if chat else _MLX_PROMPT)).format(folder=folder, text=text, new_tokens=_NEW_TOKENS)
     if header.architecture.endswith("ForImageClassification"):
         mean, deviation = normalisation(artifact)
-        return _IMAGE.format(folder=folder, mean=mean, deviation=deviation) + _answer("classes", format_, header)
+        _, height, width = image_shape(artifact, header)
+        head, run = _SEES.get(format_, _SEES["transformers"])
+        read = _IMAGE.format(mean=mean, deviation=deviation, height=height, width=width)
+        return head.format(folder=folder) + read + run.format() + _answer("classes", format_, header)
     if task == "other" or header.sees_images:
         return ""
+    if task == "seq2seq":
+        return pair_program(format_, artifact, header, text, _NEW_TOKENS)
     if task == "masked-lm":
         text = 'f"The sea was {tokenizer.mask_token}."'
     values = {
@@ -268,7 +306,7 @@ def _program(format_: str, artifact: Path, header: ModelHeader) -> str:
         "onnx": (_ONNX, _RUN_ONNX, _DECODE_ONNX),
         "openvino": (_OPENVINO, _RUN_OPENVINO, _DECODE_OPENVINO),
     }.get(format_, (_TRANSFORMERS, _RUN_TRANSFORMERS, _GENERATE))
-    if task in {"causal-lm", "seq2seq"}:
+    if task == "causal-lm":
         return (head + (_CHAT if chat else _PROMPT) + decode).format(**values)
     return (head + run).format(**values) + _answer(header.head if task == "classification" else task, format_, header)
 

@@ -15,7 +15,7 @@ class TokenSet:
     """Examples for a runner, and the outputs that it keeps."""
 
     name: str
-    kind: str  #: the outputs that are kept: `pooled`, `logits`, `last`, `tokens`, `generated` or `written`
+    kind: str  #: the outputs that are kept: `pooled`, `logits`, `last`, `steps`, `tokens`, `generated` or `written`
     sequences: Sequences
     compared: NDArray[np.bool_] | None = None  #: [N, S], the positions where whole distributions are compared
     new_tokens: int = 0  #: for `generated` and `written`: the most tokens that are generated
@@ -30,8 +30,9 @@ class TokenSet:
         """The number of rows in a batch. classes: the width of one position's output."""
         if self.alone:
             return 1
-        length = int(self.sequences.ids.shape[1]) + self.new_tokens
-        per_row = 4 * length * classes if self.kind in {"tokens", "last", "generated"} else 4 * length * 8192
+        read = self.sequences.ids if self.sequences.decoder is None else self.sequences.decoder
+        length = int(read.shape[1]) + self.new_tokens
+        per_row = 4 * length * classes if self.kind in {"tokens", "last", "steps", "generated"} else 4 * length * 8192
         return max(1, min(16, LOGIT_BYTES // max(per_row, 1)))
 
 
@@ -78,6 +79,7 @@ class Task:
     model_class: str = "AutoModel"  #: the class of transformers that loads the model
     servings: tuple[TimedServing, ...] = ()  #: only in vLLM
     cache_bytes: int = 0  #: of the key/value cache, only in vLLM
+    prefix: tuple[int, ...] = ()  #: the first tokens of an encoder-decoder's decoder
 
     @property
     def only_timed(self) -> "Task":
@@ -106,6 +108,7 @@ class Task:
             "pooling": self.pooling,
             "threads": self.threads,
             "longest": self.longest,
+            "prefix": list(self.prefix),
         }
         return told | {"cache_bytes": self.cache_bytes, "sets": sets}
 
@@ -115,8 +118,9 @@ class Task:
         for data_set in self.sets:
             arrays[f"{data_set.name}.ids"] = data_set.sequences.ids
             arrays[f"{data_set.name}.mask"] = data_set.sequences.mask
-            if data_set.sequences.types is not None:
-                arrays[f"{data_set.name}.types"] = data_set.sequences.types
+            for part, known in (("types", data_set.sequences.types), ("decoder", data_set.sequences.decoder)):
+                if known is not None:
+                    arrays[f"{data_set.name}.{part}"] = known
             if data_set.kind == "tokens":
                 assert data_set.sequences.targets is not None
                 assert data_set.compared is not None

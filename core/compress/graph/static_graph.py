@@ -129,10 +129,12 @@ class QdqGraph:
             effect = effect_of(name, floats, codes * scales)
             weights[name] = Weight(codes, scales.reshape(-1), *stored[name], effect, lost[name])
             constants[name].ClearField("raw_data")
+        # A decoder's keys are those of all tokens before: rounding them at every token would take longer than their product in float.
+        cached = any(value.name.startswith("past_key_values.") for value in model.graph.input)
         scores = {
             name: score_product
             for name, score_product in score_products(model.graph).items()
-            if not matches(name, options.ignore)
+            if not cached and not matches(name, options.ignore)
         }
         tables = quantize_embeddings(onnx, model, constants, options.ignore)
         inputs = {node.name: node.input[0] for node in products}

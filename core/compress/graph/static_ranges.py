@@ -2,8 +2,8 @@
 
 import contextlib
 import shutil
-from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from nightpress.core.compress.context import PassContext
 from nightpress.core.compress.graph.dynamic_int8 import Weights
+from nightpress.core.compress.graph.samples import Feeder, session
 from nightpress.core.compress.graph.static_graph import QdqGraph
 from nightpress.core.compress.graph.telling import telling
 from nightpress.core.compress.grids import activation_ranges
@@ -30,42 +31,19 @@ from nightpress.core.recipes.passes import StaticInt8
 #: Bits of a weight → its largest code. 255 · 64 · 2 fits the 16-bit sums of x86 processors without VNNI, 255 · 127 · 2 does not.
 TOP = {7: 64, 8: 127}
 
-Ids = NDArray[np.int64]
-Feeds = dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Texts:
-    ids: Ids  #: [N, S]
-    mask: Ids  #: [N, S]
-    types: Ids  #: [N, S], 1 at the second text of a pair
-
-    def feeds(self, inputs: Collection[str], tokens: int) -> Iterator[Feeds]:
-        """Yield the inputs of each run of a graph: about `tokens` tokens at a time, at least one text. inputs: the graph's input names."""
-        rows = max(1, tokens // self.ids.shape[1])
-        for at in range(0, len(self.ids), rows):
-            part = self[at : at + rows]
-            found = {"input_ids": part.ids, "attention_mask": part.mask, "token_type_ids": part.types}
-            yield {name: value for name, value in found.items() if name in inputs}
-
-    def __getitem__(self, rows: slice) -> "Texts":
-        return Texts(self.ids[rows], self.mask[rows], self.types[rows])
-
-    def cut(self, length: int) -> "Texts":
-        return Texts(self.ids[:, :length], self.mask[:, :length], self.types[:, :length])
-
 
 def calibrated(
-    graph: Path, texts: Texts, options: StaticInt8, bits: int, folder: Path, context: PassContext
+    graph: Path, feeder: Feeder, samples: int, options: StaticInt8, bits: int, folder: Path, context: PassContext
 ) -> tuple[QdqGraph, dict[str, Range], dict[str, float]]:
     """Return the smoothed graph with its codes, the range of each rounded tensor, and the cost of rounding each product.
 
-    bits: 7 or 8, of a weight. The texts run through the graph once for extremes and Gram matrices. Unless the ranges are the extremes, the
-    texts run a second time for histograms. The result is kept in `folder`, where another attempt finds it.
+    feeder: runs `samples` samples through the graph. bits: 7 or 8, of a weight. The samples run once for extremes and Gram matrices. Unless
+    the ranges are the extremes, they run a second time for histograms. The result is kept in `folder`, where another attempt finds it.
     """
+    folder.mkdir(parents=True, exist_ok=True)
     kept = folder / "calibration.npz"
     if not kept.is_file():
-        _calibrate(graph, texts, options, bits, kept, context)
+        _calibrate(graph, feeder, samples, options, bits, kept, context)
         context.whole(1, kept)
     with np.load(kept) as archive:
         found = {name: archive[name] for name in archive.files}
@@ -87,7 +65,9 @@ def calibrated(
     return plan, ranges, costs
 
 
-def _calibrate(graph: Path, texts: Texts, options: StaticInt8, bits: int, kept: Path, context: PassContext) -> None:
+def _calibrate(
+    graph: Path, feeder: Feeder, samples: int, options: StaticInt8, bits: int, kept: Path, context: PassContext
+) -> None:
     with telling(context, 0.15, "reading the graph"):
         plain = QdqGraph.of(graph, options, TOP[bits])
     context.progress(0.2, "loading the graph to calibrate it")
@@ -96,7 +76,7 @@ def _calibrate(graph: Path, texts: Texts, options: StaticInt8, bits: int, kept: 
     del plain  # otherwise its weights and the session's would be in memory together
     held = {name: _InputRange(sums=name in given) for name in names}
     with _watching(graph, names, kept.parent, context.threads) as watching:
-        for values in _inputs_seen(watching, names, texts, context, 0.2, 0.4):
+        for values in _inputs_seen(watching, names, feeder, samples, context, 0.2, 0.4):
             for name, value in values.items():
                 held[name].add(value)
     for product, name in operands:
@@ -128,7 +108,7 @@ def _calibrate(graph: Path, texts: Texts, options: StaticInt8, bits: int, kept: 
     if options.ranges != "min-max":
         counts = {name: np.zeros(activation_ranges.BINS) for name in extremes}
         with _watching(graph, names, kept.parent, context.threads) as watching:
-            for values in _inputs_seen(watching, names, texts, context, 0.55, 0.6):
+            for values in _inputs_seen(watching, names, feeder, samples, context, 0.55, 0.6):
                 for name, origin in origins.items():
                     counts[name] += activation_ranges.count(values[origin] / by[name], *extremes[name])
         choose: dict[str, Callable[[Histogram], Range]] = {
@@ -210,19 +190,24 @@ def _watching(graph: Path, names: Sequence[str], folder: Path, threads: int) -> 
 
 
 def _inputs_seen(
-    loaded: Any, names: Sequence[str], texts: Texts, context: PassContext, start: float, end: float
+    loaded: Any, names: Sequence[str], feeder: Feeder, samples: int, context: PassContext, start: float, end: float
 ) -> Iterator[dict[str, NDArray[np.float32]]]:
     """Yield the values of each tensor without padding, batch by batch. The progress goes from `start` to `end`."""
-    inputs = {value.name for value in loaded.get_inputs()}
     done = 0
-    for feeds in texts.feeds(inputs, GRAPH_TOKENS):
-        real = feeds["attention_mask"] > 0
+    for feeds, masks in feeder(loaded, GRAPH_TOKENS):
         values = dict(zip(names, loaded.run(list(names), feeds), strict=True))
-        done += len(real)
-        context.progress(
-            start + (end - start) * done / len(texts.ids), f"calibrating, {done} of {len(texts.ids)} texts"
-        )
-        yield {name: without_padding(value, real) for name, value in values.items()}
+        done += len(masks[0])
+        context.progress(start + (end - start) * done / samples, f"calibrating, {done} of {samples} samples")
+        yield {name: _real_values(value, masks) for name, value in values.items()}
+
+
+def _real_values(values: NDArray[np.float32], masks: Sequence[NDArray[np.bool_]]) -> NDArray[np.float32]:
+    """`without_padding` by the first of the masks whose tokens a tensor has."""
+    for real in masks:
+        found = without_padding(values, real)
+        if found is not values:
+            return found
+    return values
 
 
 def without_padding(values: NDArray[np.float32], real: NDArray[np.bool_]) -> NDArray[np.float32]:
@@ -239,13 +224,3 @@ def without_padding(values: NDArray[np.float32], real: NDArray[np.bool_]) -> NDA
     if values.ndim == 4 and len(values) == batch and length in values.shape[2:]:
         return np.moveaxis(values, 2 if values.shape[2] == length else 3, 1)[real]
     return values
-
-
-def session(graph: bytes | Path, threads: int) -> Any:
-    import onnxruntime
-
-    settings = onnxruntime.SessionOptions()
-    settings.intra_op_num_threads = threads
-    settings.log_severity_level = 3
-    source = graph if isinstance(graph, bytes) else str(graph)
-    return onnxruntime.InferenceSession(source, settings, providers=["CPUExecutionProvider"])

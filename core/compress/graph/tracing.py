@@ -6,7 +6,6 @@ The trace is the resume point. It takes most of the time, and another attempt of
 import ast
 import contextlib
 import hashlib
-import inspect
 import json
 import logging
 import os
@@ -22,6 +21,18 @@ from numpy.typing import NDArray
 
 from nightpress.core.compress.context import PassContext
 from nightpress.core.compress.data.tokenized import Sequences
+from nightpress.core.compress.graph.modules import (
+    DECODER,
+    ENCODER,
+    MODEL,
+    EncoderDecoder,
+    FirstOutput,
+    Sees,
+    Signature,
+    Whole,
+    WithCache,
+    takes_types,
+)
 from nightpress.core.compress.graph.telling import telling
 from nightpress.core.compress.grids.pressed_weights import PressedWeights
 from nightpress.core.compress.model.checkpoint import disk_errors, write_file
@@ -30,11 +41,6 @@ from nightpress.core.errors import ErrorCode, NightpressError
 from nightpress.core.handoff.manifest import describe_folder
 from nightpress.core.recipes.header import ModelHeader
 
-#: The names of dimensions that vary. Generation libraries look for these names: transformers.js makes an empty cache from them.
-_BATCH, _LENGTH = "batch_size", "sequence_length"
-_BOTH = {0: _BATCH, 1: _LENGTH}
-_SEEN = {0: _BATCH, 1: "total_sequence_length"}
-_PAST = {0: _BATCH, 2: "past_sequence_length"}
 OPSET = 20  #: the first with Gelu as one node; ONNX Runtime reads it since 1.17, OpenVINO since 2024.0
 
 
@@ -42,13 +48,19 @@ OPSET = 20  #: the first with Gelu as one node; ONNX Runtime reads it since 1.17
 class Traced:
     """A model as an fp32 ONNX graph, with the outputs of the traced model itself for a few check texts."""
 
-    path: Path
+    path: Path  #: of an encoder-decoder, its decoder's graph
     check: NDArray[np.float32]  #: the model's first output for the check texts: [B, S, …] or [B, C]
     #: linear layer → relative error of its input on the check texts, rounded to 8 bits with one scale
     rounding: Mapping[str, float]
     #: linear layer → largest magnitude of each input channel on the check texts, [in]
     peaks: Mapping[str, NDArray[np.float32]] = field(default_factory=dict)
     cached: bool = False  #: the graph reads and returns a key/value cache: it is a decoder's
+    encoder: Path | None = None  #: of an encoder-decoder, its encoder's graph
+
+    @property
+    def graphs(self) -> Mapping[str, Path]:
+        """The graphs by their names: that of the model, or those of encoder and decoder."""
+        return {MODEL: self.path} if self.encoder is None else {ENCODER: self.encoder, DECODER: self.path}
 
 
 def trace(model_dir: Path, header: ModelHeader, check: Sequences, context: PassContext) -> Traced:
@@ -58,27 +70,29 @@ def trace(model_dir: Path, header: ModelHeader, check: Sequences, context: PassC
     """
     context.progress(0.0, "looking for an earlier trace of this model")
     key = hashlib.sha256(f"{content_digest(model_dir)}\n{header.model_dump_json()}\n{OPSET}\n".encode())
-    key.update(check.ids.tobytes())
-    if check.types is not None:
-        key.update(check.types.tobytes())
+    for part in (check.ids, check.types, check.decoder):
+        if part is not None:
+            key.update(part.tobytes())
     folder = context.work_dir / "graph" / key.hexdigest()[:16]
-    graph, outputs = folder / "model.onnx", folder / "check.npy"
+    names = (ENCODER, DECODER) if header.task == "seq2seq" else (MODEL,)
+    graphs, outputs = [folder / f"{name}.onnx" for name in names], folder / "check.npy"
     errors, peaks = folder / "rounding.json", folder / "peaks.npz"
-    if not all(file.is_file() for file in (graph, errors, peaks, outputs)):
+    if not all(file.is_file() for file in (*graphs, errors, peaks, outputs)):
         folder.mkdir(parents=True, exist_ok=True)
         context.progress(0.05, "loading the model to trace it")
         model = _load(model_dir, header, context.threads)
         with torch.inference_mode(), _watch_inputs(model) as (rounding, largest):
-            types = None if check.types is None else torch.from_numpy(check.types)
-            expected = model.answer(torch.from_numpy(check.ids), torch.from_numpy(check.mask), types).float().numpy()
+            expected = model.answer(check).float().numpy()
         with telling(context, 0.2, "tracing the model into a graph"), disk_errors():
             # Protobuf's limit is 2 GiB. Weights up to this limit are stored inside the file, larger ones in a second file.
             partial = folder / "partial"
             partial.mkdir(exist_ok=True)
-            program = export_graph(model, header, model.signature(example_ids(header)))
-            _name_after_modules(program.model.graph)
-            without_notes(program.model.graph)
-            program.save(partial / "model.onnx", external_data=4 * header.parameters > 1_900_000_000)
+            for name, (module, signature) in _parts(model, header, check).items():
+                program = export_graph(module, header, signature)
+                _name_after_modules(program.model.graph)
+                _settle_shapes(program.model.graph)
+                without_notes(program.model.graph)
+                program.save(partial / f"{name}.onnx", external_data=4 * header.parameters > 1_900_000_000)
             for file in partial.iterdir():
                 file.replace(folder / file.name)
             partial.rmdir()
@@ -89,11 +103,18 @@ def trace(model_dir: Path, header: ModelHeader, check: Sequences, context: PassC
                 np.save(stream, expected)
                 os.fsync(stream.fileno())
             (folder / "check.partial").replace(outputs)
-        beside = (file for file in folder.glob(f"{graph.name}.*") if file.is_file())  # weights beyond 2 GiB
-        context.whole(1, *beside, graph, errors, peaks, outputs)
+        beside = (file for file in folder.glob("*.onnx.*") if file.is_file())  # weights beyond 2 GiB
+        context.whole(1, *beside, *graphs, errors, peaks, outputs)
     with np.load(peaks) as archive:
         largest = {name: archive[name] for name in archive.files}
-    return Traced(graph, np.load(outputs), json.loads(errors.read_bytes()), largest, cached=header.is_decoder)
+    return Traced(
+        graphs[-1],
+        np.load(outputs),
+        json.loads(errors.read_bytes()),
+        largest,
+        cached=header.is_decoder,
+        encoder=graphs[0] if len(graphs) > 1 else None,
+    )
 
 
 def content_digest(model_dir: Path) -> str:
@@ -138,100 +159,7 @@ def _watch_inputs(model: torch.nn.Module) -> Iterator[tuple[dict[str, float], di
             handle.remove()
 
 
-@dataclass(frozen=True)
-class Signature:
-    """A graph's inputs and outputs: their names, example inputs, and the dimensions that vary."""
-
-    inputs: tuple[str, ...]
-    outputs: tuple[str, ...]
-    example: tuple[Any, ...]
-    varying: tuple[Any, ...]
-
-
-class _FirstOutput(torch.nn.Module):
-    """A model with positional inputs and one output: its logits, or its last hidden state."""
-
-    def __init__(self, model: torch.nn.Module, output: str, *, types: bool) -> None:
-        super().__init__()
-        self.model, self.output, self.types = model, output, types
-
-    def answer(self, ids: torch.Tensor, mask: torch.Tensor, types: torch.Tensor | None = None) -> torch.Tensor:
-        """The model's own output for whole texts. ids, mask, types [B, S]; types None: single texts."""
-        out: torch.Tensor = self(ids, mask, types)
-        return out
-
-    def signature(self, ids: torch.Tensor) -> Signature:
-        return encoder_signature(ids, types=self.types, outputs=[self.output])
-
-    def forward(
-        self, input_ids: torch.Tensor, attention_mask: torch.Tensor, token_type_ids: torch.Tensor | None = None
-    ) -> torch.Tensor:
-        extra = {"token_type_ids": token_type_ids} if token_type_ids is not None else {}
-        result = self.model(input_ids=input_ids, attention_mask=attention_mask, return_dict=True, **extra)
-        out: torch.Tensor = getattr(result, self.output)
-        return out
-
-
-class _WithCache(torch.nn.Module):
-    """A decoder that reads its key/value cache as tensors and returns the extended cache: one graph reads a prompt and generates.
-
-    The tensors have the names that generation libraries look for: `past_key_values.0.key` [B, heads, past, width] is read and
-    `present.0.key` is returned.
-    """
-
-    def __init__(self, model: torch.nn.Module) -> None:
-        super().__init__()
-        self.model = model
-        with torch.inference_mode():
-            cache = model(input_ids=torch.full((1, 2), 5), use_cache=True).past_key_values
-        self.shapes = [
-            (states.shape[1], states.shape[3]) for layer in cache.layers for states in (layer.keys, layer.values)
-        ]
-
-    def forward(
-        self,
-        input_ids: torch.Tensor,
-        attention_mask: torch.Tensor,
-        position_ids: torch.Tensor,
-        past: list[torch.Tensor],
-    ) -> tuple[torch.Tensor, ...]:
-        from transformers import DynamicCache
-
-        cache = DynamicCache(list(zip(past[::2], past[1::2], strict=True)))
-        out = self.model(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            past_key_values=cache,
-            use_cache=True,
-            return_dict=True,
-            **({"position_ids": position_ids} if self._takes_positions else {}),
-        )
-        present = [states for layer in out.past_key_values.layers for states in (layer.keys, layer.values)]
-        return (out.logits, *present)
-
-    @property
-    def _takes_positions(self) -> bool:
-        return "position_ids" in inspect.signature(self.model.forward).parameters
-
-    def answer(self, ids: torch.Tensor, mask: torch.Tensor, _types: torch.Tensor | None = None) -> torch.Tensor:
-        """The model's own logits for whole texts, computed without a cache. ids, mask [B, S]."""
-        out: torch.Tensor = self.model(input_ids=ids, attention_mask=mask, use_cache=False).logits
-        return out
-
-    def signature(self, ids: torch.Tensor) -> Signature:
-        batch, length, past = *ids.shape, 3
-        cache = [torch.zeros(batch, heads, past, width) for heads, width in self.shapes]
-        layers = [f"{at}.{part}" for at in range(len(cache) // 2) for part in ("key", "value")]
-        positions = torch.arange(past, past + length).expand(batch, length).contiguous()
-        return Signature(
-            ("input_ids", "attention_mask", "position_ids", *(f"past_key_values.{layer}" for layer in layers)),
-            ("logits", *(f"present.{layer}" for layer in layers)),
-            (ids, torch.ones(batch, past + length, dtype=torch.int64), positions, cache),
-            (dict(_BOTH), dict(_SEEN), dict(_BOTH), [dict(_PAST) for _ in cache]),
-        )
-
-
-def _load(model_dir: Path, header: ModelHeader, threads: int) -> _FirstOutput | _WithCache:
+def _load(model_dir: Path, header: ModelHeader, threads: int) -> Whole:
     torch.set_num_threads(threads)
     # Eager attention: the fused kernel would add needless nodes to the graph, its guard against rows without any token.
     with _quiet():
@@ -241,9 +169,27 @@ def _load(model_dir: Path, header: ModelHeader, threads: int) -> _FirstOutput | 
         else:
             model = load_model(model_dir, header, attention="eager")
     if header.is_decoder:
-        return _WithCache(model.eval()).eval()
+        return WithCache(model.eval()).eval()
+    if header.task == "seq2seq":
+        return EncoderDecoder(model.eval(), header).eval()
     output = "last_hidden_state" if header.task == "embedding" else "logits"
-    return _FirstOutput(model, output, types=takes_types(model, header)).eval()
+    if header.sees_images:
+        return Sees(model, output).eval()
+    return FirstOutput(model, output, types=takes_types(model, header)).eval()
+
+
+def _parts(model: Whole, header: ModelHeader, check: Sequences) -> Mapping[str, tuple[torch.nn.Module, Signature]]:
+    """The modules to trace. Raises NightpressError(unsupported_architecture) for an encoder-decoder whose caches are no plain tensors."""
+    try:
+        return model.parts(header, check)
+    except (AttributeError, TypeError, ValueError, IndexError, RuntimeError) as error:
+        if header.task != "seq2seq":
+            raise
+        raise NightpressError(
+            ErrorCode.UNSUPPORTED_ARCHITECTURE,
+            f"A {header.architecture} can't be traced into an encoder and a decoder with a cache: {type(error).__name__}: {str(error)[:200]}",
+            hint="Leave onnx and openvino out of `exports`.",
+        ) from error
 
 
 def _load_as_floats(model_dir: Path, header: ModelHeader, weights: PressedWeights) -> Any:
@@ -257,24 +203,6 @@ def _load_as_floats(model_dir: Path, header: ModelHeader, weights: PressedWeight
     return loader.from_pretrained(
         None, config=config, state_dict=floats, dtype=torch.float32, attn_implementation="eager"
     )
-
-
-def takes_types(model: Any, header: ModelHeader) -> bool:
-    """Whether a model reads token types and has more than one type."""
-    asks = "token_type_ids" in inspect.signature(model.forward).parameters
-    return asks and int(header.config.get("type_vocab_size") or 0) > 1
-
-
-def example_ids(header: ModelHeader) -> torch.Tensor:
-    """Token ids of two example texts for tracing: int64 [2, 16]."""
-    return torch.arange(5, 5 + 32).reshape(2, 16) % max(header.vocabulary or 64, 6)
-
-
-def encoder_signature(ids: torch.Tensor, *, types: bool, outputs: list[str]) -> Signature:
-    """The signature of a module that reads ids, mask and, with `types`, token types. Batch and length vary."""
-    example = (ids, torch.ones_like(ids)) + ((torch.zeros_like(ids),) if types else ())
-    names = ("input_ids", "attention_mask", "token_type_ids")[: len(example)]
-    return Signature(names, tuple(outputs), example, tuple(dict(_BOTH) for _ in names))
 
 
 def export_graph(model: torch.nn.Module, header: ModelHeader, signature: Signature) -> Any:
@@ -321,6 +249,29 @@ def _name_after_modules(graph: Any) -> None:
         if name not in taken:
             taken.add(name)
             node.name = name
+
+
+def _settle_shapes(graph: Any) -> None:
+    """Write the known size in place of −1 into shapes that are put together as the graph runs.
+
+    A tensor without elements, such as the new keys of an encoder's answer that is cached already, leaves −1 undecided. Products of several
+    widths may share a shape; then −1 stays.
+    """
+    import onnx_ir
+
+    for number, shape in enumerate([node for node in graph if node.op_type == "Concat"]):
+        users = [user for user, _ in shape.outputs[0].uses()]
+        if not users or any(user.op_type != "Reshape" or user.outputs[0].shape is None for user in users):
+            continue
+        for at, part in enumerate(shape.inputs):
+            value = part.const_value
+            sizes = {user.outputs[0].shape[at] for user in users if len(user.outputs[0].shape) == len(shape.inputs)}
+            size = sizes.pop() if len(sizes) == 1 else None
+            if value is not None and value.numpy().tolist() == [-1] and isinstance(size, int):
+                name = f"settled_size_{number}"
+                settled = onnx_ir.Value(name=name, const_value=onnx_ir.tensor(np.array([size]), name=name))
+                graph.register_initializer(settled)
+                shape.replace_input_with(at, settled)
 
 
 def without_notes(graph: Any) -> None:

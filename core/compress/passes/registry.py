@@ -73,6 +73,22 @@ def measure_pass(*options: type[PassOptions]) -> Callable[[Function], Function]:
     return _registered(MEASURE_PASSES, "measure", {_name(option): option for option in options})
 
 
+def together(some: Sequence[PassRecord], more: Sequence[PassRecord]) -> list[PassRecord]:
+    """The records of the same passes on one graph and on another of the same model, as records of both. `some` may be empty."""
+    if not some:
+        return list(more)
+    return [
+        a.model_copy(
+            update={
+                "seconds": a.seconds + b.seconds,
+                "layers": (*a.layers, *b.layers),
+                "summary": a.summary | {"matrices": len(a.layers) + len(b.layers)},
+            }
+        )
+        for a, b in zip(some, more, strict=True)
+    ]
+
+
 def runtime_pass(runtime: str, *options: type[PassOptions]) -> Callable[[Function], Function]:
     """Register a function that applies these options to the graph of a runtime: `onnx` or `openvino`."""
     return _registered(RUNTIME_PASSES, "runtime", {(_name(option), runtime): option for option in options})

@@ -18,22 +18,28 @@ from numpy.typing import NDArray
 
 from nightpress.core.compress.calibration.samples import calibration_samples
 from nightpress.core.compress.context import PassContext
-from nightpress.core.compress.graph.static_ranges import Texts, calibrated, session
+from nightpress.core.compress.data.decoder_text import first_tokens
+from nightpress.core.compress.data.rows import read_rows
+from nightpress.core.compress.data.tokenized import open_tokenizer, text_windows
+from nightpress.core.compress.graph.samples import Samples, answer, session, written
+from nightpress.core.compress.graph.static_model import StaticModel
 from nightpress.core.compress.graph.tracing import Traced
 from nightpress.core.compress.model.checkpoint import disk_errors, write_file
 from nightpress.core.compress.model.cosines import row_cosines
 from nightpress.core.compress.passes.registry import graph_pass
 from nightpress.core.compress.passes.within import Candidate, Search, bisect
+from nightpress.core.compress.runners.encoder_decoder import decoder_text, ends_of
 from nightpress.core.compress.runners.measure import pool
 from nightpress.core.handoff.report import PassRecord, Within
 from nightpress.core.processor import cpu_features
-from nightpress.core.recipes.costs import TRIAL_TOKENS
+from nightpress.core.recipes.costs import GRAPH_TOKENS, TRIAL_TOKENS
 from nightpress.core.recipes.linears import invalid
 from nightpress.core.recipes.passes import StaticInt8
 
-GRAPH_FILE = "model.onnx"
 _NUMBER = re.compile(r"\d+")  #: layers whose names differ only in numbers are of the same kind
 _TRIAL_LENGTH = 128  #: tokens of each held-out text
+_WRITTEN = 64  #: tokens that a decoder writes for each sample
+_PATCH = 16  #: pixels in a row of an image's patch, where the model doesn't say
 #: Kinds of layers are ranked on 1 / 4 of the held-out texts; of a classifier on all of them, because each text has few outputs.
 _RANKED_SHARE = 4
 #: Share of the layers that stay in float if no number of them reaches `min_cosine`: the graph is still faster than the float graph.
@@ -52,29 +58,30 @@ def static_int8(
     bits = weight_bits(options)
     wanted = f"{traced.path.parent.name}\n{options.model_dump_json()}\n{context.calibration.model_dump_json()}\n{bits}"
     folder = context.work_dir / "static" / hashlib.sha256(wanted.encode()).hexdigest()[:16]
-    graph, report = folder / GRAPH_FILE, folder / "record.json"
+    graphs, report = {name: folder / f"{name}.onnx" for name in traced.graphs}, folder / "record.json"
     if not report.is_file():
         folder.mkdir(parents=True, exist_ok=True)
-        seen, held = _texts(model_dir, context)
-        plan, ranges, costs = calibrated(traced.path, seen, options, bits, folder, context)
-        fidelity = _GraphFidelity(traced.path, held, context)
+        seen, held = _samples(model_dir, traced, context)
+        model = StaticModel.calibrate(traced.graphs, seen, options, bits, folder, context)
+        fidelity = _GraphFidelity(traced.graphs, held, context)
 
         def score(left: Collection[str], texts: int | None = None) -> float:
-            return fidelity.cosine(plan.written(ranges, left), texts)
+            return fidelity.cosine(model.written(left), texts)
 
         share = 1 if context.header.task == "classification" else _RANKED_SHARE
-        order = _Order(costs, plan.work(_TRIAL_LENGTH), score, max(1, len(held.ids) // share), context)
+        order = _Order(model.costs, model.work(_TRIAL_LENGTH), score, max(1, len(held) // share), context)
         found: Within | None = None
         warnings: tuple[str, ...] = ()
         if options.within is None:
             left, cosine = _reaching(options.min_cosine, order, score, context)
         else:
-            left, found, warnings = _within(order, lambda left: plan.written(ranges, left), options, folder, context)
+            left, found, warnings = _within(order, model.written, options, folder, context)
             cosine = score(left)
         with disk_errors():
             partial = folder / "partial.onnx"
-            partial.write_bytes(plan.written(ranges, left))
-            partial.replace(graph)
+            for name, graph in model.written(left).items():
+                partial.write_bytes(graph)
+                partial.replace(graphs[name])
         record = PassRecord(
             index=context.index,
             name=options.name,
@@ -82,21 +89,23 @@ def static_int8(
             summary={
                 "ranges": options.ranges,
                 "weight_bits": bits,
-                "calibration_tokens": int(seen.mask.sum()),
-                "matrices": len(set(plan.inputs) - left),
-                "attention_scores": len(set(plan.scores) - left),
+                "calibration_tokens": seen.tokens,
+                "matrices": len(model.products - left),
+                "attention_scores": len(model.scores - left),
                 "left_in_float": sorted(left),
                 "cosine_held_apart": round(cosine, 6),
                 "min_cosine_held": options.min_cosine is None or cosine >= options.min_cosine,
                 "cosine_gained_by_kind": order.gained,
             },
-            layers=plan.effects(left),
+            layers=model.effects(left),
             within=found,
             warnings=warnings,
         )
         write_file(report, record.model_dump_json().encode())
-        context.whole(2, graph, report)
-    return replace(traced, path=graph), PassRecord.model_validate_json(report.read_bytes())
+        context.whole(2, *graphs.values(), report)
+    *encoder, last = graphs.values()
+    rounded = replace(traced, path=last, encoder=encoder[0] if encoder else None)
+    return rounded, PassRecord.model_validate_json(report.read_bytes())
 
 
 def weight_bits(options: StaticInt8) -> int:
@@ -106,40 +115,78 @@ def weight_bits(options: StaticInt8) -> int:
     return 7 if "avx2" in have and not have & {"avx_vnni", "avx512_vnni", "amx_int8"} else 8
 
 
-def _texts(model_dir: Path, context: PassContext) -> tuple[Texts, Texts]:
-    """Return (texts for calibration, held-out texts for comparing the graphs)."""
-    samples = calibration_samples(model_dir, context)
-    ids = samples["input_ids"].numpy()
-    mask, types = (samples.get(name) for name in ("attention_mask", "token_type_ids"))
-    texts = Texts(
-        ids,
-        np.ones_like(ids) if mask is None else mask.numpy(),
-        np.zeros_like(ids) if types is None else types.numpy(),
-    )
-    if len(ids) < 2:
+def _samples(model_dir: Path, traced: Traced, context: PassContext) -> tuple[Samples, Samples]:
+    """Return (samples for calibration, held-out samples for comparing the graphs)."""
+    header, found = context.header, calibration_samples(model_dir, context)
+    given = {name: values.numpy() for name, values in found.items() if not name.startswith("decoder_")}
+    first = next(iter(given.values()))
+    count = len(first)
+    if first.ndim == 2:
+        mask = given.setdefault("attention_mask", np.ones_like(first))
+        given.setdefault("token_type_ids", np.zeros_like(first))
+        samples = Samples(given, mask, first.shape[1])
+    else:
+        patch = int(header.config.get("patch_size") or _PATCH) if header.sees_images else 0
+        length = first.shape[2] * first.shape[3] // patch**2 if patch else first.shape[2] // 2
+        samples = Samples(given, np.ones((count, 1), np.int64), max(1, length))
+    if count < 2:
         raise invalid(
-            "`static-int8` needs two calibration texts: one to find ranges on, one to judge them on.",
+            "`static-int8` needs two calibration samples: one to find ranges on, one to judge them on.",
             "Raise `samples`.",
         )
-    held = min(TRIAL_TOKENS // _TRIAL_LENGTH, max(1, len(ids) // 4))
-    return texts[: len(ids) - held], texts[len(ids) - held :].cut(_TRIAL_LENGTH)
+    if traced.encoder is not None:
+        samples = _with_decoder_text(model_dir, traced, samples, context)
+    held = min(max(1, TRIAL_TOKENS // _TRIAL_LENGTH), max(1, count // 4))
+    return samples[: count - held], samples[count - held :].cut(_TRIAL_LENGTH)
+
+
+def _with_decoder_text(model_dir: Path, traced: Traced, samples: Samples, context: PassContext) -> Samples:
+    """The same samples with what an encoder-decoder's decoder reads.
+
+    For every other sample it is what the float model itself writes: that is what it will see in use. A model may write the same few words
+    for all of them, so for the others it is the sample's own text, or prose where the sample is a sound.
+    """
+    header, prefix = context.header, first_tokens(model_dir, context.header)
+    sessions = {name: session(graph, context.threads) for name, graph in traced.graphs.items()}
+    room = (header.positions or _WRITTEN) - len(prefix)
+    tokens = max(1, min(_WRITTEN, room, context.calibration.length))
+    context.progress(0.1, "writing what the decoder reads while it is calibrated")
+    found = written(sessions, samples, prefix, ends_of(str(model_dir)), tokens, GRAPH_TOKENS)
+    assert found.decoder is not None
+    assert found.decoder_mask is not None
+    texts = samples.given.get("input_ids")
+    if texts is None:
+        prose = read_rows("builtin:prose", None, purpose="calibration")
+        tokenizer = open_tokenizer(model_dir)
+        texts = text_windows(prose, tokenizer, samples=len(samples), length=max(16, tokens), ref="builtin:prose").ids
+        texts = np.resize(texts, (len(samples), texts.shape[1]))
+    told = decoder_text(texts, list(prefix))
+    width = min(told.shape[1], found.decoder.shape[1])
+    real = samples.mask[:, :width] if samples.mask.shape[1] > 1 else np.ones_like(told[:, :width])
+    decoder, mask = found.decoder.copy(), found.decoder_mask.copy()
+    mask[1::2] = 0
+    decoder[1::2, :width], mask[1::2, :width] = told[1::2, :width], real[1::2]
+    return replace(found, decoder=decoder, decoder_mask=mask)
 
 
 class _GraphFidelity:
-    """Compares a quantized graph's outputs on the held-out texts with the float graph's."""
+    """Compares the outputs of quantized graphs on the held-out samples with those of the float graphs.
 
-    def __init__(self, graph: Path, texts: Texts, context: PassContext) -> None:
-        self._texts, self._context = texts, context
+    An encoder-decoder is run as a whole: the rounded decoder reads the rounded encoder's answer, and is told what was written before.
+    """
+
+    def __init__(self, graphs: Mapping[str, Path], samples: Samples, context: PassContext) -> None:
+        self._samples, self._context = samples, context
         self._pooling = context.header.pooling if context.header.task == "embedding" else None
-        self._expected = list(self._answers(graph, texts))
+        self._expected = list(self._answers(graphs, samples))
 
-    def cosine(self, graph: bytes, texts: int | None = None) -> float:
+    def cosine(self, graphs: Mapping[str, bytes], texts: int | None = None) -> float:
         """Return the cosine of both graphs' outputs: for an embedder the mean over pooled vectors, else that of all logits as one vector.
 
-        texts: number of held-out texts to use; None: all.
+        texts: number of held-out samples to use; None: all.
         """
-        held = self._texts[:texts] if texts else self._texts
-        pairs = zip(self._answers(graph, held), self._expected[: len(held.ids)], strict=True)
+        held = self._samples[:texts] if texts else self._samples
+        pairs = zip(self._answers(graphs, held), self._expected[: len(held)], strict=True)
         if self._pooling:
             return float(np.mean([row_cosines(ours, theirs)[0] for ours, theirs in pairs]))
         product, ours_squared, theirs_squared = 0.0, 0.0, 0.0
@@ -150,17 +197,16 @@ class _GraphFidelity:
             theirs_squared += float(b @ b)
         return float(product / max((ours_squared * theirs_squared) ** 0.5, 1e-30))
 
-    def _answers(self, graph: bytes | Path, texts: Texts) -> Iterator[NDArray[np.float32]]:
-        """Yield a graph's output for one text at a time, because the logits of a masked language model are large."""
-        loaded = session(graph, self._context.threads)
-        inputs = {value.name for value in loaded.get_inputs()}
-        for at, feeds in enumerate(texts.feeds(inputs, tokens=1)):
-            self._context.progress(0.6, f"answering texts held apart, {at + 1} of {len(texts.ids)}")
-            out = loaded.run(None, feeds)[0]
+    def _answers(self, graphs: Mapping[str, bytes | Path], samples: Samples) -> Iterator[NDArray[np.float32]]:
+        """Yield the graphs' output for one sample at a time, because the logits of a language model are large."""
+        sessions = {name: session(graph, self._context.threads) for name, graph in graphs.items()}
+        for at, sample in enumerate(samples.batches(1)):
+            self._context.progress(0.6, f"answering samples held apart, {at + 1} of {len(samples)}")
+            out, mask = answer(sessions, sample)
             if self._pooling:
-                out = pool(out, feeds["attention_mask"], self._pooling)
+                out = pool(out, mask, self._pooling)
             elif out.ndim == 3:
-                out = out * feeds["attention_mask"][:, :, None].astype(np.float32)
+                out = out * mask[:, :, None].astype(np.float32)
             yield out
 
 
@@ -238,7 +284,7 @@ def _reaching(
 
 def _within(
     order: _Order,
-    written: Callable[[frozenset[str]], bytes],
+    written: Callable[[frozenset[str]], Mapping[str, bytes]],
     options: StaticInt8,
     folder: Path,
     context: PassContext,
@@ -255,7 +301,8 @@ def _within(
         context.progress(0.6 if not count else 0.8 + 0.2 * search.span()[0], f"measuring {steps[count]}")
         tried.mkdir(exist_ok=True)
         with disk_errors():
-            size = (tried / GRAPH_FILE).write_bytes(written(order.first(count)))
+            graphs = written(order.first(count)).items()
+            size = sum((tried / f"{name}.onnx").write_bytes(graph) for name, graph in graphs)
         return Candidate(size, search.judge.graph(tried))
 
     count, kept = search.run(make, first=0)

@@ -2,7 +2,8 @@
 
 A runner is a script `<consumer>_runner.py` beside this file. Its function `load(request)` returns up to five values:
 
-1. `forward(ids, mask, types)`: takes two int64 arrays [B, S], and for pairs of texts a third one with the type of each token; for images, float32 pixels [B, C, H, W] and a mask [B, 1]. Returns the model's first
+1. `forward(ids, mask, types)`: takes two int64 arrays [B, S], and for pairs of texts a third one with the type of each token; for images, float32 pixels [B, C, H, W] and a mask [B, 1]; for sound, float32
+   features [B, bands, frames] and a mask [B, 1]. An encoder-decoder's also takes `decoder`, the decoder's tokens [B, T], as a keyword. Returns the model's first
    output as a float32 array. If the model has a cache, `forward.continued` computes the same in two steps through the cache. If another
    process runs the model, `forward.peak_memory` is that process's peak in bytes. `forward.loaded_as`, if there is one, says how the model
    was loaded: device, name of the processor or GPU, dtype, dispatched. `forward.wrote` is a text that the model wrote. On a GPU, `forward` is a `transformers_runner.OnGpu`, which also
@@ -14,8 +15,8 @@ A runner is a script `<consumer>_runner.py` beside this file. Its function `load
    [B, tokens]. Only transformers is called with `cached` false.
 
 The working directory contains the folder. The request is a JSON file: folder, task, pooling, threads, device (cpu or cuda), longest (tokens of a text), float32
-(whether the runtime must not choose bfloat16), probes (layers to be asked one by one, see `_run_probes`), renumber (see renumbered.py, or null), inputs (.npz), outputs (.npz), answer (.json), reference (.npz or null) and sets. Each set
-has a name, a kind (`pooled`, `logits`, `last`, `tokens`, `generated` or, for vLLM, `written`) and `rows`, the size of a batch. Its arrays in `inputs` are named
+(whether the runtime must not choose bfloat16), prefix (first tokens of an encoder-decoder's decoder), probes (layers to be asked one by one, see `_run_probes`), renumber (see renumbered.py, or null), inputs (.npz), outputs (.npz), answer (.json), reference (.npz or null) and sets. Each set
+has a name, a kind (`pooled`, `logits`, `last`, `steps`, `tokens`, `generated` or, for vLLM, `written`) and `rows`, the size of a batch. Its arrays in `inputs` are named
 `<name>.ids` and so on.
 
 When the sets are done and the answer is written, the process prints `@ready`. Then it reads JSON lines from standard input until that is
@@ -55,13 +56,17 @@ def main(load: Callable[[Request], Any]) -> None:
     request = json.loads(Path(sys.argv[1]).read_bytes())
     started = time.perf_counter()
     gc.disable()  # the libraries' objects are no garbage: looking through them takes a third of the time of their import
+    if request["renumber"]:
+        from renumbered import renumbered_prefix  # type: ignore[import-not-found]
+
+        request["prefix"] = renumbered_prefix(request)
     with every_few_seconds(lambda spent: _say(0.0, f"{LOADING} for {spent:.0f} s")):
         forward, versions, snippet, *decoding = load(request)
     gc.freeze()
     gc.enable()
     generate, waits = (*decoding, None, None)[:2]
     if request["renumber"]:
-        from renumbered import Renumbered, renumbered_waits  # type: ignore[import-not-found]
+        from renumbered import Renumbered, renumbered_waits
 
         forward = Renumbered(forward, request["renumber"], request, pool)
         waits = waits and renumbered_waits(waits, forward)
@@ -116,7 +121,9 @@ def run_sets(
     for at, wanted in enumerate(request["sets"]):
         _say(at / len(request["sets"]), wanted["name"])
         if wanted["kind"] == "generated":
-            outputs |= _continue(forward, generate, wanted, inputs, reference)
+            from generated import continuations  # type: ignore[import-not-found]
+
+            outputs |= continuations(forward, generate, wanted, inputs, reference)
         else:
             outputs |= _run_set(forward, wanted, inputs, reference, request)
     return outputs
@@ -196,18 +203,20 @@ def _run_set(
         # Padding beyond the batch's longest row would only cost time.
         width = int(mask[rows].sum(axis=1).max())
         given = ids[rows, :width] if ids.ndim == 2 else ids[rows]
+        read = {"decoder": inputs[f"{name}.decoder"][rows]} if f"{name}.decoder" in inputs else {}
         # The verification of a model with a cache also tests the cache.
-        run = getattr(forward, "continued", forward) if kind == "last" else forward
+        run = getattr(forward, "continued", forward) if kind in {"last", "steps"} else forward
         if kind == "tokens":
             score = getattr(forward, "scored", partial(_score, forward))
-            targets, compared = (inputs[f"{name}.{key}"][rows, :width] for key in ("targets", "compared"))
-            parts.append(score(given, mask[rows, :width], targets, compared))
+            longest = inputs[f"{name}.targets"].shape[1] if read else width
+            targets, compared = (inputs[f"{name}.{key}"][rows, :longest] for key in ("targets", "compared"))
+            parts.append(score(given, mask[rows, :width], targets, compared, **read))
             continue
         if kind == "written":
             parts.append(forward.written(given, mask[rows, :width], wanted["new_tokens"]))  # type: ignore[attr-defined]
             continue
         typed = (inputs[f"{name}.types"][rows, :width],) if f"{name}.types" in inputs else ()
-        out = run(given, mask[rows, :width], *typed)
+        out = run(given, mask[rows, :width], *typed, **read)
         if kind == "last":
             part = {"values": out[np.arange(len(out)), mask[rows, :width].sum(axis=1) - 1]}
         elif kind == "pooled":
@@ -230,39 +239,6 @@ def _run_set(
             merged["kl"] = (np.exp(theirs) * (theirs - logp)).sum(axis=1, dtype=np.float64)
             merged["products"] = centred_products(logp, theirs)
     return {f"{name}.{key}": value for key, value in merged.items()}
-
-
-def _continue(
-    forward: Forward, generate: Generate | None, wanted: dict[str, Any], inputs: Any, reference: Any
-) -> dict[str, Array]:
-    """The source generates tokens [N, new], −1 after its end. An artifact gives its own choice at each position of the source's text."""
-    name = wanted["name"]
-    ids, lengths = inputs[f"{name}.ids"], inputs[f"{name}.mask"].sum(axis=1)
-    if reference is None:
-        if generate is None:
-            raise TypeError("the source's runner can't generate")
-        tokens = np.full((len(ids), wanted["new_tokens"]), -1, np.int64)
-        for at, length in enumerate(lengths):
-            written = generate(ids[at, :length], wanted["new_tokens"])
-            tokens[at, : len(written)] = written
-        return {f"{name}.tokens": tokens}
-    written = reference[f"{name}.tokens"]
-    chosen = np.full_like(written, -1)
-    whole = np.zeros((len(ids), ids.shape[1] + written.shape[1]), np.int64)
-    mask = np.zeros_like(whole)
-    counts = (written >= 0).sum(axis=1)
-    for at, (length, count) in enumerate(zip(lengths, counts, strict=True)):
-        whole[at, : length + count] = np.concatenate([ids[at, :length], written[at, :count]])
-        mask[at, : length + count] = 1
-    for start in range(0, len(ids), wanted["rows"]):
-        rows = slice(start, start + wanted["rows"])
-        width = int(mask[rows].sum(axis=1).max())
-        given = whole[rows, :width], mask[rows, :width]
-        choice = forward.chosen(*given) if hasattr(forward, "chosen") else forward(*given).argmax(axis=-1)  # [B, S]
-        for at in range(start, min(start + wanted["rows"], len(ids))):
-            first, count = lengths[at] - 1, counts[at]
-            chosen[at, :count] = choice[at - start, first : first + count]
-    return {f"{name}.tokens": chosen}
 
 
 def pool(hidden: Array, mask: Array, pooling: str) -> Array:
@@ -319,9 +295,11 @@ def _log_sum_exp(logits: Array) -> Array:
     return out
 
 
-def _score(forward: Forward, ids: Array, mask: Array, targets: Array, compared: Array) -> dict[str, Array]:
+def _score(
+    forward: Forward, ids: Array, mask: Array, targets: Array, compared: Array, **read: Array
+) -> dict[str, Array]:
     """What is kept of a batch's logits: `nll` and `top1` [M] where targets ≥ 0, and `logp` [R, V] at the compared positions."""
-    logits = forward(ids, mask)
+    logits = forward(ids, mask, **read)
     return _score_tokens(logits, targets) | {"logp": _log_probabilities(logits, compared)}
 
 
@@ -358,7 +336,8 @@ def _time(forward: Forward, shape: dict[str, int], inputs: Any) -> dict[str, Any
 
 def _write(waits: Waits, wanted: dict[str, Any], inputs: Any, memory: "_Memory") -> dict[str, Any]:
     """Time a decoding run: milliseconds before each token, the peak memory during the run, and the tokens [B, tokens]."""
-    ids = np.resize(inputs["timing.ids"], (wanted["batch"], wanted["prompt"]))
+    sample = inputs["timing.ids"]
+    ids = np.resize(sample, (wanted["batch"], *(sample.shape if sample.ndim > 1 else (wanted["prompt"],))))
     memory.start()
     taken, text = waits(ids, wanted["tokens"], wanted["cached"])
     return {"milliseconds": list(taken), "peak_memory_bytes": memory.stop(), "text": np.asarray(text).tolist()}

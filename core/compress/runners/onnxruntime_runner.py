@@ -1,10 +1,11 @@
-"""Loads model.onnx with ONNX Runtime on the CPU."""
+"""Loads model.onnx with ONNX Runtime on the CPU; of an encoder-decoder, encoder_model.onnx and decoder_model_merged.onnx."""
 
 import sys
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
+import encoder_decoder  # type: ignore[import-not-found]
 import measure  # type: ignore[import-not-found]
 import numpy as np
 
@@ -16,6 +17,17 @@ options.intra_op_num_threads = {threads}
 session = onnxruntime.InferenceSession({file!r}, options, providers=["CPUExecutionProvider"])
 """
 
+_PAIR_SNIPPET = """\
+import onnxruntime
+
+options = onnxruntime.SessionOptions()
+options.intra_op_num_threads = {threads}
+encoder, decoder = (
+    onnxruntime.InferenceSession(f"{folder}/{{name}}.onnx", options, providers=["CPUExecutionProvider"])
+    for name in ("encoder_model", "decoder_model_merged")
+)
+"""
+
 _PAST = "past_key_values."
 
 
@@ -23,15 +35,74 @@ class Forward:
     """The graph's first output for whole texts."""
 
     def __init__(self, session: Any, file: Path) -> None:
-        self.session, self._file = session, file
-        self._graph: Any = None
+        self.session, self._products = session, Products(file)
         self.inputs = {value.name: value for value in session.get_inputs()}
         self.past = [name for name in self.inputs if name.startswith(_PAST)]
         if self.past:
             self.continued = self._continued
 
     def __call__(self, ids: Any, mask: Any, types: Any = None) -> Any:
+        if ids.ndim == 4:
+            return self.session.run(None, {"pixel_values": ids})[0]
         return self._run(ids, mask, None, types)[0]
+
+    def probed(self, name: str, factor: float) -> Any:
+        return self._products.probed(name, factor)
+
+    def _continued(self, ids: Any, mask: Any) -> Any:
+        """The same output in two steps. The second step gets the first half of the text only through its keys and values."""
+        half = ids.shape[1] // 2
+        first, *cache = self._run(ids[:, :half], mask[:, :half], None)
+        second = self._run(ids[:, half:], mask, cache)[0]
+        return np.concatenate([first, second], axis=1)
+
+    def _run(self, ids: Any, mask: Any, cache: Any, types: Any = None) -> Any:
+        feeds = {"input_ids": ids, "attention_mask": mask}
+        if "token_type_ids" in self.inputs:
+            feeds["token_type_ids"] = np.zeros_like(ids) if types is None else types
+        if "position_ids" in self.inputs:
+            positions = np.maximum(mask.cumsum(axis=1) - 1, 0)
+            feeds["position_ids"] = positions[:, -ids.shape[1] :]
+        for at, name in enumerate(self.past):
+            _, heads, _, width = self.inputs[name].shape
+            feeds[name] = np.zeros((len(ids), heads, 0, width), np.float32) if cache is None else cache[at]
+        return self.session.run(None, feeds)
+
+
+class Pair:
+    """The graphs of an encoder-decoder. The cache is the decoder's list of further outputs."""
+
+    def __init__(self, encoder: Any, decoder: Any, folder: Path) -> None:
+        self._encoder, self._decoder = encoder, decoder
+        self._given = [value.name for value in encoder.get_inputs()]
+        self._inputs = {value.name: value.shape for value in decoder.get_inputs()}
+        self._past = [name for name in self._inputs if name.startswith(_PAST)]
+        self._products = [Products(folder / f"{name}.onnx") for name in ("encoder_model", "decoder_model_merged")]
+
+    def encode(self, given: Any, mask: Any) -> Any:
+        return self._encoder.run(None, dict(zip(self._given, (given, mask), strict=False)))[0]
+
+    def decode(self, tokens: Any, hidden: Any, mask: Any, cache: Any) -> tuple[Any, Any]:
+        feeds = {"input_ids": tokens, "encoder_hidden_states": hidden}
+        if "encoder_attention_mask" in self._inputs:
+            feeds["encoder_attention_mask"] = mask
+        for at, name in enumerate(self._past):
+            _, heads, _, width = self._inputs[name]
+            feeds[name] = np.zeros((len(tokens), heads, 0, width), np.float32) if cache is None else cache[at]
+        logits, *cache = self._decoder.run(None, feeds)
+        return logits, cache
+
+    def probed(self, name: str, factor: float) -> Any:
+        answers = (products.probed(name, factor) for products in self._products)
+        return next((answer for answer in answers if answer is not None), None)
+
+
+class Products:
+    """The products with packed weights of a graph's file."""
+
+    def __init__(self, file: Path) -> None:
+        self._file = file
+        self._graph: Any = None
 
     def probed(self, name: str, factor: float) -> Any:
         """The answers of one product with packed weights, as `transformers_runner.OnCpu.probed`: its node, alone in a graph.
@@ -66,32 +137,25 @@ class Forward:
         answered = session.run(None, {node.input[0]: factor * measure.probe_vectors(columns)})[0] / factor
         return answered[:, measure.probe_rows(answered.shape[1])]
 
-    def _continued(self, ids: Any, mask: Any) -> Any:
-        """The same output in two steps. The second step gets the first half of the text only through its keys and values."""
-        half = ids.shape[1] // 2
-        first, *cache = self._run(ids[:, :half], mask[:, :half], None)
-        second = self._run(ids[:, half:], mask, cache)[0]
-        return np.concatenate([first, second], axis=1)
 
-    def _run(self, ids: Any, mask: Any, cache: Any, types: Any = None) -> Any:
-        feeds = {"input_ids": ids, "attention_mask": mask}
-        if "token_type_ids" in self.inputs:
-            feeds["token_type_ids"] = np.zeros_like(ids) if types is None else types
-        if "position_ids" in self.inputs:
-            positions = np.maximum(mask.cumsum(axis=1) - 1, 0)
-            feeds["position_ids"] = positions[:, -ids.shape[1] :]
-        for at, name in enumerate(self.past):
-            _, heads, _, width = self.inputs[name].shape
-            feeds[name] = np.zeros((len(ids), heads, 0, width), np.float32) if cache is None else cache[at]
-        return self.session.run(None, feeds)
-
-
-def load(request: dict[str, Any]) -> tuple[Forward, dict[str, str], str]:
+def load(request: dict[str, Any]) -> tuple[Any, ...]:
+    if request["task"] == "seq2seq":
+        return _load_pair(request)
     snippet = SNIPPET.format(threads=request["threads"], file=f"{request['folder']}/model.onnx")
     session = measure.execute(snippet)["session"]
     import onnxruntime
 
     return Forward(session, Path(request["folder"], "model.onnx")), {"onnxruntime": onnxruntime.__version__}, snippet
+
+
+def _load_pair(request: dict[str, Any]) -> tuple[Any, ...]:
+    snippet = _PAIR_SNIPPET.format(threads=request["threads"], folder=request["folder"])
+    loaded = measure.execute(snippet)
+    import onnxruntime
+
+    pair = Pair(loaded["encoder"], loaded["decoder"], Path(request["folder"]))
+    forward = encoder_decoder.Forward(pair, request)
+    return forward, {"onnxruntime": onnxruntime.__version__}, snippet, forward.generate, forward.waits
 
 
 if __name__ == "__main__":

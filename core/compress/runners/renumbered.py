@@ -24,7 +24,9 @@ class Renumbered:
             if hasattr(forward, name):
                 setattr(self, name, getattr(forward, name))
         if hasattr(forward, "continued"):
-            self.continued = lambda ids, mask: self._whole(forward.continued(self.first(ids), mask))
+            self.continued = lambda ids, mask, **read: self._whole(
+                forward.continued(self.first(ids), mask, **self._read(read))
+            )
 
     def first(self, ids: Any) -> Any:
         return self._pieces[self._starts[ids]]
@@ -33,9 +35,13 @@ class Renumbered:
         """New ids by the source's numbers."""
         return self.kept[np.asarray(tokens)]
 
-    def __call__(self, ids: Any, mask: Any, types: Any = None) -> Any:
+    def _read(self, read: Any) -> Any:
+        """What an encoder-decoder's decoder reads, if it is told."""
+        return {name: self.first(tokens) for name, tokens in read.items()}
+
+    def __call__(self, ids: Any, mask: Any, types: Any = None, **read: Any) -> Any:
         if self._task in _OVER_TOKENS:
-            return self._whole(self._forward(self.first(ids), mask))
+            return self._whole(self._forward(self.first(ids), mask, **self._read(read)))
         if self._task == "token-classification":
             return self._forward(self.first(ids), mask)
         new, real, kinds = expanded(
@@ -79,3 +85,9 @@ def renumbered_waits(waits: Any, forward: Renumbered) -> Any:
         return taken, forward.old(text)
 
     return run
+
+
+def renumbered_prefix(request: dict[str, Any]) -> list[int]:
+    """The first tokens of an encoder-decoder's decoder by the model's own ids."""
+    with np.load(request["renumber"]) as archive:
+        return [int(archive["pieces"][archive["starts"][token]]) for token in request["prefix"]]

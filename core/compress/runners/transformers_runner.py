@@ -3,11 +3,13 @@
 import json
 import sys
 import time
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
+import encoder_decoder  # type: ignore[import-not-found]
 import measure  # type: ignore[import-not-found]
 
 SNIPPET = """\
@@ -54,9 +56,10 @@ def load(request: dict[str, Any]) -> tuple[Any, ...]:
     import torch
     import transformers
 
-    forward = (OnGpu if on_gpu else OnCpu)(model, task)
+    forward = (OnGpu if on_gpu else OnCpu)(model, task, request["prefix"])
     versions = {"torch": torch.__version__, "transformers": transformers.__version__}
-    return forward, versions, snippet, partial(_generate, model), partial(_waits, model)
+    generate = partial(_generate_for, forward) if task == "seq2seq" else partial(_generate, model)
+    return forward, versions, snippet, generate, partial(_waits, forward)
 
 
 def rounds_fp4_inputs(folder: str) -> bool:
@@ -82,15 +85,16 @@ def _device_map(folder: str) -> str:
 class OnCpu:
     """The model's first output for whole texts, as float32 arrays."""
 
-    def __init__(self, model: Any, task: str) -> None:
-        self.model, self._task = model, task
+    def __init__(self, model: Any, task: str, prefix: Sequence[int] = ()) -> None:
+        """prefix: the first tokens of an encoder-decoder's decoder."""
+        self.model, self._task, self.prefix = model, task, list(prefix)
         self._output = "last_hidden_state" if task == "embedding" else "logits"
         # A key/value cache only helps to decode further tokens. Here, all tokens are given at once.
         self._extra = {"use_cache": False} if task in {"causal-lm", "seq2seq"} else {}
         self.loaded_as: dict[str, Any] = {"device": "cpu", "dtype": str(model.dtype).removeprefix("torch.")}
 
-    def __call__(self, ids: Any, mask: Any, types: Any = None) -> Any:
-        return self._run(ids, mask, types).float().cpu().numpy()
+    def __call__(self, ids: Any, mask: Any, types: Any = None, decoder: Any = None) -> Any:
+        return self._run(ids, mask, types, decoder).float().cpu().numpy()
 
     def probed(self, name: str, factor: float = 1.0) -> Any:
         """A linear layer's answers to `measure.probe_vectors` at `measure.probe_rows`, without its bias. None if there is no such layer.
@@ -124,19 +128,21 @@ class OnCpu:
                 return layer
         return None
 
-    def _run(self, ids: Any, mask: Any, types: Any = None) -> Any:
-        """The output as a tensor on the model's device. ids, mask, types: as `measure` has them."""
+    def _run(self, ids: Any, mask: Any, types: Any = None, decoder: Any = None) -> Any:
+        """The output as a tensor on the model's device. ids, mask, types, decoder: as `measure` has them."""
         import torch
 
         place = self.model.device
-        if ids.ndim == 4:
-            inputs = {"pixel_values": torch.from_numpy(ids).to(place, self.model.dtype)}
+        if ids.ndim > 2:
+            name = "pixel_values" if ids.ndim == 4 else "input_features"
+            inputs = {name: torch.from_numpy(ids).to(place, self.model.dtype)}
         else:
             inputs = {"input_ids": torch.from_numpy(ids).to(place), "attention_mask": torch.from_numpy(mask).to(place)}
         if types is not None:
             inputs["token_type_ids"] = torch.from_numpy(types).to(place)
-        if self._task == "seq2seq":  # the decoder gets the encoder's text
-            inputs["labels"] = inputs["input_ids"]
+        if self._task == "seq2seq":
+            read = encoder_decoder.decoder_text(ids, self.prefix) if decoder is None else decoder
+            inputs["decoder_input_ids"] = torch.from_numpy(read).to(place)
         with torch.inference_mode():
             return getattr(self.model(**inputs, **self._extra), self._output)
 
@@ -144,8 +150,8 @@ class OnCpu:
 class OnGpu(OnCpu):
     """The same on a GPU. What is kept of the logits is computed there: to copy them all would take longer than the forward pass."""
 
-    def __init__(self, model: Any, task: str) -> None:
-        super().__init__(model, task)
+    def __init__(self, model: Any, task: str, prefix: Sequence[int] = ()) -> None:
+        super().__init__(model, task, prefix)
         import torch
 
         places = set((getattr(model, "hf_device_map", None) or {}).values())
@@ -169,11 +175,11 @@ class OnGpu(OnCpu):
         self._run(ids, mask)
         torch.cuda.synchronize()
 
-    def scored(self, ids: Any, mask: Any, targets: Any, compared: Any) -> dict[str, Any]:
+    def scored(self, ids: Any, mask: Any, targets: Any, compared: Any, decoder: Any = None) -> dict[str, Any]:
         """As `measure._score`."""
         import torch
 
-        logits = self._run(ids, mask)
+        logits = self._run(ids, mask, None, decoder)
         wanted = torch.from_numpy(targets).to(logits.device)
         chosen, right = logits[wanted >= 0], wanted[wanted >= 0]
         nll = []
@@ -188,9 +194,9 @@ class OnGpu(OnCpu):
             "logp": logits[at].float().log_softmax(dim=-1).cpu().numpy(),
         }
 
-    def chosen(self, ids: Any, mask: Any) -> Any:
+    def chosen(self, ids: Any, mask: Any, decoder: Any = None) -> Any:
         """The most likely token at each position, [B, S]."""
-        return self._run(ids, mask).argmax(dim=-1).cpu().numpy()
+        return self._run(ids, mask, None, decoder).argmax(dim=-1).cpu().numpy()
 
 
 def _generate(model: Any, ids: Any, new_tokens: int) -> list[int]:
@@ -211,14 +217,38 @@ def _generate(model: Any, ids: Any, new_tokens: int) -> list[int]:
     return written
 
 
-def _waits(model: Any, ids: Any, tokens: int, cached: bool) -> tuple[list[float], Any]:
+def _generate_for(forward: OnCpu, given: Any, new_tokens: int) -> list[int]:
+    """What an encoder-decoder writes greedily for one text [S], or one sound [bands, frames]."""
+    import torch
+
+    model = forward.model
+    ends = getattr(model.generation_config, "eos_token_id", None) or getattr(model.config, "eos_token_id", None)
+    ends = set(ends) if isinstance(ends, list) else {ends}
+    one = torch.from_numpy(given)[None].to(model.device)
+    step, cache, written = torch.tensor([forward.prefix], device=model.device), None, []
+    with torch.inference_mode():
+        heard = model.get_encoder()(one if given.ndim == 1 else one.to(model.dtype), return_dict=True)
+        for _ in range(new_tokens):
+            out = model(encoder_outputs=heard, decoder_input_ids=step, past_key_values=cache, use_cache=True)
+            cache, token = out.past_key_values, int(out.logits[0, -1].argmax())
+            written.append(token)
+            if token in ends:
+                break
+            step = torch.tensor([[token]], device=model.device)
+    return written
+
+
+def _waits(forward: OnCpu, ids: Any, tokens: int, cached: bool) -> tuple[list[float], Any]:
     """Decode by the folder's generation settings, but greedily and exactly `tokens` tokens. A stored prefix cache is dropped first.
 
     cached False: no key/value cache, so each token reads the whole text again.
     """
     import torch
 
+    model = forward.model
     prompt, clock = torch.from_numpy(ids).to(model.device), _Clock(len(ids))
+    if forward.prefix:
+        return _waits_of_pair(forward, prompt, tokens)
     model.__dict__.pop("_prefix_store", None)
     plain = {} if cached else {"use_cache": False, "cache_implementation": None}
     text = model.generate(
@@ -232,6 +262,24 @@ def _waits(model: Any, ids: Any, tokens: int, cached: bool) -> tuple[list[float]
         **plain,
     )
     return clock.waits[:tokens], text[:, ids.shape[1] :].cpu().numpy()
+
+
+def _waits_of_pair(forward: OnCpu, given: Any, tokens: int) -> tuple[list[float], Any]:
+    """The same for an encoder-decoder. The first wait has the encoder in it. Its own `generate` may demand further settings, e.g. a language."""
+    import torch
+
+    model, waits, written, last = forward.model, [], [], time.perf_counter()
+    step, cache = torch.tensor([forward.prefix] * len(given), device=model.device), None
+    with torch.inference_mode():
+        heard = model.get_encoder()(given if given.ndim == 2 else given.to(model.dtype), return_dict=True)
+        for _ in range(tokens):
+            out = model(encoder_outputs=heard, decoder_input_ids=step, past_key_values=cache, use_cache=True)
+            cache, step = out.past_key_values, out.logits[:, -1:].argmax(dim=-1)
+            written.append(step.cpu())
+            now = time.perf_counter()
+            waits.append(1000 * (now - last))
+            last = now
+    return waits, torch.cat(written, dim=1).numpy()
 
 
 class _Clock:

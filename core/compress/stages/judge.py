@@ -8,8 +8,7 @@ from pathlib import Path
 
 from nightpress.core.compress.context import Judged
 from nightpress.core.compress.evaluate import gates, quality
-from nightpress.core.compress.evaluate.quality import Evaluation
-from nightpress.core.compress.evaluate.view import without_interval
+from nightpress.core.compress.evaluate.view import Evaluation, without_interval
 from nightpress.core.compress.export import onnx, safetensors
 from nightpress.core.compress.export.consumer import Observed, run_consumer
 from nightpress.core.compress.export.consumer_environment import Device

@@ -144,11 +144,11 @@ def _by_own_ids(state: State, observed: Observed) -> Observed:
     values = observed.outputs["check.values"]
     if (
         state.renumbering is None
-        or state.trial.task.sets[0].kind != "last"
+        or state.trial.task.sets[0].kind not in {"last", "steps"}
         or state.header.task == "token-classification"
     ):
         return observed
-    return replace(observed, outputs={**observed.outputs, "check.values": values[:, state.renumbering.kept]})
+    return replace(observed, outputs={**observed.outputs, "check.values": values[..., state.renumbering.kept]})
 
 
 @contextlib.contextmanager

@@ -35,7 +35,8 @@ class Renumbering:
     def sequences(self, given: Sequences, *, aligned: bool) -> Sequences:
         """The same texts by new ids. aligned: a position stays a position, so a cut token is read as its first piece."""
         if aligned:
-            return replace(given, ids=self.first(given.ids))
+            read = None if given.decoder is None else self.first(given.decoder)
+            return replace(given, ids=self.first(given.ids), decoder=read)
         types = np.zeros_like(given.ids) if given.types is None else given.types
         ids, mask, kinds = expanded(self.pieces, self.starts, given.ids, given.mask, types)
         return replace(given, ids=ids, mask=mask, types=None if given.types is None else kinds)

@@ -182,7 +182,7 @@ class KvCache(PassOptions):
 class DynamicInt8(PassOptions):
     """Int8 weights, and activations rounded to int8 at run time, in ONNX Runtime or OpenVINO.
 
-    The fastest form of an encoder on a CPU. Needs no data.
+    The fastest form of an encoder on a CPU. Needs no data. Of an encoder-decoder, both graphs are rounded.
     """
 
     stage: ClassVar[Stage] = "runtime"
@@ -213,6 +213,9 @@ class StaticInt8(Searching):
     differ too much, the layers that cost most keep float arithmetic; their weights are still int8. `min_cosine` or `within` says what is
     too much. If no number of layers reaches `min_cosine`, half of them keep float arithmetic, and the report states it: gates decide. Attention scores are products of int8, too.
     The products with the values, and heads that read a single vector, stay in float.
+
+    Takes encoders of texts and images, and encoder-decoders, whose two graphs are calibrated and searched together: the decoder reads what
+    the model itself writes for the calibration data, and the data's own text.
     """
 
     stage: ClassVar[Stage] = "graph"
@@ -262,7 +265,7 @@ class StaticInt8(Searching):
     def check(self, header: ModelHeader) -> None:
         if header.is_decoder:
             raise invalid(
-                "`static-int8` takes encoders: it calibrates no graph with a key/value cache.",
+                "`static-int8` takes encoders and encoder-decoders, and no language model alone.",
                 "Use `dynamic-int8` or `smoothquant` for this model.",
             )
         if 4 * header.parameters > _GRAPH_BYTES:
