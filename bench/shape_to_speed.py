@@ -248,7 +248,7 @@ def _graphs(given: Namespace, model: Path, files: Mapping[str, Path], work: Path
     from nightpress.core.compress.passes.registry import GRAPH_PASSES
 
     header = inspect_model(FolderFiles(model))
-    ids = tracing.example_ids(header).numpy()
+    ids = modules.example_ids(header).numpy()
     calibration = Calibration(data="train", samples=128, length=64)
     context = replace(
         _context(given, files, work / "work"),

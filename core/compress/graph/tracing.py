@@ -90,7 +90,8 @@ def trace(model_dir: Path, header: ModelHeader, check: Sequences, context: PassC
             for name, (module, signature) in _parts(model, header, check).items():
                 program = export_graph(module, header, signature)
                 _name_after_modules(program.model.graph)
-                _settle_shapes(program.model.graph)
+                if name == DECODER:
+                    _settle_shapes(program.model.graph)
                 without_notes(program.model.graph)
                 program.save(partial / f"{name}.onnx", external_data=4 * header.parameters > 1_900_000_000)
             for file in partial.iterdir():
