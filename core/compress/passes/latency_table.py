@@ -16,9 +16,9 @@ import numpy as np
 
 from nightpress.core.compress.context import PassContext, Stopwatch, TimedIn
 from nightpress.core.compress.data.tokenized import Sequences
+from nightpress.core.compress.graph.modules import example_ids
 from nightpress.core.compress.graph.narrowed import in_int8, narrowed
 from nightpress.core.compress.graph.static_ranges import TOP
-from nightpress.core.compress.graph.modules import example_ids
 from nightpress.core.compress.graph.tracing import trace
 from nightpress.core.compress.model.checkpoint import disk_errors, write_file
 from nightpress.core.compress.passes.static_int8 import weight_bits

@@ -3,12 +3,9 @@
 Frantar et al., GPTQ (arXiv 2210.17323).
 """
 
-from dataclasses import replace
-
 import torch
 from torch import Tensor
 
-from nightpress.core.compress.grids.grid import Grid
 from nightpress.core.compress.grids.refine import fit_scales
 from nightpress.core.compress.grids.rounding import dequantize
 from nightpress.core.compress.grids.stored import Coded, global_scale, grid_of, round_rows, scale_dtype
@@ -43,41 +40,23 @@ def round_obs(
     effect. group: as in `solve`. Raises NightpressError(numerical_failure) as `solve` does.
     """
     grid, held = grid_of(scheme), scale_dtype(scheme, stored)
-    if not scheme.has_global_scale:
-        return _round(weight, gram, factor, grid, held, ranges, refine=refine, prune=prune, group=group)
-    assert largest is not None
-    total = global_scale(largest, ranges, weight.device)
-    return replace(
-        _round(weight * total, gram, factor, grid, held, ranges, refine=refine, prune=prune, group=group),
-        global_scale=total,
-    )
-
-
-def _round(
-    weight: Tensor,
-    gram: Tensor,
-    factor: Factor,
-    grid: Grid,
-    stored: torch.dtype,
-    ranges: str,
-    *,
-    refine: bool,
-    prune: Prune | None,
-    group: Group,
-) -> Coded:
-    """As `round_obs`, without a global scale."""
+    total = None
+    if scheme.has_global_scale:
+        assert largest is not None
+        total = global_scale(largest, ranges, weight.device)
+        weight = weight * total
     importance = factor.power if ranges == "least-error" else None
-    nearest = None if prune else round_rows(weight, grid, stored, ranges, importance)
+    nearest = None if prune else round_rows(weight, grid, held, ranges, importance)
     known = None if nearest is None else _ranges_of(nearest)
-    solved = solve(weight, factor, Quantize(grid, stored, ranges, known), prune, group)
+    solved = solve(weight, factor, Quantize(grid, held, ranges, known), prune, group)
     assert solved.codes is not None
     assert solved.scale is not None
     if nearest is None:
-        return Coded(solved.codes, solved.scale, solved.zero_point)
+        return Coded(solved.codes, solved.scale, solved.zero_point, total)
     scale, loss = solved.scale, solved.loss
     with fast_products():
         if refine:
-            fitted = _fitted(weight, gram, factor, solved, scale, stored)
+            fitted = _fitted(weight, gram, factor, solved, scale, held)
             fitted_loss = output_loss(weight, dequantize(solved.codes, fitted, solved.zero_point), factor)
             scale = torch.where((fitted_loss < loss)[..., None], fitted, scale)
             loss = torch.minimum(fitted_loss, loss)
@@ -86,8 +65,8 @@ def _round(
     zero_point = solved.zero_point
     if zero_point is not None and nearest.zero_point is not None:
         zero_point = torch.where(worse, nearest.zero_point, zero_point)
-    kept = torch.where(worse, nearest.scale.float(), scale.float()).to(stored)  # torch selects few numbers of 8 bits
-    return Coded(torch.where(worse, nearest.codes, solved.codes), kept, zero_point)
+    kept = torch.where(worse, nearest.scale.float(), scale.float()).to(held)  # torch selects few numbers of 8 bits
+    return Coded(torch.where(worse, nearest.codes, solved.codes), kept, zero_point, total)
 
 
 def _ranges_of(coded: Coded) -> tuple[Tensor, Tensor]:
