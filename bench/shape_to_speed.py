@@ -244,7 +244,7 @@ def _graphs(given: Namespace, model: Path, files: Mapping[str, Path], work: Path
     """Format → the folder of the model's graph."""
     from nightpress.core.compress.data.tokenized import Sequences
     from nightpress.core.compress.export import onnx, openvino
-    from nightpress.core.compress.graph import tracing
+    from nightpress.core.compress.graph import modules, tracing
     from nightpress.core.compress.passes.registry import GRAPH_PASSES
 
     header = inspect_model(FolderFiles(model))
