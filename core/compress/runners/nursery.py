@@ -17,6 +17,7 @@ import signal
 import socket
 import sys
 import traceback
+import warnings
 from typing import Any, NoReturn
 
 _LONGEST = 1 << 16  #: bytes of a message
@@ -24,6 +25,8 @@ _SENT = 4  #: file descriptors of a message
 
 
 def main() -> None:
+    # From Python 3.12 on, a fork warns if there are other threads. The libraries' threads wait for work, and a fork starts its own.
+    warnings.filterwarnings("ignore", ".*multi-threaded", DeprecationWarning)
     gc.disable()  # as in measure.py: the libraries' objects are no garbage
     _import_libraries()
     gc.freeze()  # so that a collection in a fork copies none of their pages
