@@ -185,13 +185,8 @@ class Serving(_Model):
 
 #: Figures by which slices are put in order: of those that a slice has, the first.
 RANKED_BY = (
-    "kl_divergence",
-    "kendall_tau",
-    "flips",
-    "generation_match",
-    "mean_error",
-    "centred_cosine",
-    "rank_correlation",
+    *("kl_divergence", "kendall_tau", "flips", "generation_match"),
+    *("mean_error", "centred_cosine", "rank_correlation"),
 )
 
 
@@ -219,9 +214,7 @@ class Subject(_Model):
     size_bytes: int
     parameters: int | None = None
     measurements: tuple[Measurement, ...] = ()
-    slices: tuple[
-        Slice, ...
-    ] = ()  #: of data sets with a column `slice`; of an artifact, the farthest from the source first
+    slices: tuple[Slice, ...] = ()  #: of data with a column `slice`; an artifact's: the farthest from the source first
     timings: tuple[Timing, ...] = ()
     generation: tuple[GenerationTiming, ...] = ()
     measurements_by: str | None = None  #: the earlier job that measured the source's outputs; None: this job
