@@ -295,7 +295,7 @@ def _times(given: Namespace, folders: Mapping[str, Mapping[str, Path]], work: Pa
     options = options_of(given)
     shape = TimedShape(options.batch, options.length, 20 * given.rounds)
     ids = 1000 + np.arange(options.length)
-    task = Task("classification", (), (shape,), ids, "mean", 2, given.threads)
+    task = Task("classification", "AutoModelForSequenceClassification", (), (shape,), ids, "mean", 2, given.threads)
     runners = {"onnx": onnx.CONSUMER, "openvino": openvino.CONSUMER}
     forms = [(name, runtime) for name, made in folders.items() for runtime in made]
     with contextlib.ExitStack() as stack:

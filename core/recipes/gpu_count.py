@@ -21,7 +21,7 @@ class Spread(NamedTuple):
     """The time of a job on one GPU."""
 
     seconds: float
-    spread_s: float  #: the part of it that several GPUs share: the passes by blocks
+    spread_s: float  #: the part of it that several GPUs share
     passes: tuple[str, ...]  #: the names of these passes
 
     def on(self, gpus: int) -> float:
@@ -45,7 +45,9 @@ def count_gpus(
     if asked != "auto":
         return GpuCount(asked, "" if asked == 1 else f"`gpus: {asked}`, as the recipe says{_waits(asked, largest)}.")
     if not time.passes:
-        return GpuCount(1, "`gpus: auto` comes to 1: several GPUs speed up passes by blocks alone, and it has none.")
+        return GpuCount(
+            1, "`gpus: auto` comes to 1: several GPUs speed up passes that share out their work, and it has none."
+        )
     if largest < 2:
         seen = "the largest host seen lately has 1 GPU" if largest else "no GPU worker has been seen lately"
         return GpuCount(1, f"`gpus: auto` comes to 1: {seen}.")

@@ -145,8 +145,8 @@ def _chain(recipe: Recipe, header: ModelHeader) -> tuple[list[ModelHeader], Mode
 def _warnings(recipe: Recipe, header: ModelHeader | None) -> Iterable[str]:
     if header is not None and header.brought is not None and not header.brought.weights:
         yield f"config.json says that the model is quantized ({header.brought.method or 'without a method'}), but its weights are floats: the `quantization_config` is left over, and passed over."
-    if recipe.wants_several_gpus and not any(options.scope == "blocks" for options in recipe.passes):
-        yield f"`gpus: {recipe.gpus}`: no pass of the recipe runs by blocks, so one GPU is as fast."
+    if recipe.wants_several_gpus and not any(options.shared_out for options in recipe.passes):
+        yield f"`gpus: {recipe.gpus}`: no pass of the recipe shares out its work, so one GPU is as fast."
     if recipe.target == "auto" and header is None:
         yield "`target: auto` looks at the model: name one to see the passes and exports."
     for index, options in enumerate(recipe.passes):
@@ -249,11 +249,11 @@ def _counted_without_model(recipe: Recipe, fleet: Sequence[Seat]) -> GpuCount:
 
 
 def _spread(recipe: Recipe, costs: Sequence[Cost], threads: int) -> Spread:
-    """Return the time on one GPU, and what of it several GPUs share: the products of the passes by blocks."""
+    """Return the time on one GPU, and what of it several GPUs share: the products of the passes that share out their work."""
     spread = [
         (options.name, cost.work / GPU_RATE)
         for options, cost in zip(recipe.passes, costs, strict=False)  # the last cost is that of measuring
-        if options.scope == "blocks" and options.gate_within is None  # the work of a search is mostly measuring
+        if options.shared_out and options.gate_within is None  # the work of a search is mostly measuring
     ]
     seconds = sum(cost.lasts("gpu", threads) for cost in costs) + GPU_START_S
     return Spread(seconds, sum(time for _, time in spread), tuple(name for name, _ in spread))
@@ -337,7 +337,7 @@ def _memory(recipe: Recipe, costs: Sequence[Cost], gpus: int) -> int:
 
 def _another_process(recipe: Recipe, passes: Sequence[int]) -> int:
     """Return the bytes of each process beside the first, at most: what the first holds while a pass by blocks runs."""
-    blocks = [held for options, held in zip(recipe.passes, passes, strict=True) if options.scope == "blocks"]
+    blocks = [held for options, held in zip(recipe.passes, passes, strict=True) if options.shared_out]
     return RUNTIME_BYTES + _kept(recipe) + max(blocks) if blocks else 0
 
 

@@ -81,7 +81,7 @@ def test_a_speed_that_is_told_apart_stands_with_its_interval() -> None:
 def test_what_does_not_fit_beside_the_artifact_is_not_started(
     source: int | None, artifact: int | None, limit: int, tmp_path: Path
 ) -> None:
-    task = Task("embedding", (), (), np.zeros(4, np.int64), "mean", 1, 1)
+    task = Task("embedding", "AutoModel", (), (), np.zeros(4, np.int64), "mean", 1, 1)
     runner = tmp_path / "no such runner"
     with ConsumerBeside(runner, tmp_path, task, source, name="source", scratch=tmp_path, limit=limit) as beside:
         assert beside.open(artifact) is None

@@ -69,6 +69,7 @@ class Task:
     """The examples and timings that run with every model of a job, so that all models get the same inputs."""
 
     name: str  #: header.task
+    model_class: str  #: the class of transformers that loads the model
     sets: tuple[TokenSet, ...]
     shapes: tuple[TimedShape, ...]
     timing_ids: NDArray[Any]  #: consecutive token ids, or one image [C, H, W]
@@ -76,7 +77,6 @@ class Task:
     classes: int  #: size of the vocabulary, or number of classes
     threads: int
     writings: tuple[TimedGeneration, ...] = ()
-    model_class: str = "AutoModel"  #: the class of transformers that loads the model
     servings: tuple[TimedServing, ...] = ()  #: only in vLLM
     cache_bytes: int = 0  #: of the key/value cache, only in vLLM
     prefix: tuple[int, ...] = ()  #: the first tokens of an encoder-decoder's decoder

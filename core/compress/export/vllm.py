@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -81,6 +82,7 @@ def make_task(recipe: Recipe, header: ModelHeader, model_dir: Path, *, threads: 
     )
     return Task(
         name=header.task,
+        model_class=header.kind.loader,
         sets=(TokenSet(WRITTEN, "written", read, new_tokens=written),),
         shapes=(),
         timing_ids=tokenized.text_windows(prose, tokenizer, samples=64, length=requested, ref=ref).ids.ravel(),
@@ -142,4 +144,4 @@ def scored(task: Task, written: NDArray[Any]) -> Task:
     targets = np.concatenate([ids[:, 1:], np.full((len(ids), 1), -1)], axis=1)
     sequences = tokenized.Sequences(ids, np.ones_like(ids), targets=targets)
     chosen = TokenSet(WRITTEN, "tokens", sequences, compared=np.zeros(ids.shape, np.bool_))
-    return Task(task.name, (chosen,), (), task.timing_ids, task.pooling, task.classes, task.threads)
+    return replace(task, sets=(chosen,), servings=(), cache_bytes=0)

@@ -63,7 +63,7 @@ def _ranks(job: PressJob, index: int, options: PassOptions) -> Iterator[Ranks | 
     if count == 1:
         yield None
         return
-    why = "" if options.spreads and options.wants == "calibration" else "its work is not shared out"
+    why = "" if options.shared_out else "its work is not shared out"
     if not why and not can_meet():
         why = "processes can't connect to each other within this worker's sandbox"
     if why:

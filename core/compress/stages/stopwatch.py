@@ -66,6 +66,7 @@ class GraphStopwatch:
         shutil.rmtree(self._scratch, ignore_errors=True)
         task = Task(
             name="embedding",
+            model_class="AutoModel",
             sets=(),
             shapes=(TimedShape(place.batch, place.length, _ROUNDS),),
             timing_ids=_FIRST_TOKEN + np.arange(place.length) % _TOKENS,

@@ -43,7 +43,9 @@ class PassOptions(BaseModel):
     relation: ClassVar[Relation] = "finetune"
     #: Script in core/compress/runners that loads the result; empty: that of the export's format.
     runner: ClassVar[str] = ""
-    spreads: ClassVar[bool] = False  #: whether several processes, one for each GPU, share out its work
+    spreads: ClassVar[bool] = (
+        False  #: whether several processes, one for each GPU, share out its work on calibration text
+    )
     renumbers: ClassVar[bool] = False  #: whether tokens get other ids
     early_exits: ClassVar[bool] = False  #: whether the model gets heads behind its blocks, which its graph needs too
     chooses_cache: ClassVar[bool] = (
@@ -54,6 +56,11 @@ class PassOptions(BaseModel):
     def wants(self) -> Need:
         """What the pass needs with these options."""
         return self.needs
+
+    @property
+    def shared_out(self) -> bool:
+        """Whether the processes of a job on several GPUs share out its work, with these options; else it runs in one of them."""
+        return self.spreads and self.wants == "calibration"
 
     @property
     def name(self) -> str:
