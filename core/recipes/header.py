@@ -202,9 +202,9 @@ class ModelHeader(BaseModel):
     @property
     def pixels(self) -> tuple[int, int, int]:
         """The channels, height and width of an image that the model sees."""
-        size = self.config.get("image_size") or 224
+        size = self.vision_config.get("image_size") or 224
         height, width = size if isinstance(size, list | tuple) else (size, size)
-        return int(self.config.get("num_channels") or 3), int(height), int(width)
+        return int(self.vision_config.get("num_channels") or 3), int(height), int(width)
 
     @property
     def hears(self) -> bool:

@@ -94,15 +94,19 @@ def _check_alike(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> No
 
     The order may round a tie in another way, and GPTQ then rounds the rest of the row differently. A different code changes the inputs of
     the later blocks, where more codes then differ, in some matrices more than in others. So only in the first block every single matrix
-    must have few different codes; for the others the limit is for all codes together.
+    must have few different codes; for the others the limit is for all codes together. There scales differ more, too, and one whose group
+    has a lowest and a highest weight of nearly one size may change its sign.
     """
     assert ours.keys() == theirs.keys()
     turned: list[Tensor] = []
     for name, tensor in ours.items():
         assert tensor.shape == theirs[name].shape, name
         if tensor.is_floating_point() and tensor.dtype.itemsize > 1:
-            difference = (tensor.double() - theirs[name].double()).norm() / tensor.double().norm().clamp(min=1e-12)
-            assert difference < 2e-3, name
+            first, second = tensor.double(), theirs[name].double()
+            if _block_of(name) and name.endswith("_scale"):
+                first, second = first.abs(), second.abs()
+            difference = (first - second).norm() / first.norm().clamp(min=1e-12)
+            assert difference < (1e-2 if _block_of(name) else 2e-3), name
         else:
             differ = (tensor.view(torch.uint8) != theirs[name].view(torch.uint8)).flatten()
             turned.append(differ)
@@ -180,7 +184,7 @@ def test_the_smoothing_and_the_ranges_of_a_graph_take_no_notice_of_padding(
             _pad_longer(monkeypatch)
         context = replace(bench.context, work_dir=tmp_path / name, calibration=_CALIBRATION, data_files={"mine": texts})
         static_int8(bench.model, bench.traced, StaticInt8(ranges="mse", min_cosine=None), context)
-        (kept,) = (tmp_path / name).glob("static/*/calibration.npz")
+        (kept,) = (tmp_path / name).rglob("calibration.npz")
         with np.load(kept) as archive:
             found.append({key: archive[key] for key in archive.files})
     plain, padded = found

@@ -50,10 +50,17 @@ Tensors = dict[str, torch.Tensor]
 
 
 def tiny(folder: Path) -> Path:
-    """A Llama with as many keys as queries, so that the two can be swapped, in heads of 64 that vLLM's attention takes."""
-    return save_family(
-        "llama", folder, num_attention_heads=2, num_key_value_heads=2, intermediate_size=256, dtype="bfloat16"
-    )
+    """A Llama with as many keys as queries, so that the two can be swapped, in heads of 64 that vLLM's attention takes.
+
+    The rows of its down projections are of different sizes, so that it shows when their scales change places.
+    """
+    save_family("llama", folder, num_attention_heads=2, num_key_value_heads=2, intermediate_size=256, dtype="bfloat16")
+    tensors = load_tensors(folder)
+    for name in [name for name in tensors if name.endswith("down_proj.weight")]:
+        sizes = torch.linspace(0.25, 2.0, len(tensors[name]), dtype=tensors[name].dtype)
+        tensors[name] = tensors[name] * sizes[:, None]
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
 
 
 def pressed(source: Path, work: Path, passes: list[dict[str, Any]]) -> Path:

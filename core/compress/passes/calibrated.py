@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -172,7 +173,12 @@ class Quantized:
             group=group,
         )
         zero_point = None if part.zero_point is None else join_rows(part.zero_point, weights, group)
-        coded = Coded(join_rows(part.codes, weights, group), join_rows(part.scale, weights, group), zero_point)
+        coded = replace(
+            part,
+            codes=join_rows(part.codes, weights, group),
+            scale=join_rows(part.scale, weights, group),
+            zero_point=zero_point,
+        )
         before, codes, scales = (stack.each(part, block, places) for part in (weights, coded.codes, coded.scale))
         zero_points = {} if coded.zero_point is None else stack.each(coded.zero_point, block, places)
         return {
