@@ -1,6 +1,7 @@
 """Listing, histories, logs, workers and figures."""
 
 import datetime as dt
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -48,6 +49,7 @@ def test_the_last_full_page_says_that_it_is_the_last(store: JobStore):
 def test_filters_by_state_label_and_model(store: JobStore, engine: Engine):
     add_model(engine, "model_other")
     plain = submit(store)
+    time.sleep(0.002)  # SQLite's clock counts milliseconds
     labelled = submit(store, labels={"team": "search", "env": "prod"}, model_id="model_other", model_name="other")
     half = submit(store, labels={"team": "search"})
     store.requests.request_cancel("default", half)
