@@ -4,7 +4,10 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from nightpress.core.compress import pipeline
+from nightpress.core.compress.export.task import Task
 from nightpress.core.handoff.frames import Frame
 from nightpress.core.handoff.manifest import Manifest
 from nightpress.core.handoff.report import Report
@@ -42,3 +45,9 @@ def press(job_dir: Path) -> tuple[Manifest, Report, list[Frame]]:
 def graph_bytes(artifact: Path) -> int:
     """The size of the files with the graph and its weights, without tokenizer and configs. A plan estimates this size."""
     return sum(file.stat().st_size for file in artifact.iterdir() if file.suffix in {".onnx", ".data", ".xml", ".bin"})
+
+
+def runner_request(folder: Path, device: str = "cpu") -> dict[str, Any]:
+    """What the runner of a causal language model is asked, without examples. Its working folder is the folder's parent."""
+    task = Task("causal-lm", "AutoModelForCausalLM", (), (), np.zeros(1, np.int64), "mean", 1, threads=1)
+    return {**task.request(), "folder": folder.name, "device": device}

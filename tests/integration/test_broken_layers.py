@@ -27,7 +27,7 @@ from nightpress.core.recipes.calibration import Calibration
 from nightpress.core.recipes.inspect import FolderFiles, inspect_model
 from nightpress.core.recipes.models import parse_recipe
 from tests.folders import load_tensors, tiny_llama
-from tests.press import lay_out, press
+from tests.press import lay_out, press, runner_request
 
 Tensors = dict[str, torch.Tensor]
 FORMS: dict[str, dict[str, Any]] = {
@@ -78,10 +78,8 @@ def pressed_llama(source: Path, folder: Path, options: dict[str, Any]) -> Path:
 
 def asked(artifact: Path, pressed: Path) -> ProbeResult:
     """Load an artifact as its consumer does, in this process, and ask its layers."""
-    request = {"folder": artifact.name, "task": "causal-lm", "model_class": "AutoModelForCausalLM"}
-    request |= {"threads": 1, "device": "cpu"}
     with contextlib.chdir(artifact.parent):
-        forward = transformers_runner.load(request)[0]
+        forward = transformers_runner.load(runner_request(artifact))[0]
     forward(np.full((1, 4), 5), np.ones((1, 4), np.int64))  # transformers unpacks the codes in the first pass
     return compare(pressed, measure._run_probes(forward, probed_layers(pressed)), forward.loaded_as["dtype"])
 

@@ -16,7 +16,7 @@ from nightpress.core.compress.runners import measure, transformers_runner
 from nightpress.core.handoff.report import Report
 from nightpress.core.handoff.spec import SPEC_FILE
 from tests.every_family import save_family
-from tests.press import lay_out, press
+from tests.press import lay_out, press, runner_request
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU here")]
 
@@ -110,8 +110,9 @@ def test_what_is_kept_of_the_logits_is_the_same_on_both(tmp_path: Path, monkeypa
     """In float32, the GPU's figures are the processor's but for the order of sums."""
     save_family("llama", tmp_path / "model")
     monkeypatch.chdir(tmp_path)
-    request = {"folder": "model", "task": "causal-lm", "model_class": "AutoModelForCausalLM", "threads": 1}
-    here, there = (transformers_runner.load({**request, "device": device})[0] for device in ("cpu", "cuda"))
+    here, there = (
+        transformers_runner.load(runner_request(tmp_path / "model", device))[0] for device in ("cpu", "cuda")
+    )
     random = np.random.default_rng(0)
     ids = random.integers(5, 60, (3, 12))
     mask = np.ones_like(ids)
