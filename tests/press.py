@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from nightpress.core.compress import pipeline
-from nightpress.core.compress.export.task import Task
+from nightpress.core.compress.export.task import Task, TimedShape
 from nightpress.core.handoff.frames import Frame
 from nightpress.core.handoff.manifest import Manifest
 from nightpress.core.handoff.report import Report
@@ -49,5 +49,6 @@ def graph_bytes(artifact: Path) -> int:
 
 def runner_request(folder: Path, device: str = "cpu") -> dict[str, Any]:
     """What the runner of a causal language model is asked, without examples. Its working folder is the folder's parent."""
-    task = Task("causal-lm", "AutoModelForCausalLM", (), (), np.zeros(1, np.int64), "mean", 1, threads=1)
+    shapes = (TimedShape(batch=1, length=4, repeats=1),)
+    task = Task("causal-lm", "AutoModelForCausalLM", (), shapes, np.zeros(4, np.int64), "mean", 1, threads=1)
     return {**task.request(), "folder": folder.name, "device": device}
