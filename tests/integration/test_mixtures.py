@@ -127,7 +127,7 @@ def _check_loaded(source: Path, out: Path, pass_: dict[str, Any], record: Any) -
 @pytest.mark.parametrize(
     ("pass_", "plain", "share"),
     [
-        ({"pass": "awq", "group_size": 32, "symmetric": True}, {"pass": "weight-only", "bits": 4, "group_size": 32}, 0.8),
+        ({"pass": "awq", "group_size": 32, "symmetric": True}, {"pass": "weight-only", "bits": 4, "group_size": 32}, 0.9),
         ({"pass": "smoothquant"}, {"pass": "smoothquant", "alpha": 0}, 0.7),
     ],
     ids=["awq", "smoothquant"],
