@@ -60,15 +60,12 @@ def _fitted_units(weight: Tensor, gram: Tensor, factor: Factor, coded: BlockCode
     shape = ranges.scales.shape
     unit, minimum = ranges.unit.float(), ranges.minimum()
     codes = coded.codes.float().view(*shape, kind.part) - (0 if kind.minimum else kind.half)
-    sign = torch.where(unit < 0, -1.0, 1.0)  # `fit_scales` fits positive scales
-    steps = (codes * (ranges.scales * sign[..., None])[..., None]).view_as(weight)
+    steps = (codes * ranges.scales[..., None]).view_as(weight)
     lowest = torch.zeros_like(weight) if minimum is None else minimum.flatten(1).repeat_interleave(kind.part, 1)
-    unit = sign * fit_scales(weight + lowest, gram, steps, unit.abs(), torch.float16, damping=factor.damping)
+    unit = fit_scales(weight + lowest, gram, steps, unit, torch.float16, damping=factor.damping)
     if minimum is None or ranges.least_unit is None or ranges.minima is None:
         return replace(ranges, unit=unit.half())
-    least = ranges.least_unit.float()
-    sign_of_least = torch.where(least < 0, -1.0, 1.0)
-    down = (ranges.minima * sign_of_least[..., None])[..., None].expand(*shape, kind.part).reshape(weight.shape).float()
+    down = ranges.minima[..., None].expand(*shape, kind.part).reshape(weight.shape).float()
     raised = (codes * (unit[..., None] * ranges.scales)[..., None]).view_as(weight)
-    least = sign_of_least * fit_scales(raised - weight, gram, down, least.abs(), torch.float16, damping=factor.damping)
+    least = fit_scales(raised - weight, gram, down, ranges.least_unit.float(), torch.float16, damping=factor.damping)
     return replace(ranges, unit=unit.half(), least_unit=least.half())
