@@ -6,7 +6,10 @@ The floats are computed in the order in which ggml computes them, so they equal 
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import numpy as np
 import torch
+from gguf import GGMLQuantizationType, quants
+from numpy.typing import NDArray
 from torch import Tensor
 
 from nightpress.core.recipes.gguf_types import GgufType
@@ -72,6 +75,12 @@ class BlockCoded:
         codes = self.codes.view(-1, block)
         fields = _PACKERS[self.kind.name](codes, self.ranges)
         return torch.cat(fields, dim=1).view(count, -1)
+
+
+def read_blocks(blocks: NDArray[np.uint8], kind: GgufType) -> NDArray[np.float32]:
+    """Return the floats [out, in] that a file's blocks [out, bytes of a row] stand for. Works for types with uneven grids, too."""
+    found: NDArray[np.float32] = quants.dequantize(blocks, GGMLQuantizationType[kind.name.upper()])
+    return found
 
 
 def _half(values: Tensor | None) -> Tensor:

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from gguf import GGMLQuantizationType, quants
 from numpy.typing import NDArray
 
+from nightpress.core.compress.grids.gguf_blocks import read_blocks
 from nightpress.core.compress.grids.grid import LARGEST_FLOAT, Grid
 from nightpress.core.compress.grids.packing import unpack_bits
 from nightpress.core.compress.grids.stored import unpack_e2m1
@@ -174,10 +174,7 @@ class PressedWeights:
         if name in self._packed:
             return self.codes(name).dequantize()
         if (kind := self.block_type(name)) is not None:
-            decoded: NDArray[np.float32] = quants.dequantize(
-                self.block_bytes(name), GGMLQuantizationType[kind.name.upper()]
-            )
-            return decoded
+            return read_blocks(self.block_bytes(name), kind)
         array: NDArray[np.float32] = self._source.read(name).to(torch.float32).numpy()
         return array
 

@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from gguf import GGMLQuantizationType, quants
 from torch import Tensor
 
 from nightpress.core.compress.context import PassContext
 from nightpress.core.compress.executors.blocks import FinalTensor, Inputs
 from nightpress.core.compress.executors.rewrite import Effect, Put
+from nightpress.core.compress.grids.gguf_blocks import read_blocks
 from nightpress.core.compress.grids.gguf_ranges import round_to_blocks
 from nightpress.core.compress.grids.workspace import Workspace
 from nightpress.core.compress.model.checkpoint import read_shards, tensor_info
@@ -105,7 +105,7 @@ def type_errors(weight: Tensor, gram: Tensor, candidates: Sequence[str], ggml: G
 
 def _decoded(blocks: Tensor, kind: GgufType) -> Tensor:
     """Blocks, uint8 [out, bytes of a row] → float32 [out, in] on the processor."""
-    return torch.from_numpy(quants.dequantize(blocks.cpu().numpy(), GGMLQuantizationType[kind.name.upper()]))
+    return torch.from_numpy(read_blocks(blocks.cpu().numpy(), kind))
 
 
 class OnBlocks:

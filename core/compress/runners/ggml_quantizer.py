@@ -1,7 +1,7 @@
 """Quantizes matrices with ggml's own code, from the library that llama-cpp-python installs. The argument is the number of threads.
 
-It reads requests from standard input until that ends: a line of JSON, then float32 numbers, first the importance of each column if there is
-one, then the matrix. For each it writes the matrix's blocks to standard output.
+It reads requests from standard input until that ends: a line of JSON, then float32 numbers, first the importance of each column, then the
+matrix. For each it writes the matrix's blocks to standard output.
 """
 
 import ctypes
@@ -28,7 +28,7 @@ def load() -> Any:
 
 def quantize(library: Any, asked: dict[str, Any], pool: ThreadPoolExecutor, threads: int) -> bytes:
     rows, columns = asked["rows"], asked["columns"]
-    importance = _floats(columns) if asked["importance"] else None
+    importance = _floats(columns)
     matrix = _floats(rows * columns)
     blocks = ctypes.create_string_buffer(rows * asked["row_bytes"])
     library.ggml_quantize_init(asked["type"])

@@ -51,7 +51,6 @@ class GgmlQuantizer:
             "rows": rows,
             "columns": columns,
             "row_bytes": kind.row_bytes(columns),
-            "importance": True,
         }
         process = self._started()
         assert process.stdin is not None
