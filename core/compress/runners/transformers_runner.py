@@ -3,8 +3,9 @@
 import json
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -203,18 +204,10 @@ def _generate(model: Any, ids: Any, new_tokens: int) -> list[int]:
     """Continue a prompt [S] greedily, even if the model's own generation settings say otherwise."""
     import torch
 
-    ends = getattr(model.config, "eos_token_id", None)
-    ends = set(ends) if isinstance(ends, list) else {ends}
-    step, cache, written = torch.from_numpy(ids)[None].to(model.device), None, []
+    prompt = torch.from_numpy(ids)[None].to(model.device)
     with torch.inference_mode():
-        for _ in range(new_tokens):
-            out = model(input_ids=step, past_key_values=cache, use_cache=True)
-            cache, token = out.past_key_values, int(out.logits[0, -1].argmax())
-            written.append(token)
-            if token in ends:
-                break
-            step = torch.tensor([[token]], device=model.device)
-    return written
+        steps = _greedy_steps(prompt, lambda step, cache: model(input_ids=step, past_key_values=cache, use_cache=True))
+        return _until_end(steps, new_tokens, getattr(model.config, "eos_token_id", None))
 
 
 def _generate_for(forward: OnCpu, given: Any, new_tokens: int) -> list[int]:
@@ -223,18 +216,40 @@ def _generate_for(forward: OnCpu, given: Any, new_tokens: int) -> list[int]:
 
     model = forward.model
     ends = getattr(model.generation_config, "eos_token_id", None) or getattr(model.config, "eos_token_id", None)
-    ends = set(ends) if isinstance(ends, list) else {ends}
-    one = torch.from_numpy(given)[None].to(model.device)
-    step, cache, written = torch.tensor([forward.prefix], device=model.device), None, []
     with torch.inference_mode():
-        heard = model.get_encoder()(one if given.ndim == 1 else one.to(model.dtype), return_dict=True)
-        for _ in range(new_tokens):
-            out = model(encoder_outputs=heard, decoder_input_ids=step, past_key_values=cache, use_cache=True)
-            cache, token = out.past_key_values, int(out.logits[0, -1].argmax())
-            written.append(token)
-            if token in ends:
-                break
-            step = torch.tensor([[token]], device=model.device)
+        return _until_end(_steps_of_pair(forward, torch.from_numpy(given)[None].to(model.device)), new_tokens, ends)
+
+
+def _steps_of_pair(forward: OnCpu, given: Any) -> Iterator[Any]:
+    """What an encoder-decoder writes for texts [B, S] or sounds [B, bands, frames], as `_greedy_steps`."""
+    import torch
+
+    model = forward.model
+    heard = model.get_encoder()(given if given.ndim == 2 else given.to(model.dtype), return_dict=True)
+
+    def read(step: Any, cache: Any) -> Any:
+        return model(encoder_outputs=heard, decoder_input_ids=step, past_key_values=cache, use_cache=True)
+
+    return _greedy_steps(torch.tensor([forward.prefix] * len(given), device=model.device), read)
+
+
+def _greedy_steps(step: Any, read: Callable[[Any, Any], Any]) -> Iterator[Any]:
+    """Yield the most likely next tokens [B, 1], without an end. read: (further tokens [B, T], cache) → the model's output."""
+    cache = None
+    while True:
+        out = read(step, cache)
+        cache, step = out.past_key_values, out.logits[:, -1:].argmax(dim=-1)
+        yield step
+
+
+def _until_end(steps: Iterator[Any], new_tokens: int, ends: int | list[int] | None) -> list[int]:
+    """The tokens of one text, at most `new_tokens` of them: up to the first of `ends`, which is the last."""
+    stops = set(ends) if isinstance(ends, list) else {ends}
+    written: list[int] = []
+    for step in islice(steps, new_tokens):
+        written.append(int(step))
+        if written[-1] in stops:
+            break
     return written
 
 
@@ -268,13 +283,9 @@ def _waits_of_pair(forward: OnCpu, given: Any, tokens: int) -> tuple[list[float]
     """The same for an encoder-decoder. The first wait has the encoder in it. Its own `generate` may demand further settings, e.g. a language."""
     import torch
 
-    model, waits, written, last = forward.model, [], [], time.perf_counter()
-    step, cache = torch.tensor([forward.prefix] * len(given), device=model.device), None
+    waits, written, last = [], [], time.perf_counter()
     with torch.inference_mode():
-        heard = model.get_encoder()(given if given.ndim == 2 else given.to(model.dtype), return_dict=True)
-        for _ in range(tokens):
-            out = model(encoder_outputs=heard, decoder_input_ids=step, past_key_values=cache, use_cache=True)
-            cache, step = out.past_key_values, out.logits[:, -1:].argmax(dim=-1)
+        for step in islice(_steps_of_pair(forward, given), tokens):
             written.append(step.cpu())
             now = time.perf_counter()
             waits.append(1000 * (now - last))
