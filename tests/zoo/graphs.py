@@ -8,9 +8,10 @@ from numpy.typing import NDArray
 
 from nightpress.core.compress.data.tokenized import Sequences
 from nightpress.core.compress.export import onnx, openvino
-from nightpress.core.compress.graph.samples import decoder_feeds, session
+from nightpress.core.compress.graph.samples import session
 from nightpress.core.compress.graph.tracing import trace
 from nightpress.core.compress.passes import PassContext
+from nightpress.core.compress.runners.encoder_decoder import decoder_feeds
 from nightpress.core.recipes.header import ModelHeader
 from nightpress.core.recipes.passes import PassOptions
 
@@ -77,10 +78,10 @@ def _pair_in_onnxruntime(folder: Path, check: Sequences) -> NDArray[np.float32]:
     encoder, decoder = (session(folder / f"{name}.onnx", 1) for name in ("encoder_model", "decoder_model_merged"))
     names = {value.name for value in encoder.get_inputs()}
     hidden = encoder.run(None, {name: value for name, value in _feeds(check.ids).items() if name in names})[0]
-    cache, found = None, []
+    shapes, cache, found = {value.name: value.shape for value in decoder.get_inputs()}, None, []
     for at in range(_STEPS):
         logits, *cache = decoder.run(
-            None, decoder_feeds(decoder, check.decoder[:, at : at + 1], hidden, check.mask, cache)
+            None, decoder_feeds(shapes, check.decoder[:, at : at + 1], hidden, check.mask, cache)
         )
         found.append(logits)
     return np.concatenate(found, axis=1)

@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nightpress.core.compress.graph.modules import DECODER, ENCODER, MODEL
+from nightpress.core.compress.runners.encoder_decoder import decoder_feeds
 
 Ids = NDArray[np.int64]
 Floats = NDArray[np.float32]
@@ -65,22 +66,8 @@ class Samples:
         """The inputs of a decoder's session, with empty caches. hidden [N, S, H]: the encoder's answers."""
         assert self.decoder is not None
         assert self.decoder_mask is not None
-        feeds = decoder_feeds(loaded, self.decoder, hidden, self.mask, None)
+        feeds = decoder_feeds(_shapes(loaded), self.decoder, hidden, self.mask, None)
         return feeds, (self.decoder_mask > 0, self.mask > 0)
-
-
-def decoder_feeds(loaded: Any, tokens: Ids, hidden: Floats, mask: Ids, cache: list[Floats] | None) -> Feeds:
-    """The inputs of a decoder's session. tokens [B, T]; cache: what the last run returned after its logits, None: these are the first tokens."""
-    feeds: Feeds = {"input_ids": tokens, "encoder_hidden_states": hidden}
-    at = 0
-    for value in loaded.get_inputs():
-        if value.name == "encoder_attention_mask":
-            feeds[value.name] = mask
-        elif value.name.startswith("past_key_values."):
-            _, heads, _, width = value.shape
-            feeds[value.name] = np.zeros((len(tokens), heads, 0, width), np.float32) if cache is None else cache[at]
-            at += 1
-    return feeds
 
 
 #: (the session of a graph, tokens at a time) → its runs.
@@ -116,13 +103,14 @@ def written(
     """The same samples with what the model itself writes for them, greedily, as what its decoder reads: its first tokens, then `tokens`."""
     texts, masks = [], []
     encoder, decoder = sessions[ENCODER], sessions[DECODER]
+    shapes = _shapes(decoder)
     for part in samples.batches(at_a_time):
         hidden, cache = encoder.run(None, part.batch(encoder)[0])[0], None
         step = np.tile(np.asarray(prefix, np.int64), (len(part), 1))
         text, alive = [step], np.ones((len(part), 1), np.int64)
         mask = [np.ones_like(step)]
         for _ in range(tokens):
-            logits, *cache = decoder.run(None, decoder_feeds(decoder, step, hidden, part.mask, cache))
+            logits, *cache = decoder.run(None, decoder_feeds(shapes, step, hidden, part.mask, cache))
             step = logits[:, -1:].argmax(axis=-1).astype(np.int64)
             text.append(step)
             mask.append(alive)
@@ -138,6 +126,10 @@ def written(
         for parts in (texts, masks)
     )
     return replace(samples, decoder=whole, decoder_mask=real)
+
+
+def _shapes(loaded: Any) -> dict[str, Any]:
+    return {value.name: value.shape for value in loaded.get_inputs()}
 
 
 def session(graph: bytes | Path, threads: int) -> Any:

@@ -2,6 +2,7 @@
 
 import json
 import time
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -22,9 +23,36 @@ class Graphs(Protocol):
         """The logits [B, T, V] of further tokens [B, T], and the cache after them. cache None: these are the first tokens."""
         ...
 
-    def probed(self, name: str, factor: float) -> Any:
-        """As `transformers_runner.OnCpu.probed`."""
+    @property
+    def products(self) -> Sequence[Any]:
+        """The products with packed weights of each graph. Each has `probed`, as `transformers_runner.OnCpu` has."""
         ...
+
+
+def past_inputs(names: Iterable[str]) -> list[str]:
+    """The inputs of a decoder's graph in ONNX Runtime that take keys and values."""
+    return [name for name in names if name.startswith("past_key_values.")]
+
+
+def past_feeds(shapes: Mapping[str, Any], rows: int, cache: Sequence[Array] | None) -> dict[str, Array]:
+    """The keys and values for `past_inputs`. shapes: of the graph's inputs, by name.
+
+    cache: what its last run returned after the logits, in the order of these inputs; None: there was no run, and they are empty.
+    """
+    past = past_inputs(shapes)
+    if cache is not None:
+        return dict(zip(past, cache, strict=False))
+    return {name: np.zeros((rows, shapes[name][1], 0, shapes[name][3]), np.float32) for name in past}
+
+
+def decoder_feeds(
+    shapes: Mapping[str, Any], tokens: Array, hidden: Array, mask: Array, cache: Sequence[Array] | None
+) -> dict[str, Array]:
+    """The inputs of an encoder-decoder's decoder in ONNX Runtime. tokens, hidden, mask: as in `Graphs.decode`; the others as in `past_feeds`."""
+    feeds = {"input_ids": tokens, "encoder_hidden_states": hidden}
+    if "encoder_attention_mask" in shapes:
+        feeds["encoder_attention_mask"] = mask
+    return feeds | past_feeds(shapes, len(tokens), cache)
 
 
 def decoder_text(ids: Array, prefix: list[int]) -> Array:
@@ -51,7 +79,11 @@ class Forward:
 
     def __init__(self, graphs: Graphs, request: dict[str, Any]) -> None:
         self._graphs, self._prefix, self._ends = graphs, request["prefix"], ends_of(request["folder"])
-        self.probed = graphs.probed
+
+    def probed(self, name: str, factor: float) -> Any:
+        """As `transformers_runner.OnCpu.probed`, of the graph that has the layer."""
+        answers = (products.probed(name, factor) for products in self._graphs.products)
+        return next((answer for answer in answers if answer is not None), None)
 
     def __call__(self, ids: Array, mask: Array, _types: Any = None, decoder: Any = None) -> Array:
         """The logits [B, T, V] of all tokens of `decoder` at once; None: those of `decoder_text`."""

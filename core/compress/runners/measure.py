@@ -32,7 +32,7 @@ import resource
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -239,6 +239,19 @@ def _run_set(
             merged["kl"] = (np.exp(theirs) * (theirs - logp)).sum(axis=1, dtype=np.float64)
             merged["products"] = centred_products(logp, theirs)
     return {f"{name}.{key}": value for key, value in merged.items()}
+
+
+def text_feeds(names: Collection[str], ids: Array, mask: Array, types: Array | None) -> dict[str, Array]:
+    """The inputs of a graph that reads texts, of those with these names. ids [B, T]: the last T of the S tokens of mask [B, S].
+
+    types: of the tokens, [B, T]; None: all 0.
+    """
+    feeds = {"input_ids": ids, "attention_mask": mask}
+    if "token_type_ids" in names:
+        feeds["token_type_ids"] = np.zeros_like(ids) if types is None else types
+    if "position_ids" in names:
+        feeds["position_ids"] = np.maximum(mask.cumsum(axis=1) - 1, 0)[:, -ids.shape[1] :]
+    return feeds
 
 
 def pool(hidden: Array, mask: Array, pooling: str) -> Array:

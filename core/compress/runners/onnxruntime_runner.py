@@ -28,17 +28,14 @@ encoder, decoder = (
 )
 """
 
-_PAST = "past_key_values."
-
 
 class Forward:
     """The graph's first output for whole texts."""
 
     def __init__(self, session: Any, file: Path) -> None:
         self.session, self._products = session, Products(file)
-        self.inputs = {value.name: value for value in session.get_inputs()}
-        self.past = [name for name in self.inputs if name.startswith(_PAST)]
-        if self.past:
+        self.shapes = {value.name: value.shape for value in session.get_inputs()}
+        if encoder_decoder.past_inputs(self.shapes):
             self.continued = self._continued
 
     def __call__(self, ids: Any, mask: Any, types: Any = None) -> Any:
@@ -57,16 +54,8 @@ class Forward:
         return np.concatenate([first, second], axis=1)
 
     def _run(self, ids: Any, mask: Any, cache: Any, types: Any = None) -> Any:
-        feeds = {"input_ids": ids, "attention_mask": mask}
-        if "token_type_ids" in self.inputs:
-            feeds["token_type_ids"] = np.zeros_like(ids) if types is None else types
-        if "position_ids" in self.inputs:
-            positions = np.maximum(mask.cumsum(axis=1) - 1, 0)
-            feeds["position_ids"] = positions[:, -ids.shape[1] :]
-        for at, name in enumerate(self.past):
-            _, heads, _, width = self.inputs[name].shape
-            feeds[name] = np.zeros((len(ids), heads, 0, width), np.float32) if cache is None else cache[at]
-        return self.session.run(None, feeds)
+        feeds = measure.text_feeds(self.shapes, ids, mask, types)
+        return self.session.run(None, feeds | encoder_decoder.past_feeds(self.shapes, len(ids), cache))
 
 
 class Pair:
@@ -75,26 +64,16 @@ class Pair:
     def __init__(self, encoder: Any, decoder: Any, folder: Path) -> None:
         self._encoder, self._decoder = encoder, decoder
         self._given = [value.name for value in encoder.get_inputs()]
-        self._inputs = {value.name: value.shape for value in decoder.get_inputs()}
-        self._past = [name for name in self._inputs if name.startswith(_PAST)]
-        self._products = [Products(folder / f"{name}.onnx") for name in ("encoder_model", "decoder_model_merged")]
+        self._shapes = {value.name: value.shape for value in decoder.get_inputs()}
+        self.products = [Products(folder / f"{name}.onnx") for name in ("encoder_model", "decoder_model_merged")]
 
     def encode(self, given: Any, mask: Any) -> Any:
         return self._encoder.run(None, dict(zip(self._given, (given, mask), strict=False)))[0]
 
     def decode(self, tokens: Any, hidden: Any, mask: Any, cache: Any) -> tuple[Any, Any]:
-        feeds = {"input_ids": tokens, "encoder_hidden_states": hidden}
-        if "encoder_attention_mask" in self._inputs:
-            feeds["encoder_attention_mask"] = mask
-        for at, name in enumerate(self._past):
-            _, heads, _, width = self._inputs[name]
-            feeds[name] = np.zeros((len(tokens), heads, 0, width), np.float32) if cache is None else cache[at]
+        feeds = encoder_decoder.decoder_feeds(self._shapes, tokens, hidden, mask, cache)
         logits, *cache = self._decoder.run(None, feeds)
         return logits, cache
-
-    def probed(self, name: str, factor: float) -> Any:
-        answers = (products.probed(name, factor) for products in self._products)
-        return next((answer for answer in answers if answer is not None), None)
 
 
 class Products:

@@ -54,12 +54,7 @@ class Forward:
         return np.concatenate([first, self._run(ids[:, half:], mask)], axis=1)
 
     def _run(self, ids: Any, mask: Any, types: Any = None) -> Any:
-        feeds = {"input_ids": ids, "attention_mask": mask}
-        if "token_type_ids" in self.inputs:
-            feeds["token_type_ids"] = np.zeros_like(ids) if types is None else types
-        if "position_ids" in self.inputs:
-            positions = np.maximum(mask.cumsum(axis=1) - 1, 0)
-            feeds["position_ids"] = positions[:, -ids.shape[1] :]
+        feeds = measure.text_feeds(self.inputs, ids, mask, types)
         if "beam_idx" in self.inputs:
             feeds["beam_idx"] = np.arange(len(ids), dtype=np.int32)
         return np.array(self.call.infer(feeds)[0], np.float32)
@@ -73,7 +68,7 @@ class Pair:
         self._given = [port.get_any_name() for port in encoder.inputs]
         self._inputs = {name for port in decoder.inputs for name in port.names}
         names = ("openvino_encoder_model", "openvino_decoder_model")
-        self._products = [Products(folder / f"{name}.xml", settings) for name in names]
+        self.products = [Products(folder / f"{name}.xml", settings) for name in names]
 
     def encode(self, given: Any, mask: Any) -> Any:
         feeds = dict(zip(self._given, (given, mask), strict=False))
@@ -90,10 +85,6 @@ class Pair:
         }
         found = self._decoder.infer({name: value for name, value in feeds.items() if name in self._inputs})
         return np.array(found[0], np.float32), True
-
-    def probed(self, name: str, factor: float) -> Any:
-        answers = (products.probed(name, factor) for products in self._products)
-        return next((answer for answer in answers if answer is not None), None)
 
 
 class Products:
