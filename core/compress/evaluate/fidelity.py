@@ -6,7 +6,7 @@ further metrics: agreement of the first choice and KL divergence, labels, number
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,7 +14,6 @@ from numpy.typing import NDArray
 from nightpress.core.compress.data import tokenized
 from nightpress.core.compress.data.decoder_text import every_read_token, read_by_decoder
 from nightpress.core.compress.data.pairs import has_pairs, pair_rows
-from nightpress.core.compress.data.slices import Slices
 from nightpress.core.compress.evaluate.scores import pearson, spearman
 from nightpress.core.compress.evaluate.statistics import (
     Array,
@@ -25,7 +24,7 @@ from nightpress.core.compress.evaluate.statistics import (
     ratio,
     share_interval,
 )
-from nightpress.core.compress.evaluate.view import Better, OutputPair, ScorerRequest, spread, sums
+from nightpress.core.compress.evaluate.view import Better, OfExamples, OutputPair, ScorerRequest, spread, sums
 from nightpress.core.compress.export.task import TokenSet
 from nightpress.core.compress.model.cosines import cosine_of_products, row_cosines
 from nightpress.core.compress.runners.measure import centred_products
@@ -40,10 +39,9 @@ OUTPUTS_SHOWN = 20  #: a model with more outputs gets figures for those with the
 
 
 @dataclass(frozen=True)
-class Fidelity:
+class Fidelity(OfExamples):
     """Texts without labels. head, names: what a classifier's outputs mean; names: index of an output → its name."""
 
-    examples: TokenSet
     head: Head = "classes"
     names: Mapping[int, str] = field(default_factory=dict)
     causal: bool = False  #: the examples are texts for a causal language model
@@ -57,13 +55,6 @@ class Fidelity:
             case "logits":
                 return of_head(view, self.head, self.names)
         return of_vectors(view)
-
-    @property
-    def slices(self) -> Slices | None:
-        return self.examples.sequences.slices
-
-    def part(self, view: OutputPair, units: NDArray[np.bool_]) -> list[Measurement]:
-        return replace(self, examples=self.examples.take(units)).figures(view.only(self.examples, units))
 
 
 def of_classifier(examples: TokenSet, header: ModelHeader) -> Fidelity:

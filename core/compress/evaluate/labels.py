@@ -1,19 +1,19 @@
 """Metrics against labels: accuracy and F1 of classifiers, entity F1 of token classifiers."""
 
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
 from nightpress.core.compress.data import tokenized
-from nightpress.core.compress.data.slices import Slices, slices_of
+from nightpress.core.compress.data.slices import slices_of
 from nightpress.core.compress.data.tokenized import pad
 from nightpress.core.compress.evaluate import fidelity
 from nightpress.core.compress.evaluate.many_labels import ManyLabels, labelled, many_labels
 from nightpress.core.compress.evaluate.scores import class_f1, counts_by_class, macro_f1, spans
 from nightpress.core.compress.evaluate.statistics import Array, Statistic, of_sums
-from nightpress.core.compress.evaluate.view import OutputPair, ScorerRequest
+from nightpress.core.compress.evaluate.view import OfExamples, OutputPair, ScorerRequest
 from nightpress.core.compress.export.task import TokenSet
 from nightpress.core.handoff.report import Measurement
 
@@ -21,10 +21,9 @@ _CLASSES_SHOWN = 20
 
 
 @dataclass(frozen=True)
-class Classification:
+class Classification(OfExamples):
     """Rows with their classes. F1 is the mean over classes (macro). names: index of a class → its name."""
 
-    examples: TokenSet
     names: dict[int, str]
 
     def figures(self, view: OutputPair) -> list[Measurement]:
@@ -50,13 +49,6 @@ class Classification:
             found.append(view.figure("class_f1", of_class, n, n=support, better="higher", of=name))
         return found + (fidelity.of_classes(view) if view.compares else [])
 
-    @property
-    def slices(self) -> Slices | None:
-        return self.examples.sequences.slices
-
-    def part(self, view: OutputPair, units: NDArray[np.bool_]) -> list[Measurement]:
-        return replace(self, examples=self.examples.take(units)).figures(view.only(self.examples, units))
-
 
 def classification(request: ScorerRequest) -> Classification | ManyLabels:
     """Read rows with `text`, or a pair of texts, and `label`: a class, or several where the model's labels are independent."""
@@ -73,10 +65,9 @@ def classification(request: ScorerRequest) -> Classification | ManyLabels:
 
 
 @dataclass(frozen=True)
-class Entities:
+class Entities(OfExamples):
     """Sentences with a tag for each word. An entity is correct if its type and both ends are correct, as in CoNLL-2003."""
 
-    examples: TokenSet
     names: dict[int, str]
     truth: tuple[frozenset[Any], ...]  #: entities of each sentence, as (type, first word, end)
 
@@ -105,13 +96,9 @@ class Entities:
         ]
         return found + (fidelity.of_tokens(view, self.examples) if view.compares else [])
 
-    @property
-    def slices(self) -> Slices | None:
-        return self.examples.sequences.slices
-
-    def part(self, view: OutputPair, units: NDArray[np.bool_]) -> list[Measurement]:
+    def take(self, units: NDArray[np.bool_]) -> Self:
         truth = tuple(entities for entities, kept in zip(self.truth, units, strict=True) if kept)
-        return replace(self, examples=self.examples.take(units), truth=truth).figures(view.only(self.examples, units))
+        return replace(super().take(units), truth=truth)
 
 
 def entities(request: ScorerRequest) -> Entities:

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,7 +14,7 @@ from nightpress.core.compress.data.slices import Slices, by_slice, evenly, share
 from nightpress.core.compress.data.tokenized import Ids, Sequences
 from nightpress.core.compress.evaluate import fidelity
 from nightpress.core.compress.evaluate.statistics import Array, Statistic, of_sums, paired_shares, ratio
-from nightpress.core.compress.evaluate.view import OutputPair, ScorerRequest, sums
+from nightpress.core.compress.evaluate.view import OfExamples, OutputPair, ScorerRequest, sums
 from nightpress.core.compress.export.task import TokenSet
 from nightpress.core.errors import ErrorCode, NightpressError
 from nightpress.core.handoff.report import Measurement
@@ -23,13 +23,12 @@ _PROMPTS = ("prompt", "text")
 
 
 @dataclass(frozen=True)
-class Perplexity:
+class Perplexity(OfExamples):
     """Windows of running text; each token is scored at most once.
 
     sizes [N]: UTF-8 bytes of each window's scored tokens; None: the tokenizer does not know them.
     """
 
-    examples: TokenSet
     sizes: Array | None
 
     def figures(self, view: OutputPair) -> list[Measurement]:
@@ -52,13 +51,8 @@ class Perplexity:
             )
         return found + (fidelity.of_next_tokens(view, self.examples) if view.compares else [])
 
-    @property
-    def slices(self) -> Slices | None:
-        return self.examples.sequences.slices
-
-    def part(self, view: OutputPair, units: NDArray[np.bool_]) -> list[Measurement]:
-        sizes = None if self.sizes is None else self.sizes[units]
-        return replace(self, examples=self.examples.take(units), sizes=sizes).figures(view.only(self.examples, units))
+    def take(self, units: NDArray[np.bool_]) -> Self:
+        return replace(super().take(units), sizes=None if self.sizes is None else self.sizes[units])
 
 
 def perplexity(request: ScorerRequest) -> Perplexity:
@@ -127,10 +121,8 @@ def _stream(request: ScorerRequest, rows: Sequence[Row], needed: int) -> tuple[I
 
 
 @dataclass(frozen=True)
-class MaskedLm:
+class MaskedLm(OfExamples):
     """Texts with some tokens hidden. The model is scored on predicting them."""
-
-    examples: TokenSet
 
     def figures(self, view: OutputPair) -> list[Measurement]:
         targets = self.examples.sequences.targets
@@ -143,13 +135,6 @@ class MaskedLm:
 
         found = [view.figure("masked_accuracy", right, count, n=len(row), better="higher")]
         return found + (fidelity.of_tokens(view, self.examples) if view.compares else [])
-
-    @property
-    def slices(self) -> Slices | None:
-        return self.examples.sequences.slices
-
-    def part(self, view: OutputPair, units: NDArray[np.bool_]) -> list[Measurement]:
-        return replace(self, examples=self.examples.take(units)).figures(view.only(self.examples, units))
 
 
 def masked_lm(request: ScorerRequest) -> MaskedLm:
@@ -246,14 +231,12 @@ def choices(request: ScorerRequest) -> Choices:
 
 
 @dataclass(frozen=True)
-class Generation:
+class Generation(OfExamples):
     """Prompts that the source continues greedily. An artifact then reads prompt and continuation in one forward pass.
 
     Up to the first token where its choice differs, the artifact's greedy continuation is the same as the source's. So one forward pass
     shows how long both agree. It works in every consumer, and a rounded cache has no influence.
     """
-
-    examples: TokenSet
 
     def figures(self, view: OutputPair) -> list[Measurement]:
         if not view.compares:
@@ -268,13 +251,6 @@ class Generation:
             view.alone("generation_match", same, n=n, better="higher"),
             view.resampled("prefix_match", ratio(prefix, lengths), n, n=int(lengths.sum()), better="higher"),
         ]
-
-    @property
-    def slices(self) -> Slices | None:
-        return self.examples.sequences.slices
-
-    def part(self, view: OutputPair, units: NDArray[np.bool_]) -> list[Measurement]:
-        return replace(self, examples=self.examples.take(units)).figures(view.only(self.examples, units))
 
 
 def generation(request: ScorerRequest) -> Generation:

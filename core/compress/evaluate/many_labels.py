@@ -1,7 +1,7 @@
 """Metrics against the labels of classifiers that don't choose one class: several labels that each hold or don't, and numbers."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -10,11 +10,10 @@ from numpy.typing import NDArray
 from nightpress.core.compress.data import tokenized
 from nightpress.core.compress.data.pairs import has_pairs, pair_rows
 from nightpress.core.compress.data.rows import Row
-from nightpress.core.compress.data.slices import Slices
 from nightpress.core.compress.evaluate import fidelity
 from nightpress.core.compress.evaluate.scores import class_f1, macro_f1, pearson, spearman
 from nightpress.core.compress.evaluate.statistics import Array, Statistic, of_sums, paired_shares
-from nightpress.core.compress.evaluate.view import OutputPair, ScorerRequest
+from nightpress.core.compress.evaluate.view import OfExamples, OutputPair, ScorerRequest
 from nightpress.core.compress.export.task import TokenSet
 from nightpress.core.handoff.report import Measurement
 from nightpress.core.recipes.labels import Label
@@ -23,10 +22,9 @@ _SHOWN = 20  #: labels, or outputs, that have figures of their own
 
 
 @dataclass(frozen=True)
-class ManyLabels:
+class ManyLabels(OfExamples):
     """Texts with the labels that hold [N, C] (0 or 1). A model says that a label holds if its sigmoid is above one half."""
 
-    examples: TokenSet
     names: dict[int, str]
 
     def figures(self, view: OutputPair) -> list[Measurement]:
@@ -53,19 +51,11 @@ class ManyLabels:
             found.append(view.figure("class_f1", of_label, n, n=count, better="higher", of=of))
         return found + (fidelity.of_labels(view) if view.compares else [])
 
-    @property
-    def slices(self) -> Slices | None:
-        return self.examples.sequences.slices
-
-    def part(self, view: OutputPair, units: NDArray[np.bool_]) -> list[Measurement]:
-        return replace(self, examples=self.examples.take(units)).figures(view.only(self.examples, units))
-
 
 @dataclass(frozen=True)
-class Numbers:
+class Numbers(OfExamples):
     """Texts with the numbers that the model should answer, [N, C]."""
 
-    examples: TokenSet
     names: dict[int, str]
 
     def figures(self, view: OutputPair) -> list[Measurement]:
@@ -93,13 +83,6 @@ class Numbers:
                 of = self.names.get(at, str(at))
                 found.append(view.figure(name, of_output(name, at), n, n=n, better="higher", of=of))
         return found + (fidelity.of_numbers(view, self.names) if view.compares else [])
-
-    @property
-    def slices(self) -> Slices | None:
-        return self.examples.sequences.slices
-
-    def part(self, view: OutputPair, units: NDArray[np.bool_]) -> list[Measurement]:
-        return replace(self, examples=self.examples.take(units)).figures(view.only(self.examples, units))
 
 
 def many_labels(request: ScorerRequest) -> ManyLabels:

@@ -1,8 +1,9 @@
 """The inputs of one evaluation: the outputs of the source and of an artifact for its examples, and methods that make figures of them."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -178,6 +179,27 @@ class Scorer(Protocol):
 
     def part(self, view: OutputPair, units: NDArray[np.bool_]) -> list[Measurement]:
         """The figures of some of the units. units [U]."""
+
+
+@dataclass(frozen=True)
+class OfExamples(ABC):
+    """A scorer whose units are its examples."""
+
+    examples: TokenSet
+
+    @abstractmethod
+    def figures(self, view: OutputPair) -> list[Measurement]: ...
+
+    def take(self, units: NDArray[np.bool_]) -> Self:
+        """The scorer of some of its examples. units [N]. To be extended where a scorer holds more of each example."""
+        return replace(self, examples=self.examples.take(units))
+
+    @property
+    def slices(self) -> Slices | None:
+        return self.examples.sequences.slices
+
+    def part(self, view: OutputPair, units: NDArray[np.bool_]) -> list[Measurement]:
+        return self.take(units).figures(view.only(self.examples, units))
 
 
 @dataclass(frozen=True)
