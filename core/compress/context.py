@@ -108,6 +108,14 @@ class PassContext:
     #: (path below work_dir, step): reports a complete file, which a later attempt will find there. The same path replaces the file.
     checkpoint: Callable[[str, int], None] = field(default=_no_checkpoint)
 
+    def part(self, start: float, end: float, doing: str = "") -> "PassContext":
+        """Return the context of a part of the pass. start, end: fractions of the pass. doing: stands before the part's messages."""
+
+        def progress(fraction: float, message: str) -> None:
+            self.progress(start + (end - start) * fraction, doing + message)
+
+        return replace(self, progress=progress)
+
     def whole(self, step: int, *files: Path) -> None:
         """Checkpoint files that belong together. Name the record that marks the others as complete last.
 
@@ -141,6 +149,7 @@ def over_ranks(function: Callable[..., Any], *args: Any, samples: int, context: 
     bare = replace(
         context,
         judge=None,
+        stopwatch=None,
         ranks=None,
         threads=ranks.threads,
         progress=_no_progress,

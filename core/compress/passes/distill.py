@@ -91,12 +91,11 @@ def teach(
     masks: "_Masks | None" = None,
     *,
     measured: bool = False,
-    span: tuple[float, float] = (0.0, 1.0),
 ) -> tuple[TrainingResult, dict[str, Any]]:
     """Train the student on the teacher's outputs with the losses of the options. Afterwards the student is on the CPU.
 
     frozen: parameters that don't learn. measured: the loss on the validation examples is also taken before the training, as `loss_before`.
-    span: part of the pass's progress. Returns the training's result and more fields for the record's summary.
+    Returns the training's result and more fields for the record's summary.
     """
     header = context.header
     torch.set_num_threads(context.threads)
@@ -120,14 +119,12 @@ def teach(
     cached = None
     if options.logits is not None and options.logits.cache:
         inputs = _Inputs(source, header, fixed=True)
-        begin = span[0] + 0.2 * (span[1] - span[0])
-        cached = cache_logits(teacher, inputs.of, examples, options, context, span=(span[0], begin))
-        span = (begin, span[1])
+        cached = cache_logits(teacher, inputs.of, examples, options, context, span=(0.0, 0.2))
     lesson = StudentTraining(student, teacher, options, source, header, cached, masks)
     lesson.to(context.device)
     recipe = f"{options.name} {options.model_dump_json()} {header.model_dump_json()}"
     before = validation_losses(lesson, examples, options.train, context) if measured else {}
-    trained = train(lesson, examples, options.train, context, recipe=recipe, span=span)
+    trained = train(lesson, examples, options.train, context, recipe=recipe, span=(0.2 if cached else 0.0, 1.0))
     student.to("cpu")
     extra = {"examples": len(examples), "cached_logits": None if cached is None else cached.size}
     return trained, extra | ({"loss_before": before["loss"]} if before else {})

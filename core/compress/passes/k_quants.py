@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from nightpress.core.compress.grids.workspace import Workspace
 from nightpress.core.compress.model.checkpoint import read_shards, tensor_info
 from nightpress.core.compress.passes.blockwise import effect_of, press, record
 from nightpress.core.compress.passes.registry import folder_pass
-from nightpress.core.compress.passes.sensitivity import measure_errors, part_of, relative_errors
+from nightpress.core.compress.passes.sensitivity import measure_errors, relative_errors
 from nightpress.core.compress.solvers.ggml import GgmlQuantizer
 from nightpress.core.compress.solvers.gguf_codes import solve_blocks
 from nightpress.core.compress.solvers.gram import Gram
@@ -49,9 +49,8 @@ def k_quants(source: Path, target: Path, options: KQuants, context: PassContext)
         if options.bits_per_weight is None:
             types = {name: options.type_of(info, options.type) for name, info in linear.items()}
         else:
-            sweep = replace(context, progress=part_of(context, 0.0, 0.5))
-            types, errors = _chosen(source, linear, options.room(infos.values()), options, ggml, sweep)
-            rest = replace(context, progress=part_of(context, 0.5, 1.0))
+            room, rest = options.room(infos.values()), context.part(0.5, 1.0)
+            types, errors = _chosen(source, linear, room, options, ggml, context.part(0.0, 0.5))
             names = {_module(name): kind.name for name, kind in types.items()}
             told = {"type_by_layer": names, "error_by_layer": errors}
         done = press(source, target, OnBlocks(types, options.damping, ggml), options, rest, outside=tables)

@@ -50,13 +50,13 @@ def recover_scales(source: Path, target: Path, options: RecoverScales, context: 
     given = {
         name: parameter.detach().clone() for name, parameter in student.named_parameters() if parameter.requires_grad
     }
-    span = (0.0, 1.0 if options.rank is None else 0.5)
-    trained, extra = teach(student, teacher, [], source, options, context, measured=True, span=span)
+    part = context if options.rank is None else context.part(0.0, 0.5)
+    trained, extra = teach(student, teacher, [], source, options, part, measured=True)
     recovered = _keep_the_better(student, given, trained, extra)
     write_recovered(source, target, changed(student, scaled, source))
     told = {"scaled_layers": len(scaled), **extra, **recovered}
     if options.rank is not None:
-        told |= _adapter(student, teacher, source, target, options, context)
+        told |= _adapter(student, teacher, source, target, options, context.part(0.5, 1.0, "adapter: "))
     return record_of(options, context, student, teacher, trained, start, told)
 
 
@@ -160,8 +160,6 @@ def _adapter(
     assert options.rank is not None
     layers = [name for name, module in student.named_modules() if isinstance(module, ScaledLinear)]
     added: dict[str, LowRank] = add_adapters(student, layers, options.rank, options.alpha, seed=context.seed)
-    progress = context.progress
-    context = dataclasses.replace(context, progress=lambda done, what: progress(0.5 + done / 2, f"adapter: {what}"))
     trained, extra = teach(student, teacher, [], source, options, context, measured=True)
     before, after = extra.get("loss_before"), trained.validation.get("loss")
     if before is not None and after is not None and after >= before:

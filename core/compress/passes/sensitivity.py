@@ -63,8 +63,8 @@ def press_with_bits(source: Path, target: Path, options: Budgeted, context: Pass
     if not options.chooses_bits:
         return press(target, options.scheme, summary, context)
     runs = 1 + max(1, options.tries(context.header))
-    found = _sweep(source, options, replace(context, progress=part_of(context, 0.0, 1 / runs)))
-    rest = replace(context, progress=part_of(context, 1 / runs, 1.0))
+    found = _sweep(source, options, context.part(0.0, 1 / runs))
+    rest = context.part(1 / runs, 1.0)
     summary |= {
         "bits": None,
         "error_by_layer": {
@@ -115,11 +115,6 @@ def _told(picked: Sequence[int], found: Sweep, options: Budgeted) -> str:
     counts = Counter(options.candidates[at] for unit, at in zip(found.units, picked, strict=True) for _ in unit)
     parts = [f"int{bits} in {count}" for bits, count in sorted(counts.items())]
     return ", ".join(parts) + " layers"
-
-
-def part_of(context: PassContext, start: float, end: float) -> Callable[[float, str], None]:
-    """Return a progress function for the part of a pass from `start` to `end`, both fractions of the pass."""
-    return lambda fraction, message: context.progress(start + (end - start) * fraction, message)
 
 
 def _module(weight: str) -> str:

@@ -8,7 +8,7 @@ training is a checkpoint; the training resumes exactly by its own.
 import hashlib
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,7 @@ from nightpress.core.recipes.anatomy import OWN_SHAPES, Anatomy
 from nightpress.core.recipes.inspect import FolderFiles, inspect_model
 from nightpress.core.recipes.passes import ShapeToSpeed
 
+_MEASURED = 0.15  #: fraction of the pass in which the table is measured
 _NANOSECONDS = 1_000_000  #: of a millisecond
 
 
@@ -72,8 +73,10 @@ def shape_to_speed_with(
     folder, student = source, load_model(source, context.header)
     told: list[dict[str, Any]] = []
     series: list[Series] = []
+    count = len(options.stages)
+    begins = np.linspace(_MEASURED, 1.0, count + 1).tolist()
     for at, speed in enumerate(options.stages):
-        part = _part(context, at, len(options.stages))
+        part = context.part(begins[at], begins[at + 1], f"stage {at + 1} of {count}: ")
         made.update(f"{speed}".encode())
         folder = context.work_dir / "shape" / f"{context.index}-{made.hexdigest()[:16]}"
         record = folder / "shape.done"
@@ -86,7 +89,7 @@ def shape_to_speed_with(
         student = load_model(folder, inspect_model(FolderFiles(folder)))
         shape = shape_of(student, anatomy)
         trained = _train(student, teacher, source, options, speed, part)
-        series += [one.model_copy(update={"name": f"{one.name} to {speed:g}x"}) for one in trained.series]
+        series += [curve.model_copy(update={"name": f"{curve.name} to {speed:g}x"}) for curve in trained.series]
         told.append(_told(table, anatomy, shape, speed, trained))
         if speed in options.targets:
             fastest = speed == options.targets[-1]
@@ -98,8 +101,7 @@ def shape_to_speed_with(
 @folder_pass(ShapeToSpeed)
 def shape_to_speed(source: Path, target: Path, options: ShapeToSpeed, context: PassContext) -> PassRecord:
     """Measure the table, and make the models of all speeds. Raises NightpressError(invalid_recipe) for a speed out of reach."""
-    measuring = replace(context, progress=lambda share, text: context.progress(0.15 * share, text))
-    table = latency_table(source, options, options.anatomy(context.header), measuring)
+    table = latency_table(source, options, options.anatomy(context.header), context.part(0.0, _MEASURED))
     return shape_to_speed_with(source, target, options, context, table)
 
 
@@ -237,21 +239,11 @@ def _train(
     student: Any, teacher: Any, source: Path, options: ShapeToSpeed, speed: float, context: PassContext
 ) -> TrainingResult:
     """Train the student on the source's answers. Afterwards it is on the CPU."""
-    teaching = replace(context, progress=lambda share, text: context.progress(0.3 + 0.7 * share, text))
     # The recipe of the training's checkpoint names the stage.
     stage = options.model_copy(update={"speed": f">= {speed:g}x", "speeds": None})
     frozen = embeddings_of(student) if options.train.freeze_embeddings else []
-    trained, _ = teach(student, teacher, frozen, source, stage, teaching)
+    trained, _ = teach(student, teacher, frozen, source, stage, context.part(0.3, 1.0))
     return trained
-
-
-def _part(context: PassContext, at: int, of: int) -> PassContext:
-    """The context of a stage: its progress is its part of the pass's."""
-
-    def progress(share: float, text: str) -> None:
-        context.progress(0.15 + 0.85 * (at + share) / of, f"stage {at + 1} of {of}: {text}")
-
-    return replace(context, progress=progress)
 
 
 def _check_reachable(options: ShapeToSpeed, table: LatencyTable) -> None:

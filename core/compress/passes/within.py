@@ -173,11 +173,7 @@ def smallest_model(
         middle, what = start + 0.8 * (end - start), search.steps[step]
         candidate = folder / str(step)
         shutil.rmtree(candidate, ignore_errors=True)
-        trying = replace(
-            context,
-            checkpoint=lambda _path, _step: None,
-            progress=lambda done, text: context.progress(start + (middle - start) * done, f"trying {what}: {text}"),
-        )
+        trying = replace(context.part(start, middle, f"trying {what}: "), checkpoint=lambda _path, _step: None)
         record = press(step, candidate, trying)
         write_file(folder / f"{step}.json", record.model_dump_json().encode())
         context.progress(middle, f"measuring {what}")
