@@ -5,7 +5,7 @@ At the end they are merged into the weights. Those of fixed codes are written as
 
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -40,14 +40,12 @@ def add_low_rank(model: Any, options: Lora, *, seed: int) -> dict[str, LowRank]:
     All other parameters of the blocks and the embeddings are frozen. The rest of the model learns, such as a classifier's head.
     """
     path, _ = find_blocks(model)
-    model.requires_grad_(False)
-    added = {}
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        for name, module in list(model.named_modules()):
-            if isinstance(module, nn.Linear) and name.startswith(path + "."):
-                added[name] = LowRank(module, min(options.rank, *module.weight.shape), options.alpha / options.rank)
-                _put(model, name, added[name])
+    ranks = {
+        name: min(options.rank, *module.weight.shape)
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and name.startswith(path + ".")
+    }
+    added = add_changes(model, ranks, options.alpha / options.rank, seed=seed)
     for name, parameter in model.named_parameters():  # a classifier's head is small, and must adapt to the blocks
         if not name.startswith(path + ".") and "embed" not in name:
             parameter.requires_grad_(True)
@@ -63,14 +61,14 @@ def merge_low_rank(model: Any, added: dict[str, LowRank]) -> None:
             _put(model, name, low_rank.linear)
 
 
-def add_adapters(model: Any, layers: Iterable[str], rank: int, alpha: float, *, seed: int) -> dict[str, LowRank]:
-    """Add a low-rank change to each of these layers, by name. Returns the changes by name. Nothing else of the model learns."""
+def add_changes(model: Any, ranks: Mapping[str, int], scale: float, *, seed: int) -> dict[str, LowRank]:
+    """Add a low-rank change to each of these layers. ranks: by name. Returns the changes by name. Nothing else of the model learns."""
     model.requires_grad_(False)
     added = {}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        for name in layers:
-            added[name] = LowRank(model.get_submodule(name), rank, alpha / rank)
+        for name, rank in ranks.items():
+            added[name] = LowRank(model.get_submodule(name), rank, scale)
             _put(model, name, added[name])
     return added
 

@@ -20,7 +20,7 @@ from nightpress.core.compress.model.checkpoint import disk_errors, read_shards
 from nightpress.core.compress.model.networks import load_model
 from nightpress.core.compress.model.source import SourceTensors
 from nightpress.core.compress.passes.distill import record_of, teach
-from nightpress.core.compress.passes.low_rank import LowRank, add_adapters, write_adapter
+from nightpress.core.compress.passes.low_rank import add_changes, write_adapter
 from nightpress.core.compress.passes.registry import folder_pass
 from nightpress.core.compress.passes.scaled_linear import ScaledLinear
 from nightpress.core.errors import ErrorCode, NightpressError
@@ -158,8 +158,8 @@ def _adapter(
     Returns the adapter's folder and the share of the remaining loss that it recovers.
     """
     assert options.rank is not None
-    layers = [name for name, module in student.named_modules() if isinstance(module, ScaledLinear)]
-    added: dict[str, LowRank] = add_adapters(student, layers, options.rank, options.alpha, seed=context.seed)
+    ranks = {name: options.rank for name, module in student.named_modules() if isinstance(module, ScaledLinear)}
+    added = add_changes(student, ranks, options.alpha / options.rank, seed=context.seed)
     trained, extra = teach(student, teacher, [], source, options, context, measured=True)
     before, after = extra.get("loss_before"), trained.validation.get("loss")
     if before is not None and after is not None and after >= before:
