@@ -17,7 +17,7 @@ from nightpress.core.database import lock_until_commit
 from nightpress.core.service.jobs.claim_statements import claim_job, hold_back, whose_turn
 from nightpress.core.service.jobs.queries import job_of
 from nightpress.core.service.jobs.records import Claimed, Job, Lease, OfferedGpu, Share, WorkerOffer
-from nightpress.core.service.tables.jobs import IS_LEASED, job_attempts, job_events, jobs
+from nightpress.core.service.tables.jobs import IS_LATEST_ATTEMPT, IS_LEASED, job_attempts, job_events, jobs
 
 #: Nothing is held back: every job comes before this one.
 _NOTHING_HELD = {"held_priority": -(2**31), "held_created_at": dt.datetime.max.replace(tzinfo=dt.UTC)}
@@ -145,7 +145,7 @@ def _claim(
 def _read_free(connection: Connection, offer: WorkerOffer, in_use: Collection[str]) -> Free:
     query = (
         select(jobs.c.queue, jobs.c.needs_memory, job_attempts.c.gpus, job_attempts.c.memory_limit)
-        .join_from(jobs, job_attempts, (job_attempts.c.job_id == jobs.c.id) & (job_attempts.c.number == jobs.c.attempt))
+        .join_from(jobs, job_attempts, IS_LATEST_ATTEMPT)
         .where(IS_LEASED, jobs.c.worker_id == offer.worker_id)
     )
     held = set(in_use)

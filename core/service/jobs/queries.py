@@ -5,7 +5,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, get_args
 
-from sqlalchemy import ColumnElement, Engine, case, func, literal_column, or_, select
+from sqlalchemy import ColumnElement, Engine, Select, case, func, literal_column, or_, select
 from sqlalchemy.dialects.postgresql import JSONB
 
 from nightpress.core.database import db_now, transaction
@@ -160,45 +160,20 @@ class JobReader:
 
     def queues(self) -> list[QueueLoad]:
         """The number of queued and running jobs of each queue. Reads only partial indexes."""
-        now = db_now()
-        queued = (
-            select(
-                jobs.c.queue,
-                func.count(),
-                func.sum(jobs.c.needs_gpus),
-                func.min(case((jobs.c.run_after <= now, jobs.c.created_at))),
-                now,
-            )
-            .where(IS_QUEUED)
-            .group_by(jobs.c.queue)
-        )
         leased = select(jobs.c.queue, func.count(), func.sum(jobs.c.needs_gpus)).where(IS_LEASED).group_by(jobs.c.queue)
         with transaction(self._engine, read_only=True) as connection:
-            waiting = {queue: rest for queue, *rest in connection.execute(queued)}
+            waiting = {queue: rest for queue, *rest in connection.execute(_waiting())}
             running = {queue: rest for queue, *rest in connection.execute(leased)}
         loads = []
         for queue in QUEUES:
             count, gpus, oldest, at = waiting.get(queue, (0, 0, None, None))
             busy, busy_gpus = running.get(queue, (0, 0))
-            age = None if oldest is None else max(0.0, (at - oldest).total_seconds())
             held = {"queued_gpus": int(gpus), "running_gpus": int(busy_gpus)} if queue == "gpu" else {}
-            loads.append(QueueLoad(queue, count, busy, age, **held))
+            loads.append(QueueLoad(queue, count, busy, _age_s(oldest, at), **held))
         return loads
 
     def statistics(self) -> JobStatistics:
         """Counts over all jobs. Reads only partial indexes."""
-        now = db_now()
-        queued = (
-            select(
-                jobs.c.queue,
-                func.count(),
-                func.sum(jobs.c.needs_gpus),
-                func.min(case((jobs.c.run_after <= now, jobs.c.created_at))).label("oldest"),
-                now,
-            )
-            .where(IS_QUEUED)
-            .group_by(jobs.c.queue)
-        )
         leased = (
             select(jobs.c.queue, jobs.c.state, func.count(), func.sum(jobs.c.needs_gpus))
             .where(IS_LEASED)
@@ -214,12 +189,12 @@ class JobReader:
         failures: dict[str, int] = {}
         gpus: dict[JobState, int] = {}
         with transaction(self._engine, read_only=True) as connection:
-            for queue, count, needed, oldest, moment in connection.execute(queued):
+            for queue, count, needed, oldest, at in connection.execute(_waiting()):
                 counts[queue, QUEUED] = count
                 if queue == "gpu":
                     gpus[QUEUED] = int(needed)
-                if oldest is not None:
-                    ages[queue] = max(0.0, (moment - oldest).total_seconds())
+                if (age := _age_s(oldest, at)) is not None:
+                    ages[queue] = age
             for queue, state, count, needed in connection.execute(leased):
                 counts[queue, state] = count
                 if queue == "gpu":
@@ -229,3 +204,15 @@ class JobReader:
                 if code is not None:
                     failures[code] = failures.get(code, 0) + count
         return JobStatistics(jobs=counts, oldest_queued_s=ages, failures=failures, gpus=gpus)
+
+
+def _waiting() -> Select[Any]:
+    """Of each queue: the number of queued jobs and of the GPUs that they need, when the oldest that could run was made, and the time now."""
+    now = db_now()
+    oldest = func.min(case((jobs.c.run_after <= now, jobs.c.created_at)))
+    columns = (jobs.c.queue, func.count(), func.sum(jobs.c.needs_gpus), oldest, now)
+    return select(*columns).where(IS_QUEUED).group_by(jobs.c.queue)
+
+
+def _age_s(made_at: dt.datetime | None, now: dt.datetime | None) -> float | None:
+    return None if made_at is None or now is None else max(0.0, (now - made_at).total_seconds())

@@ -12,7 +12,7 @@ from nightpress.core.recipes.gpu_count import largest_host
 from nightpress.core.recipes.placement import Queue, Seat
 from nightpress.core.service.jobs.records import Job, Worker, WorkerState
 from nightpress.core.service.jobs.states import QUEUED
-from nightpress.core.service.tables.jobs import IS_LEASED, job_attempts, jobs, workers
+from nightpress.core.service.tables.jobs import IS_LATEST_ATTEMPT, IS_LEASED, job_attempts, jobs, workers
 
 WORKER_LOST_S = 30.0  #: seconds without a heartbeat after which a worker is shown as lost
 _TOLD = (
@@ -131,9 +131,7 @@ class WorkerRoster:
         )
         leased = (
             select(jobs.c.worker_id, jobs.c.id, job_attempts.c.gpus)
-            .join_from(
-                jobs, job_attempts, (job_attempts.c.job_id == jobs.c.id) & (job_attempts.c.number == jobs.c.attempt)
-            )
+            .join_from(jobs, job_attempts, IS_LATEST_ATTEMPT)
             .where(IS_LEASED)
             .order_by(jobs.c.id)
         )

@@ -16,6 +16,7 @@ from sqlalchemy import (
     Table,
     Text,
     UniqueConstraint,
+    and_,
     false,
     literal_column,
     text,
@@ -204,6 +205,11 @@ job_attempts = Table(
     CheckConstraint("outcome IN ('succeeded','failed','cancelled','released','lost')", name="outcome"),
     CheckConstraint("(outcome IS NULL) = (finished_at IS NULL)", name="closed"),
 )
+#: Joins a job with its latest attempt, which is the running one while the job is leased.
+IS_LATEST_ATTEMPT: ColumnElement[bool] = and_(
+    job_attempts.c.job_id == jobs.c.id, job_attempts.c.number == jobs.c.attempt
+)
+
 _SWEEPABLE = text("outcome <> 'succeeded' AND NOT swept")
 _NOT_COUNTED = text("cost_micros IS NULL")
 Index(
