@@ -11,7 +11,7 @@ from sqlalchemy import text
 
 from nightpress import migrations
 from nightpress.core.database import transaction
-from nightpress.core.outbound import guarded_client
+from nightpress.core.service.deliveries.guarded import guarded_client
 from nightpress.core.settings import Settings
 from tests.api import serve
 from tests.databases import migrated_sqlite

@@ -6,9 +6,9 @@ from typing import Any
 import httpx
 
 from nightpress.core.errors import NightpressError
-from nightpress.core.outbound import guarded_client
 from nightpress.core.service.claims import Claim
 from nightpress.core.service.deliveries.failures import refused, unavailable
+from nightpress.core.service.deliveries.guarded import guarded_client
 from nightpress.core.service.deliveries.package import Item
 from nightpress.core.settings import Settings
 
