@@ -10,6 +10,9 @@ PIP    := $(BIN)/python -m pip --disable-pip-version-check install --quiet --con
 # A file's tests share its fixtures, so they stay on one worker. tests/conftest.py puts the files that take longest first.
 PYTEST := NIGHTPRESS_MLFLOW=$(abspath $(MLFLOW))/bin/mlflow $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
+# Without stored bytecode each of the hundreds of processes that the tests start would compile our modules again, half a second each.
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: help demo up vllm mlflow test test-quick test-avx2 lint types contracts check docs bench figures clean fuzz mutate soak
 
 help:  ## say what each target does
