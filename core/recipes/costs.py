@@ -248,9 +248,9 @@ def reshaping_cost(header: ModelHeader, *, tokens: int, levels: int, shape: int,
     work *= stages
     # The student, the teacher and the graph; all Gram matrices; the solver's in float64. Or the processes that are timed, see stopwatch.py.
     memory = 4 * 4 * header.parameters + 4 * model.distinct_squares + 4 * 8 * model.widest**2 + TRACING_BYTES
-    memory = max(memory, _TIMED_BYTES + 2 * 4 * header.parameters + TRACING_BYTES)
-    seconds = levels * _TIMED_START_S
     host = _TIMED_BYTES + 2 * 4 * header.parameters + TRACING_BYTES
+    memory = max(memory, host)
+    seconds = levels * _TIMED_START_S
     return Cost(int(memory), seconds, work, gpu_bytes=int(memory), host_bytes=int(host), host_work=timed)
 
 
