@@ -209,13 +209,14 @@ class Recipe(_Model):
         family = next((options.family for options in self.passes if options.family), ())
         if any(export.speed is not None and export.speed not in family for export in self.exports):
             raise ValueError("an export names a `speed` that no pass makes")
+        if not family:
+            return self
         each = tuple(
             export if export.speed is not None else export.model_copy(update={"speed": speed})
             for export in self.exports
             for speed in (family if export.speed is None else (export.speed,))
         )
-        if family:
-            self.__dict__["exports"] = each  # the model is frozen, and no other field depends on this one
+        self.__dict__["exports"] = each  # the model is frozen, and no other field depends on this one
         return self
 
     @model_validator(mode="after")
