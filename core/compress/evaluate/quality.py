@@ -99,7 +99,7 @@ def prepare(
     prefix = first_tokens(model_dir, header)
     sets: list[TokenSet] = [_check_set(prose, tokenizer, header, prefix)]
     evaluations = []
-    evaluation_of = partial(_evaluation, recipe, header, model_dir, data_files, tokenizer)
+    evaluation_of = partial(_evaluation, recipe, header, model_dir, data_files, tokenizer, prefix)
     for at, quality in enumerate(qualities):
         evaluations.append(_checked(evaluation_of(f"quality{at}", quality)))
         sets.append(evaluations[-1].scorer.examples)
@@ -110,8 +110,8 @@ def prepare(
     timing = tokenized.text_windows(
         prose, tokenizer, samples=8, length=min(longest, 512), ref="builtin:prose"
     ).ids.ravel()
-    for one_set in (*sets, *(entry.scorer.examples for entry in choose)):
-        tokenized.check_vocabulary(one_set.sequences, header)
+    for token_set in (*sets, *(entry.scorer.examples for entry in choose)):
+        tokenized.check_vocabulary(token_set.sequences, header)
     return Trial(
         task=Task(
             name=header.task,
@@ -156,12 +156,12 @@ def _evaluation(
     model_dir: Path,
     data_files: dict[str, Path],
     tokenizer: tokenized.Tokenizer,
+    prefix: tuple[int, ...],
     name: str,
     wanted: Quality,
 ) -> Evaluation:
-    """Read the data of an entry of the recipe's `evaluate`. name: of its examples."""
+    """Read the data of an entry of the recipe's `evaluate`. prefix: the first tokens of a decoder. name: of its examples."""
     source = tokenized.DataSource(wanted.data, data_files.get(wanted.data), model_dir, wanted.part)
-    prefix = first_tokens(model_dir, header)
     request = ScorerRequest(name, wanted, source, tokenizer, header, recipe.seed, prefix)
     return Evaluation(wanted.data, _SCORERS[_metric(wanted, header, source)](request))
 
