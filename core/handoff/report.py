@@ -229,9 +229,9 @@ class Subject(_Model):
     notes: tuple[str, ...] = ()  #: remarks, e.g. "slower than the source", "zeros save nothing in this format"
 
 
-def same_device(one: Subject, other: Subject) -> bool:
+def same_device(first: Subject, second: Subject) -> bool:
     """Whether two models were measured on the same kind of device. Only then can their times and their memory be compared."""
-    return _device(one) == _device(other)
+    return _device(first) == _device(second)
 
 
 def _device(subject: Subject) -> str:

@@ -76,7 +76,9 @@ def test_seven_commands_lead_to_the_hub_and_to_mlflow(hub: Hub, shell: dict[str,
 
         eventually(lambda: [job["state"] for job in listed("ls")] == ["succeeded"], within=90, every=2)
         assert [job["verdict"] for job in listed("ls")] == ["accepted"]
-        states = eventually(lambda: {one["state"] for one in listed("deliveries")} - {"pending", "sending"}, every=1)
+        states = eventually(
+            lambda: {delivery["state"] for delivery in listed("deliveries")} - {"pending", "sending"}, every=1
+        )
         assert states == {"delivered"}, listed("deliveries")
         repository = "models/acme/my-model-int8"
         files = hub.repositories[repository][hub.branches[repository, "main"]]

@@ -35,19 +35,19 @@ def on_gpus(store: JobStore, count: int = 1, **changes: object) -> str:
 
 
 def test_jobs_run_side_by_side_on_gpus_of_their_own(store: JobStore, engine: Engine):
-    two, one, other_two = on_gpus(store, 2), on_gpus(store), on_gpus(store, 2)
+    on_two, on_single, on_two_later = on_gpus(store, 2), on_gpus(store), on_gpus(store, 2)
     taken = [take(store, host(count=4)) for _ in range(2)]
-    assert [claimed.job.id for claimed in taken] == [two, one]
+    assert [claimed.job.id for claimed in taken] == [on_two, on_single]
     assert [uuids(claimed) for claimed in taken] == [["GPU-HBM3-0", "GPU-HBM3-1"], ["GPU-HBM3-2"]]
     assert store.claims.claim(host(count=4), ttl_s=60) is None, "one GPU is free, and the next job needs two"
     finish(store, taken[0])
     third = take(store, host(count=4))
-    assert (third.job.id, uuids(third)) == (other_two, ["GPU-HBM3-0", "GPU-HBM3-1"])
+    assert (third.job.id, uuids(third)) == (on_two_later, ["GPU-HBM3-0", "GPU-HBM3-1"])
     with transaction(engine, read_only=True) as connection:
-        query = select(job_attempts.c.gpus).where(job_attempts.c.job_id == one)
+        query = select(job_attempts.c.gpus).where(job_attempts.c.job_id == on_single)
         [held] = connection.execute(query).scalar_one()
     assert held == {"uuid": "GPU-HBM3-2", "name": "NVIDIA H100 80GB HBM3", "memory": 80 * GB}
-    [_, started] = store.reader.events(one)
+    [_, started] = store.reader.events(on_single)
     assert started.data == {"attempt": 1, "worker_id": "host-1", "gpus": ["GPU-HBM3-2"]}
 
 

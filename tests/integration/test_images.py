@@ -96,7 +96,8 @@ def test_a_classifier_is_judged_by_the_users_labels_and_calibrated_on_images(vit
         answers = model(**given).logits.argmax(-1).tolist()
     labels = [(answer + (at % 8 == 0)) % 3 for at, answer in enumerate(answers)]
     rows = [
-        {"image": {"bytes": png(one), "path": None}, "label": label} for one, label in zip(drawn, labels, strict=True)
+        {"image": {"bytes": png(picture), "path": None}, "label": label}
+        for picture, label in zip(drawn, labels, strict=True)
     ]
     job = tmp_path / "job"
     (job / DATA_DIR).mkdir(parents=True)

@@ -86,7 +86,7 @@ def ask(fork: nursery.Fork, line: str) -> str:
 
 
 def test_a_fork_is_as_a_program_of_its_own(start: Start, runner: Path):
-    (one, seen), (two, other) = start(), start()
+    (first, seen), (second, other) = start(), start()
     here = str(runner.parent)
     assert (seen["request"], seen["cwd"], seen["temporary"]) == (f"{here}/request", here, here)
     assert (seen["name"], seen["ours"], seen["libraries"]) == ("__main__", [], True)
@@ -94,8 +94,8 @@ def test_a_fork_is_as_a_program_of_its_own(start: Start, runner: Path):
     assert len(seen["open"]) == 4, "the descriptor that lists them is the fourth"
     assert seen["nursery"] == other["nursery"] != os.getpid()
     assert seen["pid"] != other["pid"]
-    assert (ask(one, "first"), ask(two, "second")) == ("FIRST", "SECOND")
-    for fork in (one, two):
+    assert (ask(first, "first"), ask(second, "second")) == ("FIRST", "SECOND")
+    for fork in (first, second):
         fork.stdin.close()
         assert fork.wait() == 0
 
@@ -143,7 +143,7 @@ def test_nothing_outlives_a_starter_that_is_killed(runner: Path):
         seen = [json.loads(owner.stdout.readline()) for _ in range(2)]
         owner.kill()
         owner.wait()
-    left = {seen[0]["nursery"], *(one["pid"] for one in seen)}
+    left = {seen[0]["nursery"], *(fork["pid"] for fork in seen)}
     deadline = time.monotonic() + 20 * slowness()
     while left and time.monotonic() < deadline:
         left = {pid for pid in left if psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE}

@@ -197,7 +197,7 @@ def test_structured_passes_of_two_processes_remove_the_same_units(
     """The labels that a classifier's gradients need are drawn for each text, whichever process runs it."""
     export = "onnx" if options.get("across") == "global" else "safetensors"
     calibration = Calibration(samples=9, length=24, dtype="float32")
-    one, expected = run_pass(classifier_model, tmp_path / "one", options, export=export, calibration=calibration)
+    by_itself, expected = run_pass(classifier_model, tmp_path / "one", options, export=export, calibration=calibration)
     out, record = run_pass(
         classifier_model, tmp_path / "two", options, export=export, calibration=calibration, ranks=two
     )
@@ -205,7 +205,7 @@ def test_structured_passes_of_two_processes_remove_the_same_units(
     assert found.pop("importance", []) == pytest.approx(alone.pop("importance", []), rel=1e-4)
     assert found == alone
     # A few texts barely determine what compensates for the removed heads, so that rounding errors of sums count for more.
-    assert _distance(_load(out), _load(one)) < (10 * SAME if options.get("compensate") else SAME)
+    assert _distance(_load(out), _load(by_itself)) < (10 * SAME if options.get("compensate") else SAME)
 
 
 def test_what_processes_exchange(two: Ranks):
@@ -271,10 +271,10 @@ def test_a_run_whose_process_was_killed_ends_with_the_same_bytes(models: Path, t
 def test_a_run_with_another_number_of_processes_starts_over(models: Path, two: Ranks, tmp_path: Path):
     """Other sums would meet in one model: the blocks of two processes, and those of one."""
     two_processes = _press(models, DENSE, "gptq", tmp_path / "work", two)
-    one = _press(models, DENSE, "gptq", tmp_path / "work", None)
+    restarted = _press(models, DENSE, "gptq", tmp_path / "work", None)
     alone = _press(models, DENSE, "gptq", tmp_path / "alone", None)
     assert len(list((tmp_path / "work" / "blocks").iterdir())) == 2
-    assert all(torch.equal(one[name], alone[name]) for name in alone)
+    assert all(torch.equal(restarted[name], alone[name]) for name in alone)
     assert any(not torch.equal(two_processes[name], alone[name]) for name in alone)
 
 

@@ -100,15 +100,15 @@ def test_a_size_is_a_share_of_the_sources():
 
 
 def test_a_time_is_a_share_of_the_sources_and_its_interval_turns_round():
-    one = {"batch": 1, "length": 128, "threads": 1, "repeats": 5, "p50_ms": 5.0, "p95_ms": 6.0}
-    one |= {"throughput": 1.0, "throughput_unit": "sequences/s"}
+    timing = {"batch": 1, "length": 128, "threads": 1, "repeats": 5, "p50_ms": 5.0, "p95_ms": 6.0}
+    timing |= {"throughput": 1.0, "throughput_unit": "sequences/s"}
     pair = [
-        {**one, "speedup": timed(value=2.0, low=1.6, high=2.5)},
-        {**one, "batch": 8, "speedup": timed(value=8.0, low=6.4, high=10.0)},
+        {**timing, "speedup": timed(value=2.0, low=1.6, high=2.5)},
+        {**timing, "batch": 8, "speedup": timed(value=8.0, low=6.4, high=10.0)},
     ]
     found = ended("latency", timings=pair)
     assert (found.goal, found.goal_low, found.goal_high) == pytest.approx((1 / 4, 1 / 5, 1 / 3.2))
-    unknown = ended("latency", timings=[one])
+    unknown = ended("latency", timings=[timing])
     assert (unknown.state, unknown.goal) == ("missed", None)
     assert unknown.reason is not None
     assert "no figure that can be compared" in unknown.reason

@@ -72,7 +72,7 @@ class Numbers(OfExamples):
 
             def mean(side: Any) -> Statistic:
                 made = [statistic(side) for statistic in statistics]
-                return lambda times: np.mean([of_one(times) for of_one in made], axis=0)
+                return lambda times: np.mean([resampled(times) for resampled in made], axis=0)
 
             return mean
 

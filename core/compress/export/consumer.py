@@ -356,14 +356,14 @@ def _generation_runs(wanted: Sequence[Timed], runs: Sequence[list[dict[str, Any]
     """
     texts: dict[tuple[int, int], NDArray[Any]] = {}
     found = []
-    for request, of_one in zip(wanted, runs, strict=True):
+    for request, of_request in zip(wanted, runs, strict=True):
         assert isinstance(request, TimedGeneration)
-        text = np.asarray(of_one[0]["text"])
+        text = np.asarray(of_request[0]["text"])
         cached = texts.setdefault((request.batch, request.prompt), text)
-        peaks = [run["peak_memory_bytes"] for run in of_one]
+        peaks = [run["peak_memory_bytes"] for run in of_request]
         written = {
             **vars(request),
-            "milliseconds": [run["milliseconds"] for run in of_one],
+            "milliseconds": [run["milliseconds"] for run in of_request],
             "peak_memory_bytes": None if None in peaks else max(peaks),
         }
         if not request.cached:

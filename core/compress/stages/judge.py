@@ -37,7 +37,11 @@ class CandidateJudge:
         self._numbers = itertools.count()
         self._gate, self.note = gate, ""
         #: those that give the gate's figure; other figures compare with the source, and each evaluation has them
-        chosen = [one for one in state.trial.choose if gates.measured(gate, self._subject("source", [one], None))]
+        chosen = [
+            evaluation
+            for evaluation in state.trial.choose
+            if gates.measured(gate, self._subject("source", [evaluation], None))
+        ]
         if not chosen and gate.metric == "accuracy":
             self._stand_in(gate)
         self._evaluations = chosen or list(state.trial.choose)

@@ -75,8 +75,8 @@ def _speeds(subject: Subject) -> Iterator[_Speed]:
         yield _Speed("forward", shape, timing.throughput * per_text, subject.measured_on)
 
 
-def _alike(one: MeasuredOn | None, other: MeasuredOn | None) -> bool:
-    return one is not None and other is not None and (one.device, one.name) == (other.device, other.name)
+def _alike(first: MeasuredOn | None, second: MeasuredOn | None) -> bool:
+    return first is not None and second is not None and (first.device, first.name) == (second.device, second.name)
 
 
 def _price_of(prices: PriceList, on: MeasuredOn | None) -> float | None:
