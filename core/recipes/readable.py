@@ -12,6 +12,8 @@ _OTHER_NAMES = frozenset({"t5", "vit"})
 #: Families whose `_init_weights` reads the weight of every linear module before the files are read. A packed module has none.
 _READ_BEFORE_LOADING = frozenset({"falcon", "gpt_bigcode", "modernbert", "modernvbert"})
 #: Families that transformers can't load with a quantization_config, although it loads them in float: `model_type` → why.
+#: Of some, classes.py also names layers that are taken apart. A recipe could ignore those, and the rest still would not load: tried with
+#: `hrm_text` and transformers 5.23.
 _NEVER = {
     **dict.fromkeys(
         ("llama4", "llama4_text"),
