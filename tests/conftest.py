@@ -23,7 +23,7 @@ from tests.jobs import add_model
 from tests.models import bert_tiny_dir, minilm_dir, remove_shared_models, smollm_dir
 from tests.servers import S3, Postgres, Valkey
 
-pytest_plugins = ["tests.leftovers"]
+pytest_plugins = ["tests.cpu_time", "tests.leftovers"]
 
 #: imports of libraries whose arithmetic differs between processors, and with it a test's figures
 _ARITHMETIC = re.compile(
