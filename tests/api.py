@@ -33,7 +33,10 @@ class RunningApi:
     def client(self, **kwargs: Any) -> httpx.Client:
         """A client with a new key. Use it as a context manager."""
         return httpx.Client(
-            base_url=self.url, headers={"Authorization": f"Bearer {self.key(**kwargs)}"}, timeout=20, trust_env=False
+            base_url=self.url,
+            headers={"Authorization": f"Bearer {self.key(**kwargs)}"},
+            timeout=20 * slowness(),
+            trust_env=False,
         )
 
     def claim(self) -> Claimed:

@@ -20,6 +20,7 @@ from nightpress.core.recipes.inspect import FolderFiles, inspect_model
 from nightpress.core.service.access.keys import create_key
 from nightpress.core.service.jobs.submission import JobSubmission
 from nightpress.core.service.tables.registry import models
+from tests.patience import slowness
 from tests.servers import free_port
 from tests.service import ROOT, TENANT, Service, eventually, module_of
 
@@ -58,7 +59,9 @@ class ApiProcess:
     def client(self) -> httpx.Client:
         """A client that sends the same idempotency key with every request."""
         headers = {"Authorization": f"Bearer {self._key}", "Idempotency-Key": "k"}
-        return httpx.Client(base_url=f"http://127.0.0.1:{self._port}", headers=headers, timeout=20, trust_env=False)
+        return httpx.Client(
+            base_url=f"http://127.0.0.1:{self._port}", headers=headers, timeout=20 * slowness(), trust_env=False
+        )
 
 
 if __name__ == "__main__":

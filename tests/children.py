@@ -23,6 +23,7 @@ from nightpress.core.handoff.report import Report, Subject
 from nightpress.core.handoff.source_outputs import FRESH_FILE, KEPT_FILE, MAX_BYTES
 from nightpress.core.handoff.spec import JobSpec
 from nightpress.worker.child import main
+from tests.patience import slowness
 from tests.spy import look_around
 
 Emit = Callable[[Frame], None]
@@ -283,7 +284,7 @@ def killed_at_its_limit(job_dir: Path, emit: Emit) -> Manifest:
     """Take nearly all the memory of the limit, then end by SIGKILL, as the kernel's OOM killer ends a process."""
     # The child's two processes take the other 65 MiB.
     held = bytearray(JobSpec.load(job_dir).memory_limit * 95 // 100 - 65 * 1024**2)
-    time.sleep(1.2)  # until the supervisor has measured the memory
+    time.sleep(1.2 * slowness())  # until the supervisor has measured the memory
     os.kill(os.getpid(), signal.SIGKILL)
     raise AssertionError(len(held))
 
@@ -291,14 +292,14 @@ def killed_at_its_limit(job_dir: Path, emit: Emit) -> Manifest:
 def one_of_several_killed_at_its_limit(job_dir: Path, emit: Emit) -> Manifest:
     """Take nearly all the memory of the limit, then report that one of several processes was killed."""
     held = bytearray(JobSpec.load(job_dir).memory_limit * 95 // 100 - 65 * 1024**2)
-    time.sleep(1.2)  # until the supervisor has measured the memory
+    time.sleep(1.2 * slowness())  # until the supervisor has measured the memory
     what = f"Process 2 of the 2 that compute the model was ended by signal 9, {len(held)} bytes."
     raise NightpressError(ErrorCode.WORKER_LOST, what, signal=signal.SIGKILL)
 
 
 def killed_by_somebody(job_dir: Path, emit: Emit) -> Manifest:
     """End by SIGKILL, as the kernel's OOM killer ends a process, but with little memory taken."""
-    time.sleep(4)
+    time.sleep(4 * slowness())
     os.kill(os.getpid(), signal.SIGKILL)
     raise AssertionError
 

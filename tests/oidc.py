@@ -19,6 +19,7 @@ from joserfc.jwk import RSAKey
 from nightpress import migrations
 from nightpress.core.settings import Settings
 from tests.api import RunningApi, serve
+from tests.patience import slowness
 from tests.servers import free_port
 from tests.service import ROOT, eventually
 
@@ -107,7 +108,7 @@ class Visitor(httpx.Client):
     """A browser without a screen: it keeps cookies, and follows redirects one by one when it is told to."""
 
     def __init__(self, api: str) -> None:
-        super().__init__(timeout=20, trust_env=False)
+        super().__init__(timeout=20 * slowness(), trust_env=False)
         self.api = api
 
     def go(self, url: str, login: str, *, until: str = "/auth/callback") -> str:

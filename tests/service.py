@@ -78,7 +78,7 @@ class Service:
     """One installation. It starts without processes; a test starts those that it needs."""
 
     def __init__(self, folder: Path, sql_url: str, *, broker_url: str = "redis://127.0.0.1:1/0", **more: Any) -> None:
-        more = {"lease_ttl_s": 2.0, "tick_s": 0.3, "retry_backoff_s": 0.05, "worker_threads": 1} | more
+        more = {"lease_ttl_s": 2.0 * slowness(), "tick_s": 0.3, "retry_backoff_s": 0.05, "worker_threads": 1} | more
         self.settings = Settings(
             _env_file=None, data_dir=folder / "np", database_url=sql_url, broker_url=broker_url, **more
         )

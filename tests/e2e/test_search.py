@@ -11,6 +11,7 @@ from typer.testing import CliRunner
 from nightpress.client.cli.main import app
 from nightpress.worker.control import Control
 from tests.api import serve
+from tests.patience import slowness
 from tests.service import Service
 
 SPACE = """
@@ -46,7 +47,7 @@ def test_a_search_on_a_real_model(tmp_path: Path, sqlite_url: str, bert_tiny: Pa
             over.set()
             thread.join()
             control.close()
-            slot.close(timeout=10)
+            slot.close(timeout=10 * slowness())
         assert ended.exit_code == 0, ended.output
         told = json.loads(ended.stdout)
         study, report = told["study"], told["report"]

@@ -111,8 +111,9 @@ def test_f6_a_large_upload_that_breaks_off_leaves_no_parts(
 
 
 def test_f6_a_store_that_is_slower_than_a_lease_costs_no_attempt(service: Service, proxy: FaultyHttp) -> None:
-    service.settings = service.settings.model_copy(update={"lease_ttl_s": 1.0})
-    proxy.fault = on("PUT", "/jobs/", 1.5)
+    ttl_s = slowness()
+    service.settings = service.settings.model_copy(update={"lease_ttl_s": ttl_s})
+    proxy.fault = on("PUT", "/jobs/", 1.5 * ttl_s)
     job = run_to_its_end(service)
     assert (job.state, job.attempt) == ("succeeded", 1)
 
@@ -164,7 +165,7 @@ def test_f6_a_store_that_hangs_holds_up_no_lease(service: Service, proxy: Faulty
 def test_f11_a_zombie_that_was_frozen_while_it_uploaded_wins_nothing_and_its_files_go(
     service: Service, proxy: FaultyHttp
 ) -> None:
-    service.settings = service.settings.model_copy(update={"lease_ttl_s": 2.0})
+    service.settings = service.settings.model_copy(update={"lease_ttl_s": 2.0 * slowness()})
     last = "/attempts/1/manifest.json"
     proxy.fault = on("PUT", last, "hang")
     service.start_control()

@@ -152,7 +152,7 @@ def test_streams_end_when_the_server_stops(tmp_path: Path, sqlite_url: str, bert
         job_id = client.post("/v1/jobs", json={"model": "tiny", "recipe": "int8-encoder"}).json()["id"]
         follower = threading.Thread(target=follow, args=(client, job_id))
         follower.start()
-        assert started.wait(10)
+        assert started.wait(10 * slowness())
         began = time.monotonic()
     follower.join(10 * slowness())
     client.close()
@@ -174,7 +174,9 @@ def test_two_hundred_streams_ask_the_database_no_more_often_than_one(
     monkeypatch.setattr(api.services.tail, "_positions", counted)
     url, headers = f"/v1/jobs/{running.job.id}/events", {**STREAM, "Last-Event-ID": "2"}
     limits = httpx.Limits(max_connections=None)
-    with httpx.Client(base_url=api.url, headers=client.headers, limits=limits, timeout=20, trust_env=False) as many:
+    with httpx.Client(
+        base_url=api.url, headers=client.headers, limits=limits, timeout=20 * slowness(), trust_env=False
+    ) as many:
         streams = [many.send(many.build_request("GET", url, headers=headers), stream=True) for _ in range(200)]
         assert "nightpress_event_streams 200.0" in client.get("/metrics").text
         before, began = asked, time.monotonic()

@@ -111,7 +111,7 @@ def test_submit_with_wait_goes_to_the_end(face: Face, model_id: str):
         text=True,
     )
     face.succeed(eventually(lambda: face.store.claims.claim(OFFER, ttl_s=60)))
-    out, err = process.communicate(timeout=30)
+    out, err = process.communicate(timeout=30 * slowness())
     assert process.returncode == 0, err
     assert "succeeded" in out
     assert "\x1b" not in out + err, "a pipe is no terminal"
@@ -128,7 +128,7 @@ def test_ctrl_c_detaches_and_never_cancels(face: Face, job: JobView, arguments: 
     )
     _await_request(face, job.id, process)
     process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=20)
+    _, err = process.communicate(timeout=20 * slowness())
     assert process.returncode == 130
     assert f"nightpress cancel {job.id}" in err
     assert "Traceback" not in err

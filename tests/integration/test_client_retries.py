@@ -14,6 +14,7 @@ from nightpress.client import access, schedule_calls
 from nightpress.client.calls import Call
 from nightpress.core.settings import Settings
 from tests.api import RunningApi, serve
+from tests.patience import slowness
 from tests.proxy import CuttingProxy
 
 Send = Callable[[Call[Any]], Any]
@@ -108,7 +109,7 @@ def test_a_request_that_is_still_being_answered_is_waited_for(
         return create(*args, **kwargs)
 
     def cut() -> None:
-        assert begun.wait(10)
+        assert begun.wait(10 * slowness())
         proxy.drop_all()
 
     monkeypatch.setattr(api.services.resources.schedules, "create", slowly)

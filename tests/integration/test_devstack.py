@@ -30,7 +30,12 @@ class Stack:
         sql_url = f"sqlite:///{self.folder / 'nightpress.db'}"
         migrations.upgrade(sql_url)
         self.service = Service(
-            folder, sql_url, broker_url="", lease_ttl_s=5, api_port=int(self.url.rsplit(":", 1)[1]), worker_spare=False
+            folder,
+            sql_url,
+            broker_url="",
+            lease_ttl_s=5 * slowness(),
+            api_port=int(self.url.rsplit(":", 1)[1]),
+            worker_spare=False,
         )
         self.process: subprocess.Popen[bytes] | None = None
 

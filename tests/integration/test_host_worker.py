@@ -9,6 +9,7 @@ import pytest
 from nightpress.worker.metrics import GPU_SECONDS
 from nightpress.worker.slot import Slot
 from tests.jobs import GB, host
+from tests.patience import slowness
 from tests.service import Service, eventually
 
 
@@ -35,7 +36,7 @@ def test_jobs_run_side_by_side_and_each_sees_its_own_gpus(service: Service) -> N
     assert [share["threads"] for share in shares.values()] == [6, 3, 3, 9, 3]
     assert sum(shares[job_id]["memory"] for job_id in (*first, beside)) <= 64 * GB
     assert GPU_SECONDS._value.get() - before >= 1.5 * 7, "the time of each GPU counts"
-    slot.close(timeout=20)
+    slot.close(timeout=20 * slowness())
     assert service.store.roster.workers() == []
 
 
@@ -55,6 +56,6 @@ def test_a_worker_that_drains_gives_all_its_jobs_back(service: Service) -> None:
     third = service.submit(queue="gpu", needs_memory=GB)
     slot.open()
     eventually(lambda: all(service.job(job_id).phase == "pressing" for job_id in both), within=30)
-    slot.close(timeout=30)
+    slot.close(timeout=30 * slowness())
     assert [service.job(job_id).state for job_id in (*both, third)] == ["queued"] * 3
     assert [(service.job(job_id).attempt, service.job(job_id).failures) for job_id in both] == [(1, 0)] * 2

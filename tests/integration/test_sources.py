@@ -17,6 +17,7 @@ from nightpress.core.settings import Settings
 from nightpress.core.sources.address import parse_address
 from nightpress.core.wire.models import DataSetCreate, DataSetView, ModelCreate
 from tests.hub import Hub, serve_hub
+from tests.patience import slowness
 from tests.registry import TENANT, World, refusal
 from tests.servers import S3
 from tests.service import eventually
@@ -234,12 +235,12 @@ def test_one_owner_at_a_time_and_the_next_goes_on_after_the_last_whole_file(
     def slow(key: str, *args: Any, **kwargs: Any) -> str:
         if key.endswith(".safetensors"):
             begun.set()
-            assert go_on.wait(20)
+            assert go_on.wait(20 * slowness())
         return put(key, *args, **kwargs)
 
     monkeypatch.setattr(hub_world.objects, "put_pieces", slow)
     first.advance()
-    assert begun.wait(20)
+    assert begun.wait(20 * slowness())
     second.advance()
     assert second._running == {}, "what one process fetches, another leaves alone"
     before = [path for path in hub.paths() if "/resolve/" in path and not path.endswith(".safetensors")]

@@ -41,7 +41,7 @@ def api(tmp_path: Path, sqlite_url: str, bert_tiny: Path) -> Iterator[RunningApi
 
 def connect(api: RunningApi) -> socket.socket:
     host, _, port = api.url.removeprefix("http://").partition(":")
-    return socket.create_connection((host, int(port)), timeout=20)
+    return socket.create_connection((host, int(port)), timeout=20 * slowness())
 
 
 def answer_of(connection: socket.socket) -> tuple[int, dict[str, object]]:
@@ -56,7 +56,7 @@ def answer_of(connection: socket.socket) -> tuple[int, dict[str, object]]:
 
 def is_served(api: RunningApi) -> bool:
     began = time.monotonic()
-    assert httpx.get(f"{api.url}/healthz", trust_env=False, timeout=10).status_code == 200
+    assert httpx.get(f"{api.url}/healthz", trust_env=False, timeout=10 * slowness()).status_code == 200
     return time.monotonic() - began < slowness()
 
 

@@ -24,6 +24,7 @@ from nightpress.core.service.tables.access import sessions
 from nightpress.core.settings import Settings
 from tests.api import RunningApi
 from tests.oidc import Provider, Visitor, serve_with_provider
+from tests.patience import slowness
 
 Served = tuple[RunningApi, Provider]
 
@@ -42,7 +43,10 @@ def visitor(served: Served) -> Iterator[Visitor]:
 
 def ask(api: RunningApi, token: str, **headers: str) -> httpx.Response:
     return httpx.get(
-        f"{api.url}/v1/me", headers={"Authorization": f"Bearer {token}", **headers}, trust_env=False, timeout=20
+        f"{api.url}/v1/me",
+        headers={"Authorization": f"Bearer {token}", **headers},
+        trust_env=False,
+        timeout=20 * slowness(),
     )
 
 
