@@ -199,8 +199,8 @@ def test_budgets_and_the_deadline_end_a_search_and_its_running_trials(quick: Stu
     quick.fill(control)
     quick.claim_all()
     assert len(quick.held) == 4
-    for claimed in list(quick.held)[::2]:
-        quick.end(claimed)
+    for study in (spent, late):
+        quick.end(next(claimed for claimed in quick.held if claimed.job.study_id == study.id))
     with transaction(quick.engine) as connection:
         connection.execute(update(job_attempts).values(started_at=db_now(-3700)))
         connection.execute(update(studies).where(studies.c.id == late.id).values(deadline_at=db_now(-1)))

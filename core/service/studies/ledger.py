@@ -44,9 +44,10 @@ class StudyLedger:
         with transaction(self._engine, read_only=True) as connection:
             return [Study(*row) for row in connection.execute(query)]
 
-    def trials(self, study_id: str, *guards: ColumnElement[bool]) -> list[Trial]:
-        """The study's trials in the order of their numbers."""
-        query = select(*_TRIAL_COLUMNS).where(_trials.study_id == study_id, *guards).order_by(_trials.number)
+    def trials(self, study_id: str, *, start: int = 0) -> list[Trial]:
+        """The study's trials from number `start` on, in the order of their numbers."""
+        query = select(*_TRIAL_COLUMNS).where(_trials.study_id == study_id, _trials.number >= start)
+        query = query.order_by(_trials.number)
         with transaction(self._engine, read_only=True) as connection:
             return [Trial(*row) for row in connection.execute(query)]
 

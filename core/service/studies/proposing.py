@@ -1,12 +1,14 @@
 """Proposes the next point of a space: Optuna's TPE, as a function of the seed, the trial's number and the trials before it.
 
-The sampler is rebuilt from rows for each proposal and remembers nothing. It sees the best of the known trials and the newest ones, so
-that a proposal costs the same after 2,000 trials as after 200.
+Optuna's study is rebuilt from rows for each proposal. It sees the best of the known trials and the newest ones, so that a proposal costs
+the same after 2,000 trials as after 200.
 """
 
+import copy
 import hashlib
-from collections.abc import Callable, Sequence
-from typing import TypeVar
+from collections.abc import Callable, Mapping, Sequence
+from heapq import nsmallest
+from typing import Any, TypeVar
 
 import optuna
 from optuna.distributions import (
@@ -32,48 +34,68 @@ _FAILED = 10.0  #: the miss of a trial that failed: larger than of any that was 
 Accepted = TypeVar("Accepted")
 
 
-def propose(
-    space: Space,
-    seed: int,
-    number: int,
-    known: Sequence[Trial],
-    pending: Sequence[Params],
-    accept: Callable[[Params], Accepted | None],
-) -> Accepted | None:
-    """Return what `accept` makes of a new point; None if no point of many was accepted.
+class Sampler:
+    """Proposes points for a study. It keeps what it made of the rows that it saw last, and nothing else."""
 
-    known: trials with results. pending: points whose results are not known yet; the sampler keeps away from them.
-    accept: returns None for a point that was tried before, or that can't work.
-    """
-    study = _study(space, known, pending)
-    informed = len(known) >= _STARTUP
-    for attempt in range(_DRAWN + _RANDOM):
-        study.sampler = _sampler(seed, number, attempt, tpe=informed and attempt < _DRAWN)
-        trial = study.ask()
-        point = _point(space, trial)
-        accepted = accept(point)
-        if accepted is not None:
-            return accepted
-        study.tell(trial, state=TrialState.FAIL)
-    return None
+    def __init__(self, space: Space, seed: int) -> None:
+        self._space = space
+        self._seed = seed
+        self._made: dict[tuple[int, TrialState], FrozenTrial] = {}
+
+    def propose(
+        self,
+        number: int,
+        known: Sequence[Trial],
+        pending: Mapping[int, Params],
+        accept: Callable[[Params], Accepted | None],
+    ) -> Accepted | None:
+        """Return what `accept` makes of a new point; None if no point of many was accepted.
+
+        known: trials with results. pending: number → point of the trials without; the sampler keeps away from these points.
+        accept: returns None for a point that was tried before, or that can't work.
+        """
+        study = self._study(known, pending)
+        informed = len(known) >= _STARTUP
+        for attempt in range(_DRAWN + _RANDOM):
+            study.sampler = _sampler(self._seed, number, attempt, tpe=informed and attempt < _DRAWN)
+            trial = study.ask()
+            point = _point(self._space, trial)
+            accepted = accept(point)
+            if accepted is not None:
+                return accepted
+            study.tell(trial, state=TrialState.FAIL)
+        return None
+
+    def _study(self, known: Sequence[Trial], pending: Mapping[int, Params]) -> optuna.Study:
+        optuna.logging.set_verbosity(optuna.logging.ERROR)
+        earlier, self._made = self._made, {}
+        study = optuna.create_study()
+        for trial in _seen([trial for trial in known if trial.state != "cancelled"]):
+            key = (trial.number, TrialState.COMPLETE)
+            self._made[key] = earlier.get(key) or _ended(self._space, trial)
+        for number, params in list(pending.items())[-_NEWEST:]:
+            key = (number, TrialState.RUNNING)
+            self._made[key] = earlier.get(key) or _running(self._space, params)
+        for made in self._made.values():
+            study.add_trial(made)
+        return study
 
 
-def _study(space: Space, known: Sequence[Trial], pending: Sequence[Params]) -> optuna.Study:
-    optuna.logging.set_verbosity(optuna.logging.ERROR)
-    study = optuna.create_study()
-    for trial in _seen([trial for trial in known if trial.state != "cancelled"]):
-        study.add_trial(_ended(space, trial))
-    for params in pending[-_NEWEST:]:
-        known_domains = _distributions(space, params)
-        study.add_trial(create_trial(state=TrialState.RUNNING, params=dict(params), distributions=known_domains))
-    return study
+class _Flat(FrozenTrial):
+    """A trial whose deep copy is a flat one. A study in memory copies each trial that it is told deeply, only to give it a number."""
+
+    def __init__(self, trial: FrozenTrial) -> None:
+        self.__dict__.update(trial.__dict__)
+
+    def __deepcopy__(self, _memo: dict[int, Any]) -> "_Flat":
+        return copy.copy(self)
 
 
 def _seen(known: Sequence[Trial]) -> list[Trial]:
     if len(known) <= _BEST + _NEWEST:
         return list(known)
-    older = sorted(known[:-_NEWEST], key=lambda trial: (max(0.0, _missed(trial)), _goal(trial), trial.number))
-    return [*sorted(older[:_BEST], key=lambda trial: trial.number), *known[-_NEWEST:]]
+    best = nsmallest(_BEST, known[:-_NEWEST], key=lambda trial: (max(0.0, _missed(trial)), _goal(trial), trial.number))
+    return [*sorted(best, key=lambda trial: trial.number), *known[-_NEWEST:]]
 
 
 def _missed(trial: Trial) -> float:
@@ -85,12 +107,19 @@ def _goal(trial: Trial) -> float:
 
 
 def _ended(space: Space, trial: Trial) -> FrozenTrial:
-    return create_trial(
-        value=_goal(trial),
-        params=dict(trial.params),
-        distributions=_distributions(space, trial.params),
-        constraints=_constraints(trial),
+    return _Flat(
+        create_trial(
+            value=_goal(trial),
+            params=dict(trial.params),
+            distributions=_distributions(space, trial.params),
+            constraints=_constraints(trial),
+        )
     )
+
+
+def _running(space: Space, params: Params) -> FrozenTrial:
+    distributions = _distributions(space, params)
+    return _Flat(create_trial(state=TrialState.RUNNING, params=dict(params), distributions=distributions))
 
 
 def _constraints(trial: Trial) -> dict[str, float]:

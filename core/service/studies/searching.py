@@ -13,18 +13,16 @@ import time
 from collections.abc import Callable, Sequence
 
 from nightpress.core.errors import ErrorCode, NightpressError
-from nightpress.core.recipes.header import ModelHeader
-from nightpress.core.recipes.plan import make_plan
-from nightpress.core.recipes.search.space import Params, Space, Value, digest_of
 from nightpress.core.service.jobs.service import JobService
 from nightpress.core.service.jobs.store import JobStore
 from nightpress.core.service.registry.models import ModelRegistry
+from nightpress.core.service.studies.asking import Asking
 from nightpress.core.service.studies.front import candidates_of
 from nightpress.core.service.studies.ledger import StudyLedger
 from nightpress.core.service.studies.outcomes import outcome_of
 from nightpress.core.service.studies.records import Ended, NewTrial, Progress, Study, Trial
 from nightpress.core.service.studies.reporting import make_report
-from nightpress.core.service.studies.service import surely_too_large, trial_recipe
+from nightpress.core.service.studies.service import trial_recipe
 from nightpress.core.wire.jobs import JobCreate
 from nightpress.core.wire.studies import Reason
 
@@ -50,12 +48,13 @@ class Searching:
         self._runs = runs
         self._models = models
         self._ring = ring
-        #: study → the number of the trial for which its space had nothing new; so that this is not found again at every tick
-        self._exhausted: dict[str, int] = {}
+        self._kept: dict[str, Asking] = {}  #: study → what was read of it; nothing that its rows don't say
 
     def advance(self) -> None:
         """Take a step with each study. A study that fails does not stop the others."""
-        for study in self._ledger.active():
+        active = self._ledger.active()
+        self._kept = {study.id: self._kept[study.id] for study in active if study.id in self._kept}
+        for study in active:
             try:
                 self._advance(study)
             except NightpressError as error:
@@ -90,6 +89,14 @@ class Searching:
                 if now.first_open is None:
                     self._ledger.cancelled(study)
 
+    def _asking(self, study: Study) -> Asking:
+        """The study with all its trials, of which only those that are new or were open are read."""
+        if study.id not in self._kept:
+            self._kept[study.id] = Asking(study, self._models.header(study.model_id))
+        asking = self._kept[study.id]
+        asking.take(self._ledger.trials(study.id, start=asking.settled))
+        return asking
+
     def _tell(self, study: Study, ended: Ended) -> None:
         report = self._runs.reader.report(ended.job_id) if ended.job_id and ended.job_state == "succeeded" else None
         outcome = outcome_of(ended.job_state, ended.error, report, study.gates, study.minimize)
@@ -112,8 +119,7 @@ class Searching:
             spent = "trials"
         if spent is None or now.first_open is not None:
             return
-        trials = self._ledger.trials(study.id)
-        hopeless = _why_hopeless(trials, least=1)
+        hopeless = _why_hopeless(self._asking(study).trials, least=1)
         if hopeless is None:
             self._ledger.end_search(study, spent)
         else:
@@ -124,25 +130,22 @@ class Searching:
         room = study.parallel - len(now.open_jobs)
         first_open = now.proposed if now.first_open is None else now.first_open
         until = time.monotonic() + _ASKING_S
-        asking: _Asking | None = None
+        asking: Asking | None = None
         for number in range(now.proposed, min(now.proposed + room, study.max_trials)):
             known = known_to(study, number)
             if known > first_open or (asking is not None and time.monotonic() > until):
                 return None
-            if self._exhausted.get(study.id) == number:
-                return "space"
             if asking is None:
-                asking = _Asking(study, self._ledger.trials(study.id), self._models.header(study.model_id))
+                asking = self._asking(study)
                 if (hopeless := _why_hopeless(asking.trials, least=_HOPELESS)) is not None:
                     self._fail(study, hopeless, "failures")
                     return None
             trial = asking.next(number, known)
             if trial is None:
-                self._exhausted[study.id] = number
                 return "space"
             if not self._begin(study, trial):
                 return None
-            asking.add(trial)
+            asking.begun(trial)
         return None
 
     def _begin(self, study: Study, trial: NewTrial) -> bool:
@@ -177,7 +180,7 @@ class Searching:
 
     def _judge(self, study: Study, now: Progress) -> None:
         """Measure the best trials again, on the other half of the data; then write the report."""
-        trials = self._ledger.trials(study.id)
+        trials = self._asking(study).trials
         judged = {trial.judges for trial in trials if trial.role == "judge"}
         number = now.proposed
         for candidate in candidates_of(trials, study.max_judged):
@@ -232,59 +235,3 @@ def _why_hopeless(trials: Sequence[Trial], *, least: int) -> NightpressError | N
         f"None of the first {len(ended)} trials had a result. The last: {ended[-1].reason}",
         hint="The logs of the trials' jobs say more: `nightpress studies trials` lists them.",
     )
-
-
-class _Asking:
-    """The next trials of a study, from its rows."""
-
-    def __init__(self, study: Study, trials: Sequence[Trial], header: ModelHeader) -> None:
-        self.trials = list(trials)
-        self._begun: list[Params] = []
-        self._study = study
-        self._space = Space(study.space["recipes"])
-        self._header = header
-        self._seen = {trial.digest for trial in trials}
-        self._drawn = {_key(trial.params) for trial in trials}
-
-    def add(self, trial: NewTrial) -> None:
-        """Take note of a trial that was begun."""
-        self._seen.add(trial.digest)
-        self._begun.append(trial.params)
-
-    def next(self, number: int, known: int) -> NewTrial | None:
-        """Return the trial of this number; None if nothing new can be found in the space."""
-        # Here and not at the top, because only a process that proposes trials needs Optuna and NumPy.
-        from nightpress.core.service.studies.proposing import propose
-
-        def accept(point: Params) -> NewTrial | None:
-            return self._accepted(number, known, point)
-
-        for start in self._study.starts:
-            if self._space.holds(start) and (trial := accept(start)) is not None:
-                return trial
-        told = [trial for trial in self.trials if trial.number < known]
-        pending = [trial.params for trial in self.trials if trial.number >= known] + self._begun
-        return propose(self._space, self._study.seed, number, told, pending, accept)
-
-    def _accepted(self, number: int, known: int, point: Params) -> NewTrial | None:
-        """Return the trial at a point; None if it was tried before, or if its plan says that it can't work."""
-        if _key(point) in self._drawn:
-            return None
-        self._drawn.add(_key(point))
-        try:
-            recipe = trial_recipe(self._study.space, self._space.at(point), self._study.gates, "search")
-            # The fleet is left out: a proposal must not depend on which workers there are.
-            plan = make_plan(recipe, self._header)
-        except NightpressError:
-            return None
-        settled = plan.recipe.model_dump(mode="json")
-        digest = digest_of(settled)
-        assert plan.estimate is not None
-        sizes = list(plan.estimate.output_bytes.values())
-        if digest in self._seen or surely_too_large(plan.recipe, sizes, self._header.size):
-            return None
-        return NewTrial(number=number, role="search", params=point, known=known, recipe=settled, digest=digest)
-
-
-def _key(point: Params) -> tuple[tuple[str, Value], ...]:
-    return tuple(sorted(point.items()))
