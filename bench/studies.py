@@ -1,4 +1,4 @@
-"""A study of 2,000 trials that exist only as rows: the milliseconds of each step of the control process, and how busy 64 workers are.
+"""A study of 2,000 trials that exist only as rows: what each step of the control process costs, and how busy 64 workers are.
 
     python -m bench.studies [--trials 2000] [--workers 64]
 
@@ -6,16 +6,24 @@ Trials are real jobs in PostgreSQL, with claims and leases. Nothing is pressed: 
 benchmark moves, with a made-up figure. The control process takes a step every two seconds of that clock. A worker that has ended its job
 claims the next at once, if there is one; else it waits for the next step. The first and the last rounds are left out of the share of
 time in which workers are busy.
+
+Three figures of each step: its milliseconds, the CPU time of its thread, and the CPU time of the database's processes meanwhile. The last
+two are nearly the same on a busy machine. The early steps are the second tenth, the late steps the last tenth but one, both with new trials.
 """
 
+import os
 import random
 import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 from bench.record import Figure, finish, make_parser
 from nightpress import migrations
@@ -95,13 +103,23 @@ class Fleet:
         return inside / (self._workers * (end - start))
 
 
-def run(world: StudyWorld, study: StudyView, workers: int) -> list[Figure]:
+@dataclass(frozen=True)
+class Step:
+    """Milliseconds of a step of the control process."""
+
+    wall: float
+    cpu: float
+    database: float  #: CPU time of PostgreSQL
+
+
+def run(world: StudyWorld, study: StudyView, workers: int, server: Postgres) -> list[Figure]:
     fleet, control = Fleet(world, workers), world.replica()
     now, steps, last_full = 0.0, [], 0.0
     while True:
-        began = time.perf_counter()
+        began, cpu, database = time.perf_counter(), time.thread_time(), database_seconds(server)
         control.advance()
-        steps.append(1000 * (time.perf_counter() - began))
+        spent = time.perf_counter() - began, time.thread_time() - cpu, database_seconds(server) - database
+        steps.append(Step(*(1000 * seconds for seconds in spent)))
         view = world.get(study)
         if view.state != "searching":
             break
@@ -109,15 +127,35 @@ def run(world: StudyWorld, study: StudyView, workers: int) -> list[Figure]:
             last_full = now
         fleet.until(now)
         now += TICK_S
-    tenth = max(1, len(steps) // 10)
     return [
-        Figure("step p50", statistics.median(steps), "ms"),
-        Figure("step p99", statistics.quantiles(steps, n=100)[98], "ms", bar="< 200"),
-        Figure("first tenth of the steps", statistics.median(steps[:tenth]), "ms"),
-        Figure("last tenth of the steps", statistics.median(steps[-2 * tenth : -tenth]), "ms"),
+        *of_steps("step", [step.wall for step in steps], bar="< 200"),
+        *of_steps("CPU of a step", [step.cpu for step in steps]),
+        *of_steps("database's CPU of a step", [step.database for step in steps]),
         Figure("busy", 100 * fleet.share_busy(LONGEST_S, max(2 * LONGEST_S, last_full)), "%", bar=">= 95"),
         Figure("simulated hours", now / 3600, "h"),
+        Figure("load of the machine", os.getloadavg()[1]),
     ]
+
+
+def of_steps(name: str, milliseconds: Sequence[float], bar: str = "") -> list[Figure]:
+    tenth = max(1, len(milliseconds) // 10)
+    early, late = milliseconds[tenth : 2 * tenth], milliseconds[-2 * tenth : -tenth]
+    return [
+        Figure(f"{name}/p50", statistics.median(milliseconds), "ms"),
+        Figure(f"{name}/p99", statistics.quantiles(milliseconds, n=100)[98], "ms", bar=bar),
+        Figure(f"{name}/early", statistics.mean(early), "ms"),
+        Figure(f"{name}/late", statistics.mean(late), "ms"),
+    ]
+
+
+def database_seconds(server: Postgres) -> float:
+    """CPU seconds of the server's processes until now. The kernel counts them in nanoseconds, other than those of `cpu_seconds`."""
+    assert server.process is not None
+    total = 0
+    for process in psutil.Process(server.process.pid).children(recursive=True):
+        with suppress(FileNotFoundError):  # it has ended since it was listed
+            total += int(Path(f"/proc/{process.pid}/schedstat").read_text().split()[0])
+    return total / 1e9
 
 
 def main() -> int:
@@ -133,7 +171,7 @@ def main() -> int:
         migrations.upgrade(url)
         world = StudyWorld(Path(folder) / "np", url, bert_tiny_dir(Path(folder)), max_queued_jobs=100_000)
         study = world.create(space=SPACE, trials=options.trials, parallel=options.workers)
-        figures = run(world, study, options.workers)
+        figures = run(world, study, options.workers, server)
         world.engine.dispose()
     return finish("studies", figures, parser, options)
 
