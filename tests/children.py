@@ -25,37 +25,29 @@ from nightpress.core.handoff.spec import JobSpec
 from nightpress.worker.child import main
 from tests.patience import slowness
 from tests.spy import look_around
+from tests.trials import bits_of, plain_report, report_of
 
 Emit = Callable[[Frame], None]
 
 
-def press(job_dir: Path, emit: Emit, source: Subject | None = None) -> Manifest:
-    """Write a whole result at once: unchanged copies of the source's files, and a report with the job's folder and thread count."""
+def press(job_dir: Path, emit: Emit, source: Subject | None = None, report: Report | None = None) -> Manifest:
+    """Write a whole result at once: unchanged copies of the source's files, and a report with the job's folder and thread count.
+
+    report: another report to write; then the result is a copy of the source's config.
+    """
     spec = JobSpec.load(job_dir)
     emit(Progress(phase="pressing", fraction=0.5))
     out = job_dir / "out"
     (out / "onnx").mkdir()
-    for file in sorted((job_dir / "source").iterdir()):
+    for file in sorted((job_dir / "source").glob("*" if report is None else "config.json")):
         (out / "onnx" / file.name).write_bytes(file.read_bytes())
-    report = Report(
-        job_id=spec.job_id,
-        model={},
-        recipe={},
-        data=(),
-        environment={"folder": job_dir.name, "threads": spec.threads},
-        source=source or Subject(name="source", format="safetensors", size_bytes=1),
-        artifacts=(),
-        passes=(),
-        gates=(),
-        verdict="accepted",
-        phases={},
-    )
+    report = report or plain_report(spec, job_dir.name, source)
     (out / "report.json").write_text(report.model_dump_json())
     files = tuple(describe_file(out / "onnx", path) for path in sorted((out / "onnx").iterdir()))
     manifest = Manifest(
         job_id=spec.job_id,
         attempt=spec.attempt,
-        verdict="accepted",
+        verdict=report.verdict,
         artifacts=(ArtifactEntry(format="onnx", path="onnx", files=files, consumer="none"),),
         report=(describe_file(out, out / "report.json"),),
     )
@@ -168,7 +160,10 @@ def stepping(job_dir: Path, emit: Emit) -> Manifest:
 
 
 def chaotic(job_dir: Path, emit: Emit) -> Manifest:
-    """A random number of steps of random length, each with a checkpoint; sometimes a crash or an error. Job and attempt are the seed."""
+    """A random number of steps of random length, each with a checkpoint; sometimes a crash or an error. Job and attempt are the seed.
+
+    A study's trial ends with figures that its recipe alone decides, and has no error that ends it.
+    """
     spec = JobSpec.load(job_dir)
     dice = random.Random(f"{spec.job_id} {spec.attempt}")
     work, fate = job_dir / "work", dice.random()
@@ -184,6 +179,9 @@ def chaotic(job_dir: Path, emit: Emit) -> Manifest:
         return segfault(job_dir, emit)
     if fate < 0.16:
         return leave(job_dir, emit)
+    if "cosine" in spec.recipe.gates:
+        recipe = spec.recipe.model_dump(mode="json")
+        return press(job_dir, emit, report=report_of(spec.job_id, recipe, *bits_of(recipe)))
     if fate < 0.22:
         raise NightpressError(ErrorCode.NUMERICAL_FAILURE, "A weight is no number.")
     return press(job_dir, emit)

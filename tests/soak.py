@@ -2,7 +2,8 @@
 
 Three tenants submit jobs at random times. Meanwhile workers, children and servers are killed, workers and servers are frozen, workers are
 drained, the broker is flushed, the database is locked, a control process gets a wrong clock, and jobs are cancelled. Half of the faults
-come two at once. The seed is printed first; CHAOS_SEED repeats the same faults. The invariants:
+come two at once. The seed is printed first; CHAOS_SEED repeats the same faults. Studies run among the jobs: each must end with the trials
+and the winner of the same study without faults. The invariants:
 
 I1 every accepted job reaches an end · I2 exactly one end · I3 its manifest is committed once and every SHA-256 is right · I4 no job has
 more failures than allowed · I5 two children of one job live together for at most a lease and the grace of a kill · I6 histories have no
@@ -31,7 +32,8 @@ from nightpress import migrations
 from nightpress.core.handoff.spec import JobSpec
 from nightpress.core.service.jobs.ring import make_celery
 from tests.servers import S3, Postgres, Valkey
-from tests.service import Service
+from tests.service import TENANT, Service
+from tests.soak_studies import SoakStudies
 
 TENANTS = ("one", "two", "three")
 WORKERS = 3
@@ -61,11 +63,13 @@ class Soak:
             self._servers: dict[str, Postgres | S3 | Valkey] = {"the broker": self._broker}
             self._service = self._open(servers)
             servers.callback(self._service.close)
+            self._studies = SoakStudies(self._service, self._folder)
             self._workers = [self._start_worker() for _ in range(WORKERS)]
             self._controls = [self._service.start_control() for _ in range(2)]
             stop = threading.Event()
             watch = threading.Thread(target=self._watch_children, args=(stop,), daemon=True)
             watch.start()
+            self._studies.begin()
             self._cause_chaos(time.monotonic() + seconds)
             self._let_it_settle()
             stop.set()
@@ -73,7 +77,12 @@ class Soak:
             self._check()
 
     def _open(self, servers: contextlib.ExitStack) -> Service:
-        more = {"checkpoint_after_s": 0.0, "max_queued_jobs": 100_000}
+        more = {
+            "checkpoint_after_s": 0.0,
+            "max_queued_jobs": 100_000,
+            "max_failures": 20,
+            "model_roots": [self._folder],
+        }
         if self._stack == "embedded":
             url = f"sqlite:///{self._folder / 'nightpress.db'}"
             storage = {"storage_url": str(self._folder / "objects")}
@@ -111,6 +120,7 @@ class Soak:
             (self._freeze_server, 2),
             (self._lock_database, 2),
             (self._skew_control, 3),
+            (self._begin_study, 6),
         ]
         steps, weights = zip(*faults, strict=True)
         while time.monotonic() < until:
@@ -148,6 +158,9 @@ class Soak:
             tenant = self._dice.choice(TENANTS)
             limits = {"max_failures": self._dice.randint(1, 4), "priority": self._dice.randint(-1, 1), "stall_s": 20.0}
             self._jobs[self._service.submit(RECIPE, tenant_id=tenant, **limits)] = tenant
+
+    def _begin_study(self) -> None:
+        self._studies.begin()
 
     def _some_worker(self) -> int:
         return self._dice.randrange(WORKERS)
@@ -256,25 +269,32 @@ class Soak:
                     self.violations.append(f"I5: two children of {job_id} lived together for more than {allowed} s")
 
     def _let_it_settle(self) -> None:
-        """Wait without faults until every accepted job has ended. Notes a violation if no job ends for QUIET_S."""
+        """Wait without faults until every accepted job and study has ended. Notes a violation if nothing ends for QUIET_S."""
         for worker in self._service.processes:
             self._wake(worker)
         for worker in self._workers:
             if worker.poll() is not None:
                 self._start_worker()
         self._say(f"{len(self._jobs)} jobs, {sum(self._faults.values())} events; waiting for the last ends")
-        left, moved = self._service.unfinished(), time.monotonic()
+        left, moved = self._left(), time.monotonic()
         while left and time.monotonic() - moved < QUIET_S:
             time.sleep(0.5)
-            before, left = left, self._service.unfinished()
-            moved = moved if len(left) == len(before) else time.monotonic()
+            before, left = left, self._left()
+            moved = moved if left == before else time.monotonic()
         if left:
-            self.violations.append(f"I1: no job ended for {QUIET_S:g} s, and {len(left)} have not: {left[:5]}")
+            self.violations.append(f"I1: nothing ended for {QUIET_S:g} s, and {len(left)} have not: {left[:5]}")
+
+    def _left(self) -> list[str]:
+        """The jobs and the studies that have not ended."""
+        return [*self._service.unfinished(), *self._studies.left()]
 
     def _check(self) -> None:
         self._start_worker()  # a new worker first removes the files of killed workers
         ends: Counter[str] = Counter()
-        for job_id, tenant in self._jobs.items():
+        self.violations += self._studies.violations()
+        trials = dict.fromkeys(self._studies.trial_jobs(), TENANT)
+        self._say(f"{len(trials)} trials of studies")
+        for job_id, tenant in (self._jobs | trials).items():
             job = self._service.store.reader.get(tenant, job_id)
             if job is None:
                 self.violations.append(f"I1: {job_id} was accepted and is gone")

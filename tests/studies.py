@@ -13,13 +13,13 @@ from sqlalchemy import Engine
 from nightpress.core.database import make_engine
 from nightpress.core.errors import ErrorCode, NightpressError
 from nightpress.core.handoff.manifest import Manifest
-from nightpress.core.handoff.report import Report
 from nightpress.core.service.compose import Resources
 from nightpress.core.service.jobs.records import Claimed, Succeeded, WorkerOffer
 from nightpress.core.service.studies.searching import Searching
 from nightpress.core.settings import Settings
 from nightpress.core.wire.models import ModelCreate
 from nightpress.core.wire.studies import StudyRequest, StudyView, TrialView
+from tests.trials import bits_of, report_of
 
 TENANT = "default"
 #: eighty recipes: bits and group sizes of rounded weights
@@ -40,45 +40,6 @@ SPACE = [
 ]
 GATES = {"cosine": ">= 0.95"}
 Answer = Callable[[dict[str, Any]], tuple[float, float]]  #: (recipe) → (size as a share of the source's, cosine)
-
-
-def bits_of(recipe: dict[str, Any]) -> tuple[float, float]:
-    """Fewer bits and larger groups are smaller and worse: 4 bits in groups of 32 keep the gate, and 3 bits nearly do."""
-    rounding = recipe["passes"][0]
-    bits = rounding["bits"] + 16 / rounding["group_size"] + 0.01 * (not rounding["symmetric"])
-    return bits / 32, 1 - 0.6 / 2 ** rounding["bits"] - 0.0001 * rounding["group_size"]
-
-
-def report_of(job_id: str, recipe: dict[str, Any], size: float, cosine: float) -> Report:
-    """The report of a job with a single artifact."""
-
-    def subject(name: str, size_bytes: float, value: float) -> dict[str, Any]:
-        figure = {"name": "cosine", "value": value, "n": 64, "better": "higher", "data": "builtin:prose"}
-        return {"name": name, "format": name, "size_bytes": round(size_bytes), "measurements": [figure]}
-
-    bound = float(recipe["gates"]["cosine"].split()[-1])
-    gate = {
-        "gate": f"cosine >= {bound:g}",
-        "artifact": "compressed-tensors",
-        "observed": cosine,
-        "passed": cosine >= bound,
-        "explanation": f"{cosine:.4f} on builtin:prose",
-    }
-    return Report.model_validate(
-        {
-            "job_id": job_id,
-            "model": {"name": "tiny", "digest": "sha256:0"},
-            "recipe": recipe,
-            "data": [],
-            "environment": {},
-            "source": subject("source", 1_000_000, 1.0),
-            "artifacts": [subject("compressed-tensors", 1_000_000 * size, cosine)],
-            "passes": [],
-            "gates": [gate],
-            "verdict": "accepted" if cosine >= bound else "rejected",
-            "phases": {},
-        }
-    )
 
 
 class StudyWorld:

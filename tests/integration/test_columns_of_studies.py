@@ -10,7 +10,8 @@ from nightpress.core.service.studies.records import Ended, Outcome
 from nightpress.core.service.tables.studies import studies, study_events, study_trials
 from nightpress.core.wire.costs import CostView
 from tests.columns import MAPPING, WORDS, Chosen, Rows
-from tests.studies import SPACE, TENANT, StudyWorld, bits_of
+from tests.studies import SPACE, TENANT, StudyWorld
+from tests.trials import bits_of
 
 COVERED = {studies, study_trials, study_events}
 COUNTERS = frozenset({"proposed", "told", "event_seq", "cpu_s", "gpu_s", "winner", "max_judged", "model_name"})

@@ -16,7 +16,8 @@ from nightpress.core.service.tables.jobs import job_artifacts, job_attempts, job
 from nightpress.core.service.tables.studies import studies
 from nightpress.core.wire.studies import StudyView
 from tests.service import ROOT
-from tests.studies import GATES, SPACE, TENANT, StudyWorld, bits_of
+from tests.studies import GATES, SPACE, TENANT, StudyWorld
+from tests.trials import bits_of
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ from nightpress.core.recipes.search.space import Space
 from nightpress.core.service.studies.front import candidates_of, front_of, runner_up_of, sensitivity_of
 from nightpress.core.service.studies.outcomes import outcome_of
 from nightpress.core.service.studies.records import Outcome, Trial
-from tests.studies import report_of
+from tests.trials import report_of
 
 GATES = {"cosine": ">= 0.9"}
 
