@@ -1,23 +1,47 @@
 """Which files of a local model folder are sent, and whether they are a model. Only headers and small files are read for that."""
 
-import re
 from dataclasses import dataclass
 from pathlib import Path
 
 from nightpress.core.errors import ErrorCode, NightpressError
 from nightpress.core.recipes.adapters import ADAPTER_DIR, adapter_files
 from nightpress.core.recipes.header import ModelHeader
-from nightpress.core.recipes.inspect import FolderFiles, check_adapter, inspect_model
+from nightpress.core.recipes.inspect import FolderFiles, check_adapter, inspect_adapter, inspect_model
+from nightpress.core.recipes.models import plain_name
+from nightpress.core.recipes.other_kinds import is_adapter
 
 
 @dataclass(frozen=True)
-class ModelFolder:
-    """A checked model folder: `files` to send, by their name at the server, and the names that are `left_out`."""
+class SentFolder:
+    """A checked folder: `files` to send, by their name at the server, and the names that are `left_out`."""
 
     name: str
     files: dict[str, Path]
     left_out: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class ModelFolder(SentFolder):
+    """A checked folder of a model."""
+
     header: ModelHeader
+
+
+def read_sent_folder(folder: Path, name: str | None = None) -> SentFolder:
+    """Choose the files of a model, or of an adapter, whose base the server has. Raises NightpressError as `read_model_folder`."""
+    if not is_adapter_folder(folder):
+        return read_model_folder(folder, name)
+    files = FolderFiles(folder)
+    chosen = files.selection()
+    inspect_adapter(files)
+    return SentFolder(
+        name or plain_name(files.root.name), {path: files.path(path) for path in chosen.files}, chosen.left_out
+    )
+
+
+def is_adapter_folder(folder: Path) -> bool:
+    """Return whether a folder is an adapter of peft without the weights of its base."""
+    return folder.is_dir() and is_adapter(FolderFiles(folder).listing())
 
 
 def read_model_folder(folder: Path, name: str | None = None) -> ModelFolder:
@@ -56,9 +80,3 @@ def read_adapter_folder(folder: Path, base: ModelFolder, name: str | None = None
         left_out=base.left_out,
         header=base.header,
     )
-
-
-def plain_name(text: str) -> str:
-    """A valid name from any text: lower case, with dashes in place of other characters."""
-    name = re.sub(r"[^a-z0-9._-]+", "-", text.lower()).strip("-._")
-    return name[:64] or "model"

@@ -1,178 +1,23 @@
 """What both clients can do, by resource: `Client` has them with the blocking driver, `AsyncClient` with the event loop's."""
 
 import threading
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TypeVar
 
 from nightpress.client import access, calls, delivery_calls, schedule_calls
-from nightpress.client.calls import Call
 from nightpress.client.drivers import Blocking
-from nightpress.client.errors import ApiError, ClientError, UnreachableError
+from nightpress.client.errors import ApiError, UnreachableError
 from nightpress.client.events import EVENTS, LOGS
 from nightpress.client.flows import Flow, Listing, Pause
-from nightpress.client.folders import ModelFolder, plain_name, read_model_folder
 from nightpress.client.methods import Driver, Resource, ask, flow, listing, pages, transfer
+from nightpress.client.registered import DataSets, Models
 from nightpress.client.studies import Studies
 from nightpress.client.tailing import follow_lines, past_lines
 from nightpress.client.transfers import UNWATCHED, Meter, Transfers, choose_artifacts, target_of, url_of
-from nightpress.client.uploads import finish_upload
 from nightpress.client.waiting import Pace
 from nightpress.core.errors import ErrorCode
 from nightpress.core.handoff.manifest import ATTESTATION_FILE
 from nightpress.core.wire.jobs import TERMINAL_STATES, EventView, JobView, LogView
-from nightpress.core.wire.models import DataSetCreate, DataSetView, ModelCreate, ModelView
-
-Uploaded = TypeVar("Uploaded", ModelView, DataSetView)
-
-
-class Models(Resource[Driver]):
-    """Models: immutable folders with a digest. `model`: an id, or a name, which means the newest ready model of that name."""
-
-    list = ask(calls.page_models)
-    iterate = pages(calls.page_models)
-    get = ask(calls.get_model)
-    possible = ask(calls.possible_for_model)
-    delete = ask(calls.delete_model)
-    latest = ask(calls.latest_of)
-    promote = ask(calls.promote)
-    promotions = pages(calls.page_promotions)
-    destinations = ask(delivery_calls.get_destinations)
-    set_destinations = ask(delivery_calls.set_destinations)
-    feed = ask(access.get_promotions_feed)
-
-    @flow
-    def fetch(self, source: str, name: str) -> Flow[ModelView]:
-        """Have the server fetch a model from `s3://…` or `hf://…`. Returns at once; `wait` returns when it is there.
-
-        Raises ApiError where the operator of the server does not allow the source.
-        """
-        return (yield from self._ask(calls.create_model(ModelCreate(name=name, source=source))))
-
-    @flow
-    def wait(
-        self, model: str, *, poll_s: float = 1.0, on_update: Callable[[ModelView], None] | None = None
-    ) -> Flow[ModelView]:
-        """Return the model once the server has fetched and verified it: it is then `ready` or `failed`.
-
-        `on_update` is called with each answer, every `poll_s` seconds.
-        """
-        return (yield from _until_settled(self, lambda: calls.get_model(model), poll_s, on_update))
-
-    @flow
-    def register(self, path: str, name: str | None = None) -> Flow[ModelView]:
-        """Use a folder on the server in place. Raises ApiError(path_not_allowed) where its operator hasn't allowed it."""
-        name = name or plain_name(Path(path).name)
-        return (yield from self._ask(calls.create_model(ModelCreate(name=name, path=path))))
-
-    @transfer
-    def upload(
-        self: "Models[Blocking]",
-        folder: Path | ModelFolder,
-        name: str | None = None,
-        *,
-        meter: Meter = UNWATCHED,
-        stop: threading.Event | None = None,
-    ) -> ModelView:
-        """Send a local folder. Afterwards its name means these bytes.
-
-        Nothing is sent where the name means them already. A broken upload is continued. Setting `stop` ends the transfer.
-        Raises NightpressError for a folder that is no model, and ApiError, UnreachableError or TransferError.
-        """
-        chosen = folder if isinstance(folder, ModelFolder) else read_model_folder(folder, name)
-        transfers = Transfers(self._driver.http, self._driver.options, meter, stop=stop or threading.Event())
-        announced = transfers.hash_files(chosen.files)
-        wanted = {(file.path, file.size, file.sha256) for file in announced}
-        model = self._find(chosen.name, wanted)
-        if model is None:
-            model = self._driver.send(calls.create_model(ModelCreate(name=chosen.name, files=announced)))
-        if model.state == "uploading":
-            finish_upload(self._driver, transfers, "models", model, chosen.files)
-            model = self.get(model.id)
-        return model
-
-    def _find(self: "Models[Blocking]", name: str, wanted: Collection[tuple[str, int, str]]) -> ModelView | None:
-        """The model of this name with these files (path, size, SHA-256), unless the name means a newer model by now."""
-        for model in self.iterate():
-            if model.name == name and model.state != "failed":
-                if {(file.path, file.size, file.sha256) for file in model.files} == wanted:
-                    return model
-                if model.state == "ready":
-                    return None
-        return None
-
-
-class DataSets(Resource[Driver]):
-    """Data sets: one immutable file of prose or of labelled rows. `data_set`: an id or a name."""
-
-    list = ask(calls.page_data_sets)
-    iterate = pages(calls.page_data_sets)
-    get = ask(calls.get_data_set)
-    delete = ask(calls.delete_data_set)
-
-    @flow
-    def fetch(self, source: str, name: str) -> Flow[DataSetView]:
-        """Have the server fetch a data set from `s3://…` or `hf://…`. Returns at once; `wait` returns when it is there.
-
-        Raises ApiError where the operator of the server does not allow the source.
-        """
-        return (yield from self._ask(calls.create_data_set(DataSetCreate(name=name, source=source))))
-
-    @flow
-    def wait(
-        self, data_set: str, *, poll_s: float = 1.0, on_update: Callable[[DataSetView], None] | None = None
-    ) -> Flow[DataSetView]:
-        """Return the data set once the server has fetched and verified it: it is then `ready` or `failed`.
-
-        `on_update` is called with each answer, every `poll_s` seconds.
-        """
-        return (yield from _until_settled(self, lambda: calls.get_data_set(data_set), poll_s, on_update))
-
-    @flow
-    def register(self, path: str, name: str | None = None) -> Flow[DataSetView]:
-        """Use a file on the server in place. Raises ApiError(path_not_allowed) where its operator hasn't allowed it."""
-        name = name or plain_name(Path(path).name.split(".")[0])
-        return (yield from self._ask(calls.create_data_set(DataSetCreate(name=name, path=path))))
-
-    @transfer
-    def upload(
-        self: "DataSets[Blocking]",
-        file: Path,
-        name: str | None = None,
-        *,
-        meter: Meter = UNWATCHED,
-        stop: threading.Event | None = None,
-    ) -> DataSetView:
-        """Send a local file: `.txt` or `.jsonl`, plain or `.gz`. Setting `stop` ends the transfer.
-
-        Raises ClientError where it is not a file, and ApiError, UnreachableError or TransferError.
-        """
-        if not file.is_file():
-            raise ClientError(f"{file} is not a file.", hint="A data set is one .txt or .jsonl file, plain or .gz.")
-        transfers = Transfers(self._driver.http, self._driver.options, meter, stop=stop or threading.Event())
-        [announced] = transfers.hash_files({file.name: file})
-        request = DataSetCreate(name=name or plain_name(file.name.split(".")[0]), file=announced)
-        data_set = self._driver.send(calls.create_data_set(request))
-        if data_set.state == "uploading":
-            finish_upload(self._driver, transfers, "datasets", data_set, {file.name: file})
-            data_set = self.get(data_set.id)
-        return data_set
-
-
-def _until_settled(
-    resource: Resource[Driver],
-    get: Callable[[], Call[Uploaded]],
-    poll_s: float,
-    on_update: Callable[[Uploaded], None] | None,
-) -> Flow[Uploaded]:
-    """Ask until a model or data set is neither fetched nor verified any more."""
-    while True:
-        view = yield from resource._ask(get())
-        if on_update:
-            on_update(view)
-        if view.state not in {"fetching", "verifying"}:
-            return view
-        yield Pause(poll_s)
 
 
 class Recipes(Resource[Driver]):

@@ -36,16 +36,17 @@ class Stager:
         Raises MachineFaultError if a server path does not exist on this machine.
         """
         model = model_contents(self._engine, job.model_id)
-        if digest_of(model.files) != job.model_digest:
+        if digest_of([file for part in model for file in part.placed()]) != job.model_digest:
             raise NightpressError(
                 ErrorCode.CHECKSUM_MISMATCH,
                 f"The model {job.model_name} is not the one the job was submitted for.",
                 hint="Register the model again and submit the job for it.",
             )
         data = {name: data_set_contents(self._engine, str(row["id"])) for name, row in job.data.items()}
-        on_total(sum(file.size for source in (model, *data.values()) for file in source.files))
-        for file in model.files:
-            self._bring(model, file, job_dir / SOURCE_DIR / file.path, on_bytes)
+        on_total(sum(file.size for source in (*model, *data.values()) for file in source.files))
+        for part in model:
+            for file in part.files:
+                self._bring(part, file, job_dir / SOURCE_DIR / part.folder / file.path, on_bytes)
         names = {}
         for index, (name, source) in enumerate(data.items()):
             (file,) = source.files

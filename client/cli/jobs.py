@@ -10,7 +10,7 @@ from nightpress.client.cli.cost import cost_text
 from nightpress.client.cli.deliveries import TO
 from nightpress.client.cli.exits import Exit
 from nightpress.client.cli.following import describe, detach_on_interrupt, exit_of, follow, print_end
-from nightpress.client.cli.models import send_model
+from nightpress.client.cli.models import BASE, send_model
 from nightpress.client.cli.recipes import read_recipe
 from nightpress.client.cli.session import Session, takes_session
 from nightpress.client.client import Client
@@ -49,6 +49,7 @@ def submit(
     model_name: Annotated[
         str | None, typer.Option(help="The model's name at the server; otherwise its folder's.")
     ] = None,
+    base: BASE = None,
     priority: Annotated[int, typer.Option(min=-100, max=100, help="Higher goes first.")] = 0,
     label: Annotated[
         list[str] | None, typer.Option("--label", "-l", metavar="K=V", help="A label; may be repeated.")
@@ -72,7 +73,7 @@ def submit(
     fields |= {key: value for key, value in (("run_limit_s", run_limit), ("queue_limit_s", queue_limit)) if value}
     fields |= {"destinations": to} if to else {}
     with session.client() as client:
-        subject = send_model(client, model, model_name, quiet=session.json)
+        subject = send_model(client, model, model_name, base=base, quiet=session.json)
         job = client.jobs.submit(subject, with_gates(client, chosen, gates), idempotency_key=idempotency_key, **fields)
         if not session.json:
             output.note(f"Submitted {job.id} to the queue {job.queue}: {output.clean(job.queue_reason)}")

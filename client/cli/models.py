@@ -12,7 +12,7 @@ from nightpress.client.cli.registration import left_out_text, name_of_source, pr
 from nightpress.client.cli.session import Session, takes_session
 from nightpress.client.client import Client
 from nightpress.client.errors import ApiError
-from nightpress.client.folders import read_model_folder
+from nightpress.client.folders import read_adapter_folder, read_model_folder, read_sent_folder
 from nightpress.core.errors import ErrorCode
 from nightpress.core.recipes.possible import Possibility
 from nightpress.core.wire.models import ModelView
@@ -26,31 +26,45 @@ def add_to(app: typer.Typer) -> None:
     app.add_typer(models, name="models", rich_help_panel="Service")
 
 
-def send_model(client: Client, model: str, name: str | None, *, quiet: bool) -> str:
+BASE = Annotated[
+    str | None,
+    typer.Option(
+        metavar="MODEL",
+        help="The folder is an adapter (LoRA): the model that it was trained for, as id, name, address or local folder. Otherwise its config says which.",
+    ),
+]
+
+
+def send_model(client: Client, model: str, name: str | None, *, base: str | None = None, quiet: bool) -> str:
     """The id or name to submit. A local folder is registered in place where the server allows it, and sent otherwise.
 
-    Raises BadParameter where there is no such folder, NightpressError for a folder that is no model, and ClientError.
+    base: of an adapter, its base, which is sent first if it is a local folder. Returns when the server has verified both. Raises BadParameter where there is no such folder, NightpressError for a folder that is no model, and ClientError.
     """
     folder = Path(model)
     if not folder.is_dir():
         if "/" in model or model.startswith("."):
             raise typer.BadParameter(f"There is no folder {model}.", param_hint="MODEL")
+        if base is not None:
+            raise typer.BadParameter("Only for a local folder of an adapter.", param_hint="--base")
         return model
-    chosen = read_model_folder(folder, name)
-    if (registered := _register_in_place(client, folder.resolve(), chosen.name)) is not None:
+    chosen = read_sent_folder(folder, name)
+    if base is not None and Path(base).is_dir():
+        read_adapter_folder(folder, read_model_folder(Path(base)))  # before anything is sent
+        base = send_model(client, base, None, quiet=quiet)
+    if (registered := _register_in_place(client, folder.resolve(), chosen.name, base)) is not None:
         return registered.id
     if chosen.left_out and not quiet:
         output.note(left_out_text(chosen.left_out), "dim")
     with output.transfer_meter(f"sending {output.clean(chosen.name)}", quiet=quiet) as meter:
-        return client.models.upload(chosen, meter=meter).id
+        return client.models.upload(chosen, base=base, meter=meter).id
 
 
-def _register_in_place(client: Client, folder: Path, name: str) -> ModelView | None:
+def _register_in_place(client: Client, folder: Path, name: str, base: str | None) -> ModelView | None:
     """Register the folder without a copy. None where the server is another machine, or its operator has not allowed the folder."""
     if client.http.base_url.host not in {"127.0.0.1", "localhost", "::1"}:
         return None
     try:
-        return client.models.register(str(folder), name)
+        return client.models.register(str(folder), name, base=base)
     except ApiError as error:
         if error.code in {ErrorCode.PATH_NOT_ALLOWED, ErrorCode.NOT_FOUND, ErrorCode.UNSUPPORTED_FORMAT}:
             return None
@@ -101,6 +115,7 @@ def show_model(session: Session, model: Annotated[str, typer.Argument(metavar="M
             ("architecture", view.architecture),
             ("task", view.task),
             ("parameters", f"{view.parameters:,}" if view.parameters else None),
+            ("adapter of", view.base_id),
             ("source", view.source),
             ("left out", ", ".join(view.left_out) or None),
             ("added", view.created_at),
@@ -176,13 +191,17 @@ def add_model(
         ),
     ],
     name: Annotated[str | None, typer.Option(help="The model's name; otherwise the folder's.")] = None,
+    base: BASE = None,
 ) -> None:
-    """Send a local model folder, or have the server fetch a model. A folder that the server may read is used in place."""
+    """Send a local model folder, or have the server fetch a model. A folder that the server may read is used in place.
+
+    An adapter (LoRA) is merged into its base by each job that reads it. Many adapters share one base.
+    """
     with session.client() as client:
         if "://" in folder:
-            model_id = client.models.fetch(folder, name or name_of_source(folder)).id
+            model_id = client.models.fetch(folder, name or name_of_source(folder), base=base).id
         else:
-            model_id = send_model(client, folder, name, quiet=session.json)
+            model_id = send_model(client, folder, name, base=base, quiet=session.json)
         print_registered(session, client.models.wait(model_id, on_update=progress_notes(session)))
 
 

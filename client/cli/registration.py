@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from nightpress.client.cli import output
 from nightpress.client.cli.session import Session
 from nightpress.client.errors import ClientError
-from nightpress.client.folders import plain_name
+from nightpress.core.recipes.models import plain_name
 from nightpress.core.wire.models import DataSetView, ModelView
 
 

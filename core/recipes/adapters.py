@@ -47,6 +47,26 @@ class Adapter:
     detail: str  #: e.g. "lora of rank 16 on 64 weights"
 
 
+@dataclass(frozen=True)
+class AdapterHeader:
+    """An adapter's config and the headers of its tensors."""
+
+    config: Mapping[str, Any]
+    tensors: tuple[TensorInfo, ...]
+
+    @property
+    def trained_on(self) -> str | None:
+        """What peft noted as the base: a repository of the Hub, or a folder on the trainer's machine."""
+        named = self.config.get("base_model_name_or_path")
+        return named if isinstance(named, str) and named else None
+
+    @property
+    def revision(self) -> str | None:
+        """The base's revision, where peft noted one."""
+        revision = self.config.get("revision")
+        return revision if isinstance(revision, str) and revision else None
+
+
 def adapter_files(paths: Collection[str]) -> tuple[str, ...]:
     """Select an adapter's own files, and the tokenizer's, which replace those of the base. Raises NightpressError(unsupported_format)."""
     missing = [name for name in (ADAPTER_FILE, ADAPTER_WEIGHTS) if name not in paths]

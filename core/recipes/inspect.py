@@ -15,16 +15,17 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from nightpress.core.errors import ErrorCode, NightpressError
-from nightpress.core.recipes.adapters import Adapter, adapter_files, read_adapter
+from nightpress.core.recipes.adapters import Adapter, AdapterHeader, adapter_files, read_adapter
 from nightpress.core.recipes.bounds import kind_flaw, size_flaw
 from nightpress.core.recipes.filenames import ADAPTER_FILE, ADAPTER_WEIGHTS, INDEX_FILE, WEIGHTS_FILE, raise_all
 from nightpress.core.recipes.header import ModelHeader, TensorInfo, class_of
 from nightpress.core.recipes.jsonfile import JsonBudget, malformed, parse_json, walk
 from nightpress.core.recipes.model_files import ModelFiles
+from nightpress.core.recipes.other_kinds import is_adapter
 from nightpress.core.recipes.pooling import read_pooling
 from nightpress.core.recipes.remote_code import code_flaw
 from nightpress.core.recipes.safetensors import MAX_TENSORS, read_safetensors_header
-from nightpress.core.recipes.selection import Selection, select_files
+from nightpress.core.recipes.selection import Selection, select_adapter, select_files
 from nightpress.core.recipes.sentence import read_use
 from nightpress.core.recipes.stored_forms import float_view
 
@@ -70,8 +71,12 @@ class FolderFiles:
         return {name: self.path(name).stat().st_size for name in self.selection().files}
 
     def selection(self) -> Selection:
-        """The model's files, and what is left out. Raises what `select_files` raises, and path_not_allowed for a needed link that leads out."""
-        found = select_files(self.listing(), self._read_small)
+        """The files of the model, or of the adapter, and what is left out.
+
+        Raises what `select_files` and `select_adapter` raise, and path_not_allowed for a needed link that leads out.
+        """
+        listing = self.listing()
+        found = select_adapter(listing) if is_adapter(listing) else select_files(listing, self._read_small)
         if len(found.files) > MAX_FILES:
             raise malformed(found.files[-1], f"its folder has more than {MAX_FILES} files; one model is one folder")
         return found
@@ -211,13 +216,23 @@ def inspect_model(files: ModelFiles) -> ModelHeader:
 
 def check_adapter(files: FolderFiles, base: ModelHeader) -> Adapter:
     """Validate an adapter's folder and match it with its base. Raises NightpressError as `read_adapter`, and for damaged files."""
+    adapter_files(files.listing())  # its errors say what is missing
+    found = inspect_adapter(files)
+    return read_adapter(found.config, found.tensors, base.tensors)
+
+
+def inspect_adapter(files: ModelFiles) -> AdapterHeader:
+    """Validate an adapter's files and return its header. Raises NightpressError(unsupported_format, malformed_model)."""
     budget = JsonBudget()
-    sizes = {name: files.path(name).stat().st_size for name in adapter_files(files.listing())}
+    every = files.names()
+    sizes = {name: every[name] for name in select_adapter(every).files}
     config = _read_json(files, ADAPTER_FILE, sizes[ADAPTER_FILE], _CONFIG_BYTES, budget)
+    if not isinstance(config, dict):
+        raise malformed(ADAPTER_FILE, "it is not a JSON object")
     jsons = {name: size for name, size in sizes.items() if not name.endswith(".safetensors")}
     raise_all(islice(_code_in(files, jsons, budget), _MOST_ERRORS))
     tensors = read_safetensors_header(files, ADAPTER_WEIGHTS, sizes[ADAPTER_WEIGHTS])
-    return read_adapter(config, tensors, base.tensors)
+    return AdapterHeader(config, tuple(tensors))
 
 
 def _read_config(files: ModelFiles, sizes: Mapping[str, int], budget: JsonBudget) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """The model of a recipe: an ordered list of passes, the exports, the calibration, the evaluation and the gates."""
 
+import re
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError, field_validator, model_validator
@@ -122,6 +123,12 @@ class GenerationSpeed(_Model):
     @classmethod
     def _one_or_many(cls, raw: object) -> object:
         return (raw,) if isinstance(raw, int) else raw
+
+
+def plain_name(text: str) -> str:
+    """A valid name from any text: lower case, with dashes in place of other characters."""
+    name = re.sub(r"[^a-z0-9._-]+", "-", text.lower()).strip("-._")
+    return name[:64] or "model"
 
 
 def _which_evaluation(raw: Any) -> str:

@@ -22,8 +22,8 @@ _MAKERS_OWN = re.compile(r"consolidated([.-]\d[\w.-]*)?\.safetensors")
 _SHOWN = 20  #: number of files that an error names
 
 _MERGE = (
-    "Name the model that it was trained for: `nightpress press FOLDER --base MODEL_FOLDER` merges the adapter while it reads the model, "
-    "and `nightpress convert FOLDER --base MODEL_FOLDER --out NEW_FOLDER` writes the merged model, to bring it to a service."
+    "Name the model that it was trained for, its base: `nightpress submit FOLDER --base MODEL` and `nightpress press FOLDER --base MODEL_FOLDER` "
+    "merge the adapter while they read the base, and `nightpress convert FOLDER --base MODEL_FOLDER --out NEW_FOLDER` writes the merged model."
 )
 _UNPICKLE = (
     "Convert it on your own machine: `nightpress convert FOLDER --out NEW_FOLDER` reads tensors alone, in a confined process. "
@@ -51,6 +51,11 @@ def is_adapter_file(path: str) -> bool:
     return _ADAPTER.fullmatch(path) is not None
 
 
+def is_adapter(paths: Collection[str]) -> bool:
+    """Return whether a folder is an adapter of peft without the weights of the model that it adapts."""
+    return not {WEIGHTS_FILE, INDEX_FILE} & set(paths) and any(map(is_adapter_file, paths))
+
+
 def adapter_beside(paths: Collection[str]) -> NightpressError | None:
     """Return an error if an adapter lies beside a model's weights: transformers loads both, so leaving it out would change the model."""
     found = sorted(path for path in paths if is_adapter_file(path))
@@ -75,9 +80,9 @@ def other_kind(paths: Collection[str]) -> NightpressError | None:
         )
     if {WEIGHTS_FILE, INDEX_FILE} & names:
         return None
-    if any(_ADAPTER.fullmatch(path) for path in names):
+    if is_adapter(names):
         return _refused(
-            min(path for path in names if _ADAPTER.fullmatch(path)),
+            min(path for path in names if is_adapter_file(path)),
             "The folder is an adapter (LoRA) without the model that it adapts.",
             _MERGE,
         )

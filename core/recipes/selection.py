@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import PurePosixPath
 
 from nightpress.core.errors import ErrorCode, NightpressError
+from nightpress.core.recipes.adapters import adapter_files
 from nightpress.core.recipes.filenames import INDEX_FILE, WEIGHTS_FILE, is_model_file, missing_shards, raise_all
 from nightpress.core.recipes.jsonfile import JsonBudget, malformed, parse_json
 from nightpress.core.recipes.other_kinds import adapter_beside, is_adapter_file, is_makers_own, other_kind
@@ -63,6 +64,13 @@ def select_files(paths: Collection[str], read: Read | None) -> Selection:
     if (error := adapter_beside(present)) is not None:
         raise error
     files = tuple(sorted(weights | others))
+    return Selection(files, _summary(set(paths) - set(files), files))
+
+
+def select_adapter(paths: Collection[str]) -> Selection:
+    """Select an adapter's files: its own, and those of its tokenizer. Raises NightpressError(unsupported_format, malformed_model)."""
+    raise_all(_not_relative(paths))
+    files = adapter_files(paths)
     return Selection(files, _summary(set(paths) - set(files), files))
 
 

@@ -33,12 +33,16 @@ class ModelCreate(Request):
 
     The folder may hold more than the model: what the model doesn't need is not taken, and the answer names it under `left_out`.
     A source is `s3://bucket/folder`, or `hf://organisation/name@revision`, where the revision is a branch, tag or commit.
+    An adapter of peft (LoRA) is brought in the same ways. It is merged into `base` whenever a job reads it.
     """
 
     name: Name
     files: list[FileAnnouncement] = Field(default_factory=list, max_length=2000)
     path: str | None = Field(None, max_length=4096, examples=["/srv/models/all-minilm-l6-v2"])
     source: str | None = Field(None, min_length=1, max_length=1024, examples=["s3://models/released/minilm"])
+    #: Of an adapter: the id or name of a registered model, or an address, which is fetched if it isn't registered. If it is left out,
+    #: `base_model_name_or_path` of the adapter's config says which.
+    base: str | None = Field(None, min_length=1, max_length=1024, examples=["llama-3-8b"])
 
 
 class DataSetCreate(Request):
@@ -95,6 +99,7 @@ class ModelView(View):
     task: str | None
     parameters: int | None
     files: list[FileView]
+    base_id: str | None = None  #: of an adapter: the model that it is merged into. `files` are the adapter's own
     #: names beside the model that are not needed and were never opened; `name/` is a folder
     left_out: list[str] = []
     error: dict[str, Any] | None = None

@@ -4,7 +4,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-import peft
 import pytest
 import torch
 import transformers
@@ -14,7 +13,7 @@ from torch import Tensor
 from nightpress.client.folders import ModelFolder, read_adapter_folder, read_model_folder
 from nightpress.core.compress.executors import open_source as opening
 from nightpress.core.errors import ErrorCode, NightpressError
-from nightpress.core.recipes.inspect import FolderFiles, inspect_model
+from tests.adapters import PLAIN, train
 from tests.every_family import save_family
 from tests.folders import load_tensors
 from tests.press import lay_out, press
@@ -24,7 +23,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::Deprec
 
 #: case → (family, options of LoraConfig)
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
-    "plain": ("llama", {"target_modules": ["q_proj", "down_proj"], "r": 4, "lora_alpha": 12}),
+    "plain": ("llama", PLAIN),
     "rslora": ("llama", {"target_modules": ["q_proj", "v_proj"], "r": 8, "use_rslora": True}),
     "patterns": (
         "llama",
@@ -43,24 +42,6 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(opening, "_CHUNK", 5 * 4 * 64)
-
-
-def train(base: Path, folder: Path, options: dict[str, Any], *, tokens: int | None = None) -> dict[str, Tensor]:
-    """Save an adapter with random values beside its base. Returns the tensors of the model that peft makes of both."""
-    header = inspect_model(FolderFiles(base))
-    model = getattr(transformers, header.architecture).from_pretrained(base, dtype=torch.float32)
-    if tokens is not None:
-        model.resize_token_embeddings(tokens, mean_resizing=False)
-    adapted = peft.get_peft_model(model, peft.LoraConfig(**options))
-    torch.manual_seed(1)
-    with torch.no_grad():
-        for parameter in adapted.parameters():
-            if parameter.requires_grad:
-                parameter.add_(0.1 * torch.randn_like(parameter))
-    adapted.save_pretrained(folder, save_embedding_layers=True if tokens is not None else "auto")
-    merged = adapted.merge_and_unload()
-    merged.save_pretrained(folder.with_name("merged"))
-    return load_tensors(folder.with_name("merged"))
 
 
 def merge(base: Path, adapter: Path, target: Path) -> dict[str, Tensor]:

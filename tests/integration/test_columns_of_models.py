@@ -37,6 +37,7 @@ UNKNOWN_MODEL = {
     "task": None,
     "parameters": None,
     "header": None,
+    "base_id": None,
     "left_out": None,
 }
 UNKNOWN_DATA = {"rows": None, "labels": None}
@@ -46,6 +47,7 @@ FACTS: dict[str, Any] = {
     "task": "masked-lm",
     "parameters": Chosen("<parameters>", lambda value: value > 1_000_000),
     "header": MAPPING,
+    "base_id": None,
     "left_out": [],
 }
 
@@ -133,4 +135,8 @@ def test_models_and_data_sets(
     held = {"claim_id": right.claim_id, "claim_until": rows.after(600), "progress": 0.25}
     rows.check(table, {**coming, **held}, table.c.id == fetched.id)
     intake.close()
+    if kind == "models":
+        adapter = registry.fetch("tenant-a", "adapter", "hf://acme/tuned", base_id=placed.id)
+        named = {"name": "adapter", "source_url": adapter.source_url, "revision": None, "base_id": placed.id}
+        rows.check(table, {**coming, **named}, table.c.id == adapter.id, alike=frozenset({"progress"}))
     rows.all_seen(table)

@@ -18,6 +18,7 @@ from nightpress.client import (
     calls,
     delivery_calls,
     events,
+    registered,
     resources,
     schedule_calls,
     studies,
@@ -228,7 +229,7 @@ def test_the_clients_make_every_call():
     used = {method.described.__name__ for method in methods if isinstance(method, Answering | Iterating)}
     used |= {
         name
-        for module in (resources, schedule_calls, studies, uploads, events)
+        for module in (resources, registered, schedule_calls, studies, uploads, events)
         for code in _code_of(module)
         for name in code.co_names
     }

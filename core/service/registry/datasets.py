@@ -15,12 +15,12 @@ from nightpress.core.paging import cursor_after
 from nightpress.core.recipes.calibration import BUILTIN_DATA
 from nightpress.core.recipes.datafile import READ_BYTES, DataFacts, Window, examine_data, kind_of
 from nightpress.core.service.registry.fetching import FetchingRegistry
+from nightpress.core.service.registry.needs import live_jobs, needed_by_a_job
 from nightpress.core.service.registry.registry import (
     Taken,
     TakesLonger,
     check_size,
     describe_files,
-    live_jobs,
     shared_fields,
 )
 from nightpress.core.service.registry.uploads import Owner
@@ -128,9 +128,10 @@ class DataSetRegistry(FetchingRegistry[DataSetView]):
         (file,) = files
         return _examine(file.path, self._store.read(owner.key(file.path)), at_once=at_once)
 
-    def _is_needed(self, connection: Connection, tenant_id: str, row_id: str) -> bool:
-        used = connection.scalars(select(jobs.c.data).where(jobs.c.tenant_id == tenant_id, live_jobs()))
-        return any(str(entry.get("id")) == row_id for data in used for entry in data.values())
+    def _check_not_needed(self, connection: Connection, row: Row[Any]) -> None:
+        used = connection.scalars(select(jobs.c.data).where(jobs.c.tenant_id == row.tenant_id, live_jobs()))
+        if any(str(entry.get("id")) == row.id for data in used for entry in data.values()):
+            raise needed_by_a_job(self.noun, row.name)
 
     def _view(self, row: Row[Any]) -> DataSetView:
         return DataSetView(

@@ -18,11 +18,11 @@ from nightpress.core.service.claims import Claim
 from nightpress.core.service.registry.registry import (
     Registry,
     Taken,
+    TakesLonger,
     View,
     check_size,
     described,
     dumped,
-    ready_columns,
 )
 from nightpress.core.sources.address import BucketAddress, HubAddress, parse_address, resolve_path
 from nightpress.core.sources.open import open_source
@@ -35,12 +35,12 @@ class FetchingRegistry(Registry[View]):
     A process that takes over from another continues after the last complete file.
     """
 
-    def fetch(self, tenant_id: str, name: str, source_url: str, revision: str | None = None) -> View:
-        """Add a model or data set for the control process to fetch. Raises invalid_request, path_not_allowed."""
+    def fetch(self, tenant_id: str, name: str, source_url: str, revision: str | None = None, **more: Any) -> View:
+        """Add a model or data set for the control process to fetch. more: columns. Raises invalid_request, path_not_allowed."""
         address = parse_address(source_url, self.kind, self._settings)
         row_id = new_id(self.id_prefix)
         kind = "s3" if isinstance(address, BucketAddress) else "hub"
-        given = {"state": "fetching", "source": kind, "source_url": address.url, "revision": revision}
+        given = {"state": "fetching", "source": kind, "source_url": address.url, "revision": revision, **more}
         with transaction(self._engine) as connection:
             self._insert(connection, row_id, tenant_id, name, **given, **described([]))
         return self.get(tenant_id, row_id)
@@ -76,13 +76,19 @@ class FetchingRegistry(Registry[View]):
                 files, facts = self._examine_path(path, claim.note)
             else:
                 files, facts = self._verify_upload(row, claim.note)
+            ready = self._ready_columns(row.tenant_id, row._asdict(), files, facts)
+        except TakesLonger as error:
+            self._forget_if_deleted(row)
+            raise NightpressError(
+                ErrorCode.SOURCE_UNAVAILABLE, f"It must wait: {error}.", hint="It goes on by itself."
+            ) from error
         except NightpressError as error:
             self._forget_if_deleted(row)
             if error.kind.retryable or error.code is ErrorCode.CANCELLED:
                 raise
             self._fail(row, error)
             return
-        if self._advance(row, **ready_columns(files, facts)):
+        if self._advance(row, **ready):
             self._uploads.forget(self._owner(row.id))
         self._forget_if_deleted(row)
 

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy import Row, select
+from sqlalchemy import Engine, Row, select
 from sqlalchemy.engine import Connection
 
 from nightpress.core.artifacts.files import storage_errors
@@ -13,18 +13,30 @@ from nightpress.core.database import transaction
 from nightpress.core.errors import ErrorCode, NightpressError
 from nightpress.core.handoff.manifest import FileEntry
 from nightpress.core.recipes.header import ModelHeader
-from nightpress.core.recipes.inspect import FolderFiles, inspect_model
+from nightpress.core.recipes.inspect import FolderFiles, inspect_adapter, inspect_model
+from nightpress.core.recipes.model_files import ModelFiles
+from nightpress.core.recipes.other_kinds import is_adapter
 from nightpress.core.recipes.possible import Possibility, possibilities
-from nightpress.core.recipes.selection import select_files
+from nightpress.core.recipes.selection import select_adapter, select_files
+from nightpress.core.service.registry.adapters import Bases, adapter_on, hold_base, no_adapter
 from nightpress.core.service.registry.fetching import FetchingRegistry
-from nightpress.core.service.registry.registry import Taken, check_size, describe_files, live_jobs, shared_fields
+from nightpress.core.service.registry.needs import live_jobs, needed_by_a_job
+from nightpress.core.service.registry.registry import (
+    Taken,
+    check_size,
+    describe_files,
+    shared_fields,
+)
 from nightpress.core.service.registry.uploads import Owner
 from nightpress.core.service.tables.jobs import jobs
 from nightpress.core.service.tables.registry import models
+from nightpress.core.settings import Settings
 from nightpress.core.sources.address import resolve_path
 from nightpress.core.sources.selection import choose_model_files
 from nightpress.core.sources.source import Listing, RemoteFile, Source
 from nightpress.core.wire.models import FileView, ModelCreate, ModelView
+
+_ADAPTER = "adapter"  #: the key of an adapter's header among the facts of its files; no column
 
 
 class ModelRegistry(FetchingRegistry[ModelView]):
@@ -35,6 +47,10 @@ class ModelRegistry(FetchingRegistry[ModelView]):
     id_prefix = "mdl"
     upload_column = "model_id"
     table = models
+
+    def __init__(self, engine: Engine, store: ObjectStore, settings: Settings) -> None:
+        super().__init__(engine, store, settings)
+        self._bases = Bases(engine, settings, lambda tenant_id, name, url: self.fetch(tenant_id, name, url).id)
 
     def create(self, tenant_id: str, request: ModelCreate) -> ModelView:
         """Announce files to upload, name a source to fetch, or register a folder on the server.
@@ -48,16 +64,19 @@ class ModelRegistry(FetchingRegistry[ModelView]):
                 hint="`files` are uploaded, `path` names a folder on the server, `source` a place to fetch them from.",
             )
         if request.source is not None:
-            return self.fetch(tenant_id, request.name, request.source)
+            return self.fetch(tenant_id, request.name, request.source, **self._base(tenant_id, request))
         if request.path is not None:
-            return self._create_from_path(tenant_id, request.name, request.path)
+            return self._create_from_path(tenant_id, request, request.path)
         sizes = {file.path: file.size for file in request.files}
         if len(sizes) != len(request.files):
             raise NightpressError(ErrorCode.INVALID_REQUEST, "A file is announced twice.", hint="Name each path once.")
-        chosen = select_files(sizes, None)
+        if request.base is not None and not is_adapter(sizes):
+            raise no_adapter()
+        chosen = select_adapter(sizes) if is_adapter(sizes) else select_files(sizes, None)
         files = [file for file in request.files if file.path in chosen.files]
         check_size(self.noun, sum(file.size for file in files), self._limit)
-        return self._begin(tenant_id, request.name, files, left_out=list(chosen.left_out))
+        base = self._base(tenant_id, request)
+        return self._begin(tenant_id, request.name, files, left_out=list(chosen.left_out), **base)
 
     def header(self, model_id: str) -> ModelHeader:
         """The header that a plan needs. The caller must have checked the tenant with `get`. Raises not_found, conflict."""
@@ -79,13 +98,19 @@ class ModelRegistry(FetchingRegistry[ModelView]):
         """Which passes and exports a model can have. Raises not_found, conflict."""
         return possibilities(self.header(self.get(tenant_id, reference).id))
 
-    def _create_from_path(self, tenant_id: str, name: str, raw: str) -> ModelView:
+    def _base(self, tenant_id: str, request: ModelCreate) -> dict[str, Any]:
+        """The column of the base that a request names for an adapter."""
+        return {} if request.base is None else {"base_id": self._bases.named(tenant_id, request.base)}
+
+    def _create_from_path(self, tenant_id: str, request: ModelCreate, raw: str) -> ModelView:
         path = resolve_path(raw, self._settings)
         if not path.is_dir():
             raise _no_folder(raw)
         with storage_errors(raw):
             sizes = self._files_at(path).names()
-        return self._register(tenant_id, name, path, sum(sizes.values()))
+        if request.base is not None and not is_adapter(sizes):
+            raise no_adapter()
+        return self._register(tenant_id, request.name, path, sum(sizes.values()), **self._base(tenant_id, request))
 
     def _files_at(self, path: Path) -> FolderFiles:
         """The files of a server folder. Raises path_not_allowed if a symbolic link leads outside what the operator allowed."""
@@ -101,9 +126,9 @@ class ModelRegistry(FetchingRegistry[ModelView]):
             files = self._files_at(path)
             sizes = files.names()
             check_size(self.noun, sum(sizes.values()), self._limit)
-            header = inspect_model(files)
+            facts = _facts_of(files)
             left_out = list(files.selection().left_out)
-        return describe_files(path, sizes, files.open, on_bytes), {**_facts(header), "left_out": left_out}
+        return describe_files(path, sizes, files.open, on_bytes), {**facts, "left_out": left_out}
 
     def _choose(self, source: Source, listing: Listing) -> tuple[Sequence[RemoteFile], Mapping[str, Any]]:
         chosen, left_out = choose_model_files(source, listing)
@@ -112,6 +137,8 @@ class ModelRegistry(FetchingRegistry[ModelView]):
     def _verify_upload(self, row: Row[Any], on_bytes: OnBytes, *, at_once: bool = False) -> Taken:
         """As for all uploads. What turns out not to be needed, e.g. shards that the index doesn't name, is deleted again."""
         files, facts = super()._verify_upload(row, on_bytes, at_once=at_once)
+        if _ADAPTER in facts:
+            return files, facts
         owner = self._owner(row.id)
         chosen = select_files([file.path for file in files], lambda path: b"".join(self._store.read(owner.key(path))))
         for path in {file.path for file in files} - set(chosen.files):
@@ -124,11 +151,36 @@ class ModelRegistry(FetchingRegistry[ModelView]):
         return self._settings.max_model_bytes
 
     def _examine_stored(self, owner: Owner, files: Sequence[FileEntry], *, at_once: bool = False) -> dict[str, Any]:  # noqa: ARG002
-        return _facts(inspect_model(_StoredFiles(self._store, owner.prefix, {file.path: file.size for file in files})))
+        return _facts_of(_StoredFiles(self._store, owner.prefix, {file.path: file.size for file in files}))
 
-    def _is_needed(self, connection: Connection, tenant_id: str, row_id: str) -> bool:
-        query = select(jobs.c.id).where(jobs.c.tenant_id == tenant_id, jobs.c.model_id == row_id, live_jobs()).limit(1)
-        return connection.execute(query).one_or_none() is not None
+    def _ready_columns(
+        self, tenant_id: str, announced: Mapping[str, Any], files: Sequence[FileEntry], facts: Mapping[str, Any]
+    ) -> dict[str, Any]:
+        """As for all rows. An adapter has the header of its base, and a digest of both."""
+        adapter = facts.get(_ADAPTER)
+        base_id = announced.get("base_id")
+        if adapter is None:
+            if base_id is not None:
+                raise no_adapter()
+            return super()._ready_columns(tenant_id, announced, files, facts)
+        fitted = self._bases.fit(tenant_id, base_id, files, adapter)
+        beside = {key: value for key, value in facts.items() if key != _ADAPTER}
+        both = {"base_id": fitted.base_id, "digest": fitted.digest, **_facts(fitted.header)}
+        return super()._ready_columns(tenant_id, announced, files, beside) | both
+
+    def _hold(self, connection: Connection, columns: Mapping[str, Any]) -> None:
+        hold_base(connection, columns)
+
+    def _check_not_needed(self, connection: Connection, row: Row[Any]) -> None:
+        query = select(jobs.c.id).where(jobs.c.tenant_id == row.tenant_id, jobs.c.model_id == row.id, live_jobs())
+        if connection.execute(query.limit(1)).one_or_none() is not None:
+            raise needed_by_a_job(self.noun, row.name)
+        if (name := adapter_on(connection, row.id)) is not None:
+            raise NightpressError(
+                ErrorCode.CONFLICT,
+                f"The adapter {name} needs the model {row.name}, which it is merged into.",
+                hint="Delete the adapter first.",
+            )
 
     def _view(self, row: Row[Any]) -> ModelView:
         return ModelView(
@@ -138,6 +190,7 @@ class ModelRegistry(FetchingRegistry[ModelView]):
             task=row.task,
             parameters=row.parameters,
             files=[FileView.model_validate(entry) for entry in row.files],
+            base_id=row.base_id,
             left_out=row.left_out or [],
         )
 
@@ -146,6 +199,13 @@ def _no_folder(raw: str) -> NightpressError:
     return NightpressError(
         ErrorCode.NOT_FOUND, f"There is no folder {raw} on the server.", hint="Name the model's folder."
     )
+
+
+def _facts_of(files: ModelFiles) -> dict[str, Any]:
+    """The columns that describe a model; of an adapter, which has them from its base, its header."""
+    if is_adapter(files.names()):
+        return {_ADAPTER: inspect_adapter(files)}
+    return _facts(inspect_model(files))
 
 
 def _facts(header: ModelHeader) -> dict[str, Any]:

@@ -21,11 +21,9 @@ from nightpress.core.ids import new_id
 from nightpress.core.paging import newest_first
 from nightpress.core.service.access.quotas import QuotaBook
 from nightpress.core.service.registry.uploads import Owner, Uploads
-from nightpress.core.service.tables.jobs import jobs
 from nightpress.core.service.tables.registry import UNSWEPT
 from nightpress.core.settings import Settings
 from nightpress.core.sources.address import Kind
-from nightpress.core.wire.jobs import TERMINAL_STATES
 from nightpress.core.wire.models import DataSetView, FileAnnouncement, ModelView, UploadFile
 
 log = logging.getLogger(__name__)
@@ -97,6 +95,7 @@ class Registry(ABC, Generic[View]):
             if row.size > self._settings.verify_inline_bytes:
                 raise TakesLonger
             files, facts = self._verify_upload(row, _ignore, at_once=True)
+            ready = self._ready_columns(tenant_id, row._asdict(), files, facts)
         except NightpressError as error:
             if not error.kind.retryable and error.code is not ErrorCode.NOT_FOUND:
                 self._fail(row, error)
@@ -105,21 +104,17 @@ class Registry(ABC, Generic[View]):
             _note_unforeseen(error, self.noun, row.id)
             won = self._advance(row, state="verifying")
             return self.get(tenant_id, row.id) if won else self._as_decided(tenant_id, owner)
-        if not self._advance(row, **ready_columns(files, facts)):
+        if not self._advance(row, **ready):
             return self._as_decided(tenant_id, owner)
         self._uploads.forget(owner)
         return self.get(tenant_id, row.id)
 
     def delete(self, tenant_id: str, reference: str) -> None:
-        """Delete the row with its stored files and its upload. Files at a server path stay. Raises conflict while a job needs it."""
+        """Delete the row with its stored files and its upload. Files at a server path stay. Raises conflict while it is needed."""
         row = self._find(tenant_id, reference)
         with transaction(self._engine) as connection:
-            if self._is_needed(connection, tenant_id, row.id):
-                raise NightpressError(
-                    ErrorCode.CONFLICT,
-                    f"A job that is queued or running needs the {self.noun} {row.name}.",
-                    hint="Cancel the job or wait for its end.",
-                )
+            connection.execute(select(self.table.c.id).where(self.table.c.id == row.id).with_for_update())
+            self._check_not_needed(connection, row)
             connection.execute(update(self.table).where(self.table.c.id == row.id).values(deleted_at=db_now()))
         self._uploads.abandon(self._owner(row.id))
 
@@ -179,8 +174,21 @@ class Registry(ABC, Generic[View]):
         """The largest size allowed, in bytes."""
 
     @abstractmethod
-    def _is_needed(self, connection: Connection, tenant_id: str, row_id: str) -> bool:
-        """Whether a job that has not ended needs the row."""
+    def _check_not_needed(self, connection: Connection, row: Row[Any]) -> None:
+        """Raise NightpressError(conflict) if a job that has not ended, or another row, needs this row."""
+
+    def _ready_columns(
+        self,
+        tenant_id: str,  # noqa: ARG002
+        announced: Mapping[str, Any],  # noqa: ARG002
+        files: Sequence[FileEntry],
+        facts: Mapping[str, Any],
+    ) -> dict[str, Any]:
+        """The columns of a row that becomes ready. announced: its columns until now. Raises TakesLonger if it needs a row that is not ready."""
+        return ready_columns(files, facts)
+
+    def _hold(self, connection: Connection, columns: Mapping[str, Any]) -> None:
+        """Keep the rows that these columns refer to from being deleted before the transaction ends."""
 
     # ---------------------------------------------------------------------------------------------------------------
 
@@ -201,14 +209,15 @@ class Registry(ABC, Generic[View]):
             raise
         return self.get(tenant_id, owner.id).model_copy(update={"uploads": self._uploads.pending(owner)})
 
-    def _register(self, tenant_id: str, name: str, server_path: Path, size: int) -> View:
-        """Write a row for files that stay at their server path. It is ready at once, unless reading the files takes long."""
+    def _register(self, tenant_id: str, name: str, server_path: Path, size: int, **more: Any) -> View:
+        """Write a row for files that stay at their server path. It is ready at once, unless reading the files takes long. more: columns."""
         row_id = new_id(self.id_prefix)
-        given: dict[str, Any] = {"source": "path", "server_path": str(server_path)}
+        given: dict[str, Any] = {"source": "path", "server_path": str(server_path), **more}
         try:
             if size > self._settings.verify_inline_bytes:
                 raise TakesLonger
-            given |= ready_columns(*self._examine_path(server_path, _ignore, at_once=True))
+            found = self._examine_path(server_path, _ignore, at_once=True)
+            given |= self._ready_columns(tenant_id, given, *found)
         except NightpressError:
             raise
         except Exception as error:
@@ -219,6 +228,7 @@ class Registry(ABC, Generic[View]):
         return self.get(tenant_id, row_id)
 
     def _insert(self, connection: Connection, row_id: str, tenant_id: str, name: str, **columns: Any) -> None:
+        self._hold(connection, columns)
         columns_of = self.table.c
         namesakes = (columns_of.tenant_id == tenant_id, columns_of.name == name)
         created_at = later_than(connection, select(func.max(columns_of.created_at)).where(*namesakes))
@@ -278,6 +288,7 @@ class Registry(ABC, Generic[View]):
         if columns["state"] in {"ready", "failed"}:
             columns |= {"claim_id": None, "claim_until": None}
         with transaction(self._engine) as connection:
+            self._hold(connection, columns)
             won = connection.execute(
                 update(table).where(table.c.id == row.id, *same, table.c.deleted_at.is_(None)).values(**columns)
             )
@@ -320,11 +331,6 @@ def _note_unforeseen(error: Exception, noun: str, row_id: str) -> None:
 
 def _ignore(_count: int) -> None:
     """Drops the progress: within a request, no caller can read it."""
-
-
-def live_jobs() -> Any:
-    """The SQL condition that a job has not ended."""
-    return jobs.c.state.not_in(sorted(TERMINAL_STATES))
 
 
 def describe_files(

@@ -73,12 +73,15 @@ models = Table(
     Column("parameters", BigInteger),
     Column("files", JsonType, nullable=False),  #: path, size, sha256 of each
     Column("header", JsonType),  #: core.recipes.header.ModelHeader
+    #: of an adapter: the model that it was trained for, whose files jobs get beside the adapter's; NULL: not an adapter, or not known yet
+    Column("base_id", ForeignKey("models.id")),
     Column("left_out", JsonType),  #: names beside the model that were not taken; NULL: from before this was recorded
     *_columns_behind(),
     *_checks(),
     CheckConstraint("state <> 'ready' OR (digest IS NOT NULL AND parameters IS NOT NULL)", name="ready_is_whole"),
     Index("ix_models_tenant_id_name_created_at_id", "tenant_id", "name", "created_at", "id"),
     Index("ix_models_state_created_at", "state", "created_at"),
+    Index("ix_models_base_id", "base_id"),
 )
 
 #: A data set. When it is `ready`, it is one immutable file of text or rows.
