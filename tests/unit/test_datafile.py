@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 
 from nightpress.core.compress.data.rows import Row, read_rows
 from nightpress.core.errors import ErrorCode, NightpressError
-from nightpress.core.recipes.datafile import MAX_LINE, READ_LINES, DataFacts, Window, examine_data, read_data
+from nightpress.core.recipes.datafile import DataFacts, examine_data, read_data
+from nightpress.core.recipes.textfile import MAX_LINE, READ_LINES, Window
 from tests.patience import slowness
 
 _TEMPLATE = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"

@@ -8,7 +8,7 @@ from typing import Literal, TypeVar
 
 import numpy as np
 
-from nightpress.core.recipes.datafile import invalid
+from nightpress.core.recipes.textfile import invalid
 
 Part = Literal["all", "choose", "judge"]
 Item = TypeVar("Item")

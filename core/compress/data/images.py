@@ -11,9 +11,9 @@ from numpy.typing import NDArray
 
 from nightpress.core.compress.data.rows import find_file, parquet_rows
 from nightpress.core.compress.data.slices import Slices, draw, slices_of
-from nightpress.core.recipes.datafile import invalid
 from nightpress.core.recipes.header import ModelHeader
 from nightpress.core.recipes.labels import LabelError, slice_of
+from nightpress.core.recipes.textfile import invalid
 
 _MAX_PIXELS = 64 * 1024**2
 _BILINEAR = 2  #: Pillow's number of the filter

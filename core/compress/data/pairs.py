@@ -10,8 +10,8 @@ import numpy as np
 from nightpress.core.compress.data.halves import half
 from nightpress.core.compress.data.rows import Row
 from nightpress.core.compress.data.tokenized import DataSource
-from nightpress.core.recipes.datafile import invalid
 from nightpress.core.recipes.labels import slice_of
+from nightpress.core.recipes.textfile import invalid
 
 #: Columns of a row with one pair, the first and the second text. A row with other columns has no pair.
 _FIRST = ("query", "question", "anchor", "text_a", "sentence1", "text1")

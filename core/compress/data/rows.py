@@ -8,8 +8,9 @@ from typing import Any
 
 from nightpress.core.compress.data.chat import render_conversations
 from nightpress.core.recipes.calibration import BUILTIN_DATA
-from nightpress.core.recipes.datafile import READ_BYTES, READ_LINES, DataRow, invalid, kind_of, read_data, row_of
+from nightpress.core.recipes.datafile import DataRow, kind_of, read_data, row_of
 from nightpress.core.recipes.labels import Label
+from nightpress.core.recipes.textfile import READ_BYTES, READ_LINES, invalid
 
 _BATCH_ROWS = 1024
 _PIECE = 256 * 1024

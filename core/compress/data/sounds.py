@@ -10,8 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nightpress.core.compress.data.rows import find_file, parquet_rows
-from nightpress.core.recipes.datafile import invalid
 from nightpress.core.recipes.header import ModelHeader
+from nightpress.core.recipes.textfile import invalid
 
 _TEXTS = ("text", "sentence", "transcription")  #: columns that say what is spoken
 _RATE = 16_000  #: samples a second that a speech model hears

@@ -15,9 +15,9 @@ from nightpress.core.compress.data.rows import Row, builtin_bytes, has_columns, 
 from nightpress.core.compress.data.slices import Slices, by_slice, draw, evenly, shares, slices_of
 from nightpress.core.compress.data.tokenizer import Tokenizer, open_tokenizer
 from nightpress.core.errors import ErrorCode, NightpressError
-from nightpress.core.recipes.datafile import invalid
 from nightpress.core.recipes.header import ModelHeader
 from nightpress.core.recipes.labels import Label, slice_of
+from nightpress.core.recipes.textfile import invalid
 
 __all__ = ["Row", "Tokenizer", "open_tokenizer", "read_records", "read_rows"]
 

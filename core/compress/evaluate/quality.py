@@ -26,11 +26,11 @@ from nightpress.core.compress.export.consumer import Observed
 from nightpress.core.compress.export.task import Task, TimedGeneration, TimedShape, TokenSet
 from nightpress.core.errors import ErrorCode, NightpressError
 from nightpress.core.handoff.report import Measurement, Slice
-from nightpress.core.recipes.datafile import invalid
 from nightpress.core.recipes.exports import Export
 from nightpress.core.recipes.header import ModelHeader
 from nightpress.core.recipes.models import GenerationSpeed, Latency, Metric, Quality, Recipe
 from nightpress.core.recipes.plan import timed_by_turns, timed_uncompressed
+from nightpress.core.recipes.textfile import invalid
 
 _CHECK_ROWS = 8  #: texts of different lengths in the verification
 _CHECK_STEPS = 6  #: tokens that an encoder-decoder writes in the verification, each by a run of its decoder

@@ -13,7 +13,8 @@ from nightpress.core.errors import ErrorCode, NightpressError
 from nightpress.core.handoff.manifest import FileEntry
 from nightpress.core.paging import cursor_after
 from nightpress.core.recipes.calibration import BUILTIN_DATA
-from nightpress.core.recipes.datafile import READ_BYTES, DataFacts, Window, examine_data, kind_of
+from nightpress.core.recipes.datafile import DataFacts, examine_data, kind_of
+from nightpress.core.recipes.textfile import READ_BYTES, Window
 from nightpress.core.service.registry.fetching import FetchingRegistry
 from nightpress.core.service.registry.needs import live_jobs, needed_by_a_job
 from nightpress.core.service.registry.registry import (
