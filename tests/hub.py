@@ -30,6 +30,7 @@ class Hub:
     elsewhere: str = ""  #: the redirect's target for large files, instead of /cdn/
     asked: list[tuple[str, dict[str, str]]] = field(default_factory=list)
     url: str = ""
+    sent: int = 0  #: bytes of all files and parts of files
     writes: Writes = field(default_factory=Writes)
 
     def push(self, repository: str, files: Files, branch: str = "main") -> str:
@@ -141,11 +142,13 @@ def serve_hub() -> Iterator[Hub]:
             self.end_headers()
 
         def send_bytes(self, data: bytes) -> None:
-            start = int(self.headers.get("Range", "bytes=0-").removeprefix("bytes=").removesuffix("-"))
-            self.send_response(206 if start else 200)
-            self.send_header("Content-Length", str(len(data) - start))
+            wanted = self.headers.get("Range")
+            first, _, last = (wanted or "bytes=0-").removeprefix("bytes=").partition("-")
+            rest = data[int(first) : int(last) + 1 if last else None]
+            hub.sent += len(rest)
+            self.send_response(206 if wanted else 200)
+            self.send_header("Content-Length", str(len(rest)))
             self.end_headers()
-            rest = data[start:]
             if hub.breaks and len(rest) > hub.breaks[0]:
                 self.wfile.write(rest[: hub.breaks.pop(0)])
                 self.close_connection = True

@@ -26,6 +26,13 @@ _EXAMPLES = {
         "summary": "Fetched from a bucket that the operator allowed",
         "value": {"name": "reviews", "source": "s3://data/reviews.jsonl.gz"},
     },
+    "split of the Hub": {
+        "summary": "The columns of a split, fetched from a data set repository of the Hugging Face Hub",
+        "value": {
+            "name": "reviews",
+            "source": "hf://datasets/acme/reviews@main?split=test&columns=text:sentence,label",
+        },
+    },
     "server path": {
         "summary": "A file on the server that the operator allowed",
         "value": {"name": "reviews", "path": "/srv/data/reviews.jsonl"},

@@ -73,7 +73,7 @@ def add_data_set(
         str,
         typer.Argument(
             metavar="FILE|SOURCE",
-            help="A local file, or s3://bucket/file or hf://datasets/organisation/name@revision/file.",
+            help="A local file, or s3://bucket/file, hf://datasets/organisation/name@revision/file or …@revision?split=train&columns=text:NAME,label.",
         ),
     ],
     name: Annotated[str | None, typer.Option(help="The data set's name; otherwise the file's.")] = None,

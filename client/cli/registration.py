@@ -10,8 +10,8 @@ from nightpress.core.wire.models import DataSetView, ModelView
 
 
 def name_of_source(source: str) -> str:
-    """The last part of an `s3://…` or `hf://…` address, without revision and file endings."""
-    return plain_name(source.rstrip("/").rpartition("/")[2].partition("@")[0].partition(".")[0])
+    """The last part of an `s3://…` or `hf://…` address, without revision, query and file endings."""
+    return plain_name(source.partition("?")[0].rstrip("/").rpartition("/")[2].partition("@")[0].partition(".")[0])
 
 
 def progress_notes(session: Session) -> Callable[[ModelView | DataSetView], None]:

@@ -1,15 +1,18 @@
 """Parses the address of a source and checks that the operator allows it. Nothing here uses the network."""
 
 import re
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
-from urllib.parse import urlsplit
+from urllib.parse import parse_qs, urlencode, urlsplit
 
 from nightpress.core.errors import ErrorCode, NightpressError
 from nightpress.core.settings import Settings
 
 Kind = Literal["models", "datasets"]
+#: Columns of a split that are taken if nobody names others: those that every data set here may have.
+DEFAULT_COLUMNS = {name: name for name in ("text", "messages", "label", "slice")}
 _BUCKET = re.compile(r"[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]")
 _HUB_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}")
 _REVISION = re.compile(r"[A-Za-z0-9][A-Za-z0-9._/-]{0,127}")
@@ -29,18 +32,44 @@ class BucketAddress:
 
 
 @dataclass(frozen=True)
+class SplitChoice:
+    """Which rows and columns of a data set repository are wanted."""
+
+    split: str
+    config: str | None  #: None is the default
+    columns: Mapping[str, str]  #: name here → name in the repository
+
+    def missing(self, there: Collection[str]) -> list[str]:
+        """Which columns a file lacks: of named ones each, and else a text or a conversation."""
+        if self.columns != DEFAULT_COLUMNS:
+            return [stored for stored in self.columns.values() if stored not in there]
+        return [] if {"text", "messages"} & set(there) else ["text", "messages"]
+
+
+@dataclass(frozen=True)
 class HubAddress:
-    """A repository of the Hugging Face Hub at a branch, tag or commit, or one file in it."""
+    """A repository of the Hugging Face Hub at a branch, tag or commit; one file in it; or one split of a data set."""
 
     kind: Kind
     repository: str  #: organisation/name
     revision: str
     path: str = ""
+    choice: SplitChoice | None = None
 
     @property
     def url(self) -> str:
         kind = "datasets/" if self.kind == "datasets" else ""
-        return f"hf://{kind}{self.repository}@{self.revision}/{self.path}".rstrip("/")
+        return f"hf://{kind}{self.repository}@{self.revision}/{self.path}".rstrip("/") + self._query()
+
+    def _query(self) -> str:
+        if self.choice is None:
+            return ""
+        given = {"config": self.choice.config, "split": self.choice.split}
+        if self.choice.columns != DEFAULT_COLUMNS:
+            given["columns"] = ",".join(
+                name if name == stored else f"{name}:{stored}" for name, stored in self.choice.columns.items()
+            )
+        return "?" + urlencode({key: value for key, value in given.items() if value is not None}, safe=":,")
 
 
 Address = BucketAddress | HubAddress
@@ -58,6 +87,11 @@ def parse_address(raw: str, kind: Kind, settings: Settings) -> Address:
     if raw.startswith("hf://"):
         return _allowed_hub(_hub(raw, kind), settings)
     raise _invalid(raw, "it begins with neither s3:// nor hf://")
+
+
+def is_split(address: Address) -> bool:
+    """Return whether an address means a split of a data set, and not a file or folder."""
+    return isinstance(address, HubAddress) and address.choice is not None
 
 
 def check_source(raw: str, settings: Settings) -> None:
@@ -97,9 +131,9 @@ def _bucket(raw: str, kind: Kind) -> BucketAddress:
 
 
 def _hub(raw: str, kind: Kind) -> HubAddress:
-    rest = raw.removeprefix("hf://")
+    rest, _, query = raw.removeprefix("hf://").partition("?")
     if (kind == "datasets") != rest.startswith("datasets/"):
-        raise _invalid(raw, "a model is hf://organisation/name@revision, a data set's file hf://datasets/…")
+        raise _invalid(raw, "a model is hf://organisation/name@revision, a data set hf://datasets/…")
     organisation, _, rest = rest.removeprefix("datasets/").partition("/")
     if "@" in rest:
         name, _, rest = rest.partition("@")
@@ -110,9 +144,33 @@ def _hub(raw: str, kind: Kind) -> HubAddress:
     named = all(_HUB_NAME.fullmatch(part) and ".." not in part and "--" not in part for part in (organisation, name))
     if not named or not _REVISION.fullmatch(revision) or ".." in revision or revision.endswith("/"):
         raise _invalid(raw, "it is not organisation/name@revision")
-    if (kind == "models" and path) or (kind == "datasets" and any(part in {"", ".", ".."} for part in path.split("/"))):
-        raise _invalid(raw, "a model is a whole repository, a data set one file of one")
-    return HubAddress(kind, f"{organisation}/{name}", revision, path)
+    if (kind == "models" and (path or query)) or (
+        path and (query or any(part in {"", ".", ".."} for part in path.split("/")))
+    ):
+        raise _invalid(raw, "a model is a whole repository, a data set one file of one, or one split: …?split=train")
+    choice = _choice(raw, query) if kind == "datasets" and not path else None
+    return HubAddress(kind, f"{organisation}/{name}", revision, path, choice)
+
+
+def _choice(raw: str, query: str) -> SplitChoice:
+    try:
+        given = parse_qs(query, keep_blank_values=True, strict_parsing=True, max_num_fields=3) if query else {}
+    except ValueError:
+        raise _invalid(raw, "what follows its `?` is not name=value, joined by `&`") from None
+    if not given.keys() <= {"config", "split", "columns"} or any(
+        len(values) > 1 or not values[0] for values in given.values()
+    ):
+        raise _invalid(raw, "behind its `?` are `split`, `config` and `columns`, each once")
+    columns = {}
+    for entry in given["columns"][0].split(",") if "columns" in given else ():
+        name, _, stored = entry.partition(":")
+        if not re.fullmatch(r"\w{1,64}", name) or name in columns:
+            raise _invalid(raw, "its `columns` are not like text:sentence,label")
+        columns[name] = stored or name
+    if len(set(columns.values())) < len(columns):
+        raise _invalid(raw, "its `columns` take one column twice")
+    config = given.get("config", [None])[0]
+    return SplitChoice(given.get("split", ["train"])[0], config, columns or DEFAULT_COLUMNS)
 
 
 def _allowed_bucket(address: BucketAddress, settings: Settings) -> BucketAddress:

@@ -4,7 +4,7 @@ Requests go only to the configured endpoint and to the domains that it may redir
 """
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import replace
 from typing import Any
 from urllib.parse import quote
@@ -61,12 +61,15 @@ class HubSource:
             )
         return Listing(commit, tuple(files))
 
-    def read(self, file: RemoteFile, start: int) -> Iterator[bytes]:
+    def read(self, file: RemoteFile, start: int, end: int | None = None) -> Generator[bytes]:
+        """As all sources do. end: where to stop; None is the file's end."""
         kind = "datasets/" if self._address.kind == "datasets" else ""
         path = quote(f"{self._folder}/{file.path}".lstrip("/"), safe="/")
         url = f"{self._endpoint}/{kind}{self._address.repository}/resolve/{file.version}/{path}"
-        with self._get(url, {"Range": f"bytes={start}-"} if start else {}) as response:
-            if start and response.status_code != 206:
+        part = f"bytes={start}-{'' if end is None else end - 1}"
+        is_part = start > 0 or end is not None
+        with self._get(url, {"Range": part} if is_part else {}) as response:
+            if is_part and response.status_code != 206:
                 raise unavailable(file.path, "the Hub does not go on in the middle of a file")
             # Not in pieces of a fixed size: an incomplete piece would be lost when the connection breaks.
             yield from response.iter_raw()

@@ -48,7 +48,8 @@ class ModelCreate(Request):
 class DataSetCreate(Request):
     """One file: `.txt` (prose) or `.jsonl` (rows with `text` and, for classifiers, `label`), plain or `.gz`.
 
-    A source is `s3://bucket/folder/file.jsonl`, or `hf://datasets/organisation/name@revision/folder/file.jsonl`.
+    A source is `s3://bucket/folder/file.jsonl`, `hf://datasets/organisation/name@revision/folder/file.jsonl`, or a split of a repository:
+    `hf://datasets/organisation/name@revision?split=train&columns=text:sentence,label`. `config` names a configuration.
     """
 
     name: Name

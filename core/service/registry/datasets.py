@@ -27,7 +27,7 @@ from nightpress.core.service.registry.registry import (
 from nightpress.core.service.registry.uploads import Owner
 from nightpress.core.service.tables.jobs import jobs
 from nightpress.core.service.tables.registry import data_sets
-from nightpress.core.sources.address import resolve_path
+from nightpress.core.sources.address import is_split, parse_address, resolve_path
 from nightpress.core.sources.source import Listing, RemoteFile, Source
 from nightpress.core.wire.models import DataSetCreate, DataSetView
 
@@ -58,7 +58,8 @@ class DataSetRegistry(FetchingRegistry[DataSetView]):
                 hint="`file` is uploaded, `path` names a file on the server, `source` a place to fetch it from.",
             )
         if request.source is not None:
-            kind_of(request.source.rpartition("/")[2])
+            if not is_split(parse_address(request.source, self.kind, self._settings)):
+                kind_of(request.source.rpartition("/")[2])
             return self.fetch(tenant_id, request.name, request.source)
         if request.path is not None:
             return self._create_from_path(tenant_id, request.name, request.path)
