@@ -22,6 +22,8 @@ Value = TypeVar("Value")
 #: Columns that mark a row for a metric that reads more than a text; see docs/evaluation.md.
 _OTHER_COLUMNS = frozenset({"text_a", "sentence1", "text1", "query", "anchor", "question", "prompt", "tokens", "words"})
 
+#: What templates read of a turn beside its role and content.
+_TURN_KEYS = ("name", "reasoning_content", "thinking", "tool_call_id", "tool_calls")
 _HINT = "docs/how-to/bring-your-data.md shows what a data set looks like."
 _CONVERSATION = 'Write {"messages": [{"role": "user", "content": "…"}, {"role": "assistant", "content": "…"}]}.'
 
@@ -33,7 +35,8 @@ class DataRow:
     place: str  #: place in the file for error messages, e.g. "line 3"
     values: Mapping[str, Any]  #: all columns; of a CSV only `text`, `label` and `slice`
     text: str | None = None
-    messages: tuple[Mapping[str, str], ...] = ()
+    messages: tuple[Mapping[str, Any], ...] = ()  #: turns with `role`, `content`, and what else templates read of them
+    tools: tuple[Any, ...] = ()  #: the functions that the conversation may call, as the template describes them
     label: Label | None = None
     slice: str | None = None  #: the part of the data that the row belongs to, e.g. "code"
 
@@ -91,8 +94,9 @@ def _row(ref: str, place: str, values: Mapping[str, Any]) -> DataRow | None:
     label = _checked(ref, place, "label", label_of, values)
     if values.get("messages") is not None:
         messages = _messages(ref, place, values["messages"])
-        says = any(message["content"].strip() for message in messages)
-        return DataRow(place, values, messages=messages, label=label) if says else None
+        says = any(message["content"].strip() or message.get("tool_calls") for message in messages)
+        tools = tools_of(ref, place, values.get("tools"))
+        return DataRow(place, values, messages=messages, tools=tools, label=label) if says else None
     if isinstance(text, str):
         return DataRow(place, values, text, label=label) if text.strip() else None
     if text is None and ("text" in values or "messages" in values):
@@ -111,7 +115,7 @@ def _checked(ref: str, place: str, column: str, read: Callable[[object], Value],
         raise invalid(ref, f"{place}: `{column}` {error}", error.hint) from None
 
 
-def _messages(ref: str, place: str, raw: object) -> tuple[Mapping[str, str], ...]:
+def _messages(ref: str, place: str, raw: object) -> tuple[Mapping[str, Any], ...]:
     turns = [_turn(row) for row in raw] if isinstance(raw, list) else []
     found = tuple(turn for turn in turns if turn is not None)
     if not found or len(found) < len(turns):
@@ -119,12 +123,33 @@ def _messages(ref: str, place: str, raw: object) -> tuple[Mapping[str, str], ...
     return found
 
 
-def _turn(raw: object) -> Mapping[str, str] | None:
+def tools_of(ref: str, place: str, raw: object) -> tuple[Any, ...]:
+    """Return the functions of a row: a list, or a list as JSON, as many data sets have it. Raises NightpressError(invalid_data)."""
+    if isinstance(raw, str):
+        try:
+            raw = json.loads(raw) if raw.strip() else None
+        except (ValueError, RecursionError):
+            raw = 0
+    if raw is None:
+        return ()
+    if not isinstance(raw, list) or not all(isinstance(tool, dict) for tool in raw):
+        raise invalid(
+            ref,
+            f"{place}: `tools` is no list of functions, nor one as JSON",
+            "Leave the column out, or write what the template reads.",
+        )
+    return tuple(raw)
+
+
+def _turn(raw: object) -> Mapping[str, Any] | None:
     """Return a turn of a conversation; None: the value is no turn. Null content, as in turns that call tools, becomes an empty text."""
     if not isinstance(raw, dict) or not isinstance(raw.get("role"), str):
         return None
     content = raw.get("content", 0)
-    return {"role": raw["role"], "content": content or ""} if content is None or isinstance(content, str) else None
+    if content is not None and not isinstance(content, str):
+        return None
+    more = {key: raw[key] for key in _TURN_KEYS if raw.get(key)}
+    return {"role": raw["role"], "content": content or "", **more}
 
 
 # Formats -------------------------------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ from nightpress.core.settings import Settings
 
 Kind = Literal["models", "datasets"]
 #: Columns of a split that are taken if nobody names others: those that every data set here may have.
-DEFAULT_COLUMNS = {name: name for name in ("text", "messages", "label", "slice")}
+DEFAULT_COLUMNS = {name: name for name in ("text", "messages", "tools", "label", "slice")}
 _BUCKET = re.compile(r"[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]")
 _HUB_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}")
 _REVISION = re.compile(r"[A-Za-z0-9][A-Za-z0-9._/-]{0,127}")

@@ -204,6 +204,47 @@ def test_marks_of_what_a_model_writes_and_json_are_rendered_as_transformers_rend
         read_rows("d", _jsonl(tmp_path, {"messages": _TALK[:1] * 2}), model_dir=model)
 
 
+_TOOLS = [{"type": "function", "function": {"name": "tide", "parameters": {"type": "object", "properties": {"port": {"type": "string"}}}}}]  # fmt: skip
+_CALLS = [
+    {"role": "user", "content": "When is high water?"},
+    {"role": "assistant", "content": None, "tool_calls": [{"id": "1", "type": "function", "function": {"name": "tide", "arguments": '{"port": "Cuxhaven"}'}}]},
+    {"role": "tool", "tool_call_id": "1", "content": "14:20"},
+    {"role": "assistant", "reasoning_content": "The port said so.", "content": "At 14:20."},
+]  # fmt: skip
+_WITH_TOOLS = """{%- if tools %}{{ tools | tojson }}
+{% endif %}{%- for message in messages %}<{{ message.role }}>{{ message.reasoning_content }}{{ message.content or '' }}
+{%- for call in message.tool_calls or [] %}[{{ call.function.name }} {{ call.function.arguments }}]{% endfor %}{% endfor %}"""
+
+
+@pytest.mark.parametrize("as_json", [False, True])
+@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+def test_tools_and_their_calls_are_rendered_as_transformers_renders_them(
+    bert_tiny: Path, tmp_path: Path, kind: str, as_json: bool
+):
+    import transformers
+
+    model = _model(tmp_path / "model", _WITH_TOOLS)
+    row = {"messages": _CALLS, "tools": json.dumps(_TOOLS) if as_json else _TOOLS}
+    if kind == "parquet":
+        pq.write_table(pa.Table.from_pylist([row, {"messages": _TALK}]), tmp_path / "a.parquet")
+        rows = read_rows("d", tmp_path / "a.parquet", model_dir=model)
+    else:
+        rows = read_rows("d", _jsonl(tmp_path, row, {"messages": _TALK}), model_dir=model)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(bert_tiny)
+    expected = [
+        tokenizer.apply_chat_template(talk, tools=tools, chat_template=_WITH_TOOLS, tokenize=False)
+        for talk, tools in ((_CALLS, _TOOLS), (_TALK, None))
+    ]
+    assert [found.text for found in rows] == expected
+    assert '[tide {"port": "Cuxhaven"}]' in expected[0]
+
+
+@pytest.mark.parametrize("tools", ["no JSON", "3", 3, ["tide"]])
+def test_tools_that_are_none_are_refused(tmp_path: Path, tools: object):
+    with pytest.raises(NightpressError, match="line 1: `tools` is no list of functions"):
+        read_rows("d", _jsonl(tmp_path, {"messages": _TALK, "tools": tools}), model_dir=tmp_path)
+
+
 def test_parquet_is_as_lenient_as_jsonl(tmp_path: Path):
     table = pa.table({"text": ["a", None, " ", "b"], "label": ["pos", "neg", "neg", "3"]})
     pq.write_table(table, tmp_path / "a.parquet")

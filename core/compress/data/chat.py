@@ -22,11 +22,16 @@ RENDERED_AT = datetime(2025, 1, 1, tzinfo=UTC)
 
 
 def render_conversations(
-    conversations: Sequence[Sequence[Mapping[str, str]]], model_dir: Path, *, ref: str, answering: bool = False
+    conversations: Sequence[Sequence[Mapping[str, Any]]],
+    model_dir: Path,
+    *,
+    ref: str,
+    answering: bool = False,
+    tools: Sequence[Sequence[Any]] = (),
 ) -> list[str]:
     """Render each conversation, a list of {"role", "content"}, to one text with the template's markers.
 
-    answering: end each with the marker behind which the model writes its answer.
+    answering: end each with the marker behind which the model writes its answer. tools: the functions that each may call; empty: none of them any.
 
     Raises NightpressError(invalid_data) if the model has no template, or if rendering fails or takes too long.
     """
@@ -37,8 +42,9 @@ def render_conversations(
         "conversations": conversations,
         "now": RENDERED_AT.isoformat(),
         "answering": answering,
+        "tools": [list(found) or None for found in tools] or [None] * len(conversations),
     }
-    request = json.dumps(asked).encode()
+    request = json.dumps(asked, default=str).encode()
     with tempfile.TemporaryFile() as out:
         try:
             run = subprocess.run(

@@ -42,15 +42,18 @@ def main() -> None:
     try:
         template = environment.from_string(request["template"])
         given = request["tokens"] | {"add_generation_prompt": request["answering"]}
-        texts = [_render(template, conversation, given) for conversation in request["conversations"]]
+        texts = [
+            _render(template, conversation, tools, given)
+            for conversation, tools in zip(request["conversations"], request["tools"], strict=True)
+        ]
     except (TemplateError, TypeError, ValueError, ArithmeticError, LookupError, RecursionError) as error:
         sys.exit(f"{type(error).__name__}: {error}")
     json.dump(texts, sys.stdout)
 
 
-def _render(template: Any, messages: list[dict[str, str]], given: dict[str, Any]) -> str:
+def _render(template: Any, messages: list[dict[str, Any]], tools: list[Any] | None, given: dict[str, Any]) -> str:
     parts, size = [], 0
-    for part in template.generate(messages=messages, tools=None, documents=None, **given):
+    for part in template.generate(messages=messages, tools=tools, documents=None, **given):
         size += len(part)
         if size > _MAX_CHARACTERS:
             raise ValueError(f"a conversation is rendered to more than {_MAX_CHARACTERS} characters")

@@ -112,7 +112,7 @@ def _pieces(file: Path) -> Iterator[bytes]:
 
 def _parquet(ref: str, file: Path) -> Iterator[DataRow]:
     size = 0
-    for number, values in enumerate(parquet_rows(ref, file, ("text", "label", "messages", "slice")), 1):
+    for number, values in enumerate(parquet_rows(ref, file, ("text", "label", "messages", "slice", "tools")), 1):
         size += len(str(values))
         if size > READ_BYTES or number > READ_LINES:
             return
@@ -129,7 +129,8 @@ def _render(ref: str, raw: list[DataRow], model_dir: Path | None) -> list[Row]:
     rendered: dict[int, str] = {}
     if conversations:
         assert model_dir is not None
-        texts = render_conversations(list(conversations.values()), model_dir, ref=ref)
+        tools = [raw[at].tools for at in conversations]
+        texts = render_conversations(list(conversations.values()), model_dir, ref=ref, tools=tools)
         rendered = dict(zip(conversations, texts, strict=True))
     rows = []
     for at, row in enumerate(raw):

@@ -18,6 +18,7 @@ from nightpress.core.compress.evaluate.view import OfExamples, OutputPair, Score
 from nightpress.core.compress.export.task import TokenSet
 from nightpress.core.errors import ErrorCode, NightpressError
 from nightpress.core.handoff.report import Measurement
+from nightpress.core.recipes.datafile import tools_of
 
 _PROMPTS = ("prompt", "text")
 
@@ -290,7 +291,10 @@ def _encoded_prompts(
     if asked:
         if source.model_dir is None:
             raise request.invalid("it holds conversations, which are not read here", "Bring rows with a `prompt`.")
-        texts = render_conversations(list(asked.values()), source.model_dir, ref=request.ref, answering=True)
+        tools = [tools_of(request.ref, f"row {at + 1}", records[at].get("tools")) for at in asked]
+        texts = render_conversations(
+            list(asked.values()), source.model_dir, ref=request.ref, answering=True, tools=tools
+        )
         rendered = dict(zip(asked, texts, strict=True))
     encoded = []
     for at, row in records.items():
