@@ -72,7 +72,9 @@ def main() -> None:
                 continue
             found = try_class(model_type, class_name, given.cells.split(","))
             cells = {name: [cell.state, cell.why] for name, cell in found.items()}
-            of_kind[model_type] = {**of_kind.get(model_type, {}), "class": class_name, **cells}
+            before = of_kind.get(model_type, {})
+            kept = {} if "built" in before or "built" in cells else before
+            of_kind[model_type] = {**kept, "class": class_name, **cells}
             given.out.write_text(json.dumps(results, indent=1, sort_keys=True) + "\n")
         states = {name: Counter(row[name][0] for row in of_kind.values() if name in row) for name in ("built", *CELLS)}
         for name, counted in states.items():

@@ -48,6 +48,7 @@ _MAMBA = {"mamba_expand": 2, "mamba_n_heads": 8, "mamba_d_head": 16, "mamba_d_ss
 _OWN: Mapping[str, Mapping[str, Any]] = {
     **{kind: {"qk_head_dim": 16, "v_head_dim": 16, "head_dim": 8} for kind in ("axk1", "deepseek_v3", "youtu")},
     "bamba": _MAMBA,
+    **{kind: {"hidden_sizes": [8, 16, 32, 64], "depths": [1, 1, 2, 1]} for kind in ("convnext", "convnextv2")},
     "deepseek_v2": {"num_experts_per_tok": 2, "first_k_dense_replace": 1},
     "dots1": {"n_routed_experts": 4, "moe_intermediate_size": 64, "num_experts_per_tok": 2, "first_k_dense_replace": 1},
     "falcon_h1": _MAMBA,
@@ -72,7 +73,13 @@ _OWN: Mapping[str, Mapping[str, Any]] = {
             "mrope_section": [1, 1, 2],
         }
     },
+    "poolformer": {"hidden_sizes": [8, 16, 40, 64], "depths": [1, 1, 1, 1]},
+    "pvt": {"hidden_sizes": [8, 16, 40, 64], "depths": [1, 1, 1, 1], "num_attention_heads": [1, 2, 5, 8]},
     "recurrent_gemma": {"num_hidden_layers": 3},
+    **{
+        kind: {"embed_dim": 16, "depths": [1, 2], "num_heads": [1, 2], "window_size": 4, "image_size": 32}
+        for kind in ("donut-swin", "swin", "swinv2")
+    },
     "reformer": {"is_decoder": True},
     "zamba": {"num_hidden_layers": 3, "layers_block_type": ["mamba", "hybrid", "hybrid"]},
     "zamba2": {"mamba_headdim": 16, "n_mamba_heads": 8, "mamba_ngroups": 1},
