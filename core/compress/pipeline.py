@@ -26,7 +26,7 @@ from nightpress.core.compress.stages.state import State
 from nightpress.core.handoff.manifest import MANIFEST_FILE, ArtifactEntry, Manifest, describe_file, describe_folder
 from nightpress.core.handoff.report import DataUsed, Report, Subject, Verification, same_device
 from nightpress.core.handoff.spec import OUT_DIR
-from nightpress.core.recipes.calibration import BUILTIN_DATA, MIXTURE
+from nightpress.core.recipes.calibration import BUILTIN_DATA, MIXTURE, SLICES
 from nightpress.core.recipes.inspect import FolderFiles, inspect_model
 from nightpress.core.recipes.models import Quality
 from nightpress.core.recipes.plan import make_plan
@@ -180,6 +180,8 @@ def _describe_model(job: PressJob, state: State) -> dict[str, object]:
 
 def _data_used(job: PressJob, state: State) -> tuple[DataUsed, ...]:
     measured = {evaluation.data for evaluation in job.recipe.evaluate if isinstance(evaluation, Quality)}
+    if SLICES in measured:
+        measured |= BUILTIN_DATA
     seen = {ref for options in job.recipe.passes for ref in options.data_refs()}
     if any(options.wants == "calibration" for options in job.recipe.passes):
         data = job.recipe.calibration.data

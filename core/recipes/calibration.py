@@ -2,12 +2,23 @@
 
 from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 #: `builtin:prose`, `builtin:code`, or the id or name of a data set of the user.
 DataRef = Annotated[str, Field(pattern=r"^(builtin:[a-z]+|[A-Za-z0-9][A-Za-z0-9._-]{0,127})$")]
 BUILTIN_DATA = frozenset({"builtin:prose", "builtin:code"})
 MIXTURE = "builtin:mixture"  #: prose, code, chats and the model's own texts; for the calibration alone
+SLICES = "builtin:slices"  #: prose, code and chats, each a slice of its own; for the evaluation alone
+
+
+def readable(ref: str) -> str:
+    """Return the name of a data set that passes read. Raises ValueError for one that only measures."""
+    if ref == SLICES:
+        raise ValueError(f"`{SLICES}` only measures: no model learns from it, or is calibrated on it")
+    return ref
+
+
+ReadRef = Annotated[DataRef, AfterValidator(readable)]
 
 
 class Calibration(BaseModel):
@@ -20,7 +31,7 @@ class Calibration(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, serialize_by_alias=True, defer_build=True)
 
-    data: DataRef = "builtin:prose"
+    data: ReadRef = "builtin:prose"
     samples: int = Field(128, ge=1, le=100_000)
     length: int = Field(512, ge=8, le=131_072, description="Tokens of each sample.")
     packing: bool = Field(

@@ -7,7 +7,7 @@ from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, Validatio
 from pydantic_core import ErrorDetails
 
 from nightpress.core.errors import ErrorCode, NightpressError
-from nightpress.core.recipes.calibration import BUILTIN_DATA, MIXTURE, Calibration, DataRef
+from nightpress.core.recipes.calibration import BUILTIN_DATA, MIXTURE, SLICES, Calibration, DataRef
 from nightpress.core.recipes.exports import TORCH_FORMATS, Export
 from nightpress.core.recipes.gates import Gate, parse_gate
 from nightpress.core.recipes.header import ModelHeader
@@ -283,7 +283,7 @@ class Recipe(_Model):
         if any(step.wants == "calibration" for step in self.passes) and self.calibration.data != MIXTURE:
             refs.add(self.calibration.data)
         refs |= {ref for step in self.passes for ref in step.data_refs()}
-        return frozenset(refs - BUILTIN_DATA)
+        return frozenset(refs - BUILTIN_DATA - {SLICES})
 
 
 def parse_recipe(raw: Any, *, for_a_service: bool = False) -> Recipe:

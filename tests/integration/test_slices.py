@@ -8,8 +8,10 @@ import numpy as np
 import pytest
 import torch
 
+from nightpress.core.compress.data.rows import Row, read_rows
 from nightpress.core.compress.data.tokenized import open_tokenizer
 from nightpress.core.compress.evaluate import quality
+from nightpress.core.errors import NightpressError
 from nightpress.core.handoff.report import Report, Slice, Subject
 from nightpress.core.recipes.inspect import FolderFiles, inspect_model
 from nightpress.core.recipes.models import parse_recipe
@@ -150,6 +152,58 @@ def test_answers_of_a_chat_are_asked_for_with_the_models_own_template(done: tupl
     first = sequences.ids[0][sequences.mask[0] > 0].tolist()
     expected = tokenizer.encode(f"[user] {_text(0, 6)} [assistant] ", special=False)
     assert first[-len(expected) :] == expected
+
+
+def test_built_in_texts_are_slices_for_a_newcomer(model: Path, bert_tiny: Path):
+    """Prose, code and, with a template, chats: no text is in two of them, and the report names what was read."""
+    for folder, kinds in ((model, {"prose", "code", "chat"}), (bert_tiny, {"prose", "code"})):
+        rows = read_rows("builtin:slices", None, model_dir=folder)
+        assert {row.slice for row in rows} == kinds
+        texts = {kind: [row.text for row in rows if row.slice == kind] for kind in kinds}
+        assert all(sum(map(len, some)) > 100_000 for some in texts.values())
+        assert set(texts["prose"]) | set(texts["code"]) <= {
+            row.text for kind in ("prose", "code") for row in read_rows(f"builtin:{kind}", None)
+        }
+    chats = texts_of(read_rows("builtin:slices", None, model_dir=model), "chat")
+    assert all(chat.startswith("[user] ") and "[assistant] " in chat for chat in chats)
+    assert not any(
+        text in chat
+        for text in texts_of(read_rows("builtin:slices", None, model_dir=model), "prose")[:50]
+        for chat in chats
+    )
+
+
+def texts_of(rows: list[Row], kind: str) -> list[str]:
+    return [row.text for row in rows if row.slice == kind]
+
+
+@pytest.mark.slow
+def test_a_job_without_data_of_its_own_has_the_worst_slice_first(model: Path, tmp_path: Path):
+    recipe = {
+        "passes": [{"pass": "weight-only", "bits": 4, "group_size": 32}],
+        "exports": ["compressed-tensors"],
+        "evaluate": [{"metric": "auto", "data": "builtin:slices", "samples": 36, "length": 24}],
+        "gates": {"kl_divergence[*]": "<= 1000"},
+    }
+    _, report, _ = press(lay_out(tmp_path / "job", model, recipe))
+    [artifact] = report.artifacts
+    lost = [_value(part, "kl_divergence") for part in artifact.slices]
+    assert {part.name for part in artifact.slices} == {"prose", "code", "chat"}
+    assert lost == sorted(lost, reverse=True)
+    assert report.verdict == "accepted"
+    assert {(used.ref, used.purpose) for used in report.data} == {
+        ("builtin:prose", "evaluation"),
+        ("builtin:code", "evaluation"),
+    }
+
+
+def test_what_only_measures_is_no_text_to_learn_from():
+    for given in (
+        {"calibration": {"data": "builtin:slices"}, "passes": [{"pass": "gptq"}]},
+        {"passes": [{"pass": "qat", "train": {"data": "builtin:slices"}}]},
+    ):
+        with pytest.raises(NightpressError, match="only measures"):
+            parse_recipe({"name": "t", "exports": ["compressed-tensors"], **given})
 
 
 @pytest.mark.slow

@@ -8,14 +8,13 @@ from numpy.typing import NDArray
 
 from nightpress.core.compress.calibration.own_texts import own_windows, writes_texts
 from nightpress.core.compress.context import PassContext
-from nightpress.core.compress.data.chat import chat_template, render_conversations
+from nightpress.core.compress.data.chat import as_chats, chat_template
 from nightpress.core.compress.data.rows import Row, read_rows
 from nightpress.core.compress.data.tokenized import open_tokenizer, text_windows
 from nightpress.core.recipes.calibration import MIXTURE
 
 Ids = NDArray[np.int64]
 
-_TURNS = 4  #: of a chat
 _PROSE, _CODE = "builtin:prose", "builtin:code"
 
 
@@ -56,14 +55,8 @@ def from_another(rows: list[Row], seed: int) -> list[Row]:
 
 
 def _chats(source: Path, seed: int) -> list[Row]:
-    """Paragraphs of prose as the turns of chats: no chats are in the public domain, and a template's markers are what counts here."""
-    texts = [row.text for row in _rows(_PROSE, seed)]
-    roles = ("user", "assistant") * (_TURNS // 2)
-    conversations = [
-        [{"role": role, "content": text} for role, text in zip(roles, texts[at : at + _TURNS], strict=True)]
-        for at in range(0, len(texts) - _TURNS + 1, _TURNS)
-    ]
-    return [Row(text) for text in render_conversations(conversations, source, ref=MIXTURE)]
+    """Paragraphs of prose as the turns of chats."""
+    return [Row(text) for text in as_chats([row.text for row in _rows(_PROSE, seed)], source, ref=MIXTURE)]
 
 
 def _by_turns(parts: list[Ids]) -> Ids:

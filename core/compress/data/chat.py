@@ -17,6 +17,7 @@ from nightpress.core.errors import ErrorCode, NightpressError
 
 _RENDERER = Path(__file__).with_name("chat_renderer.py")
 _SECONDS = 60
+_TURNS = 4  #: of a chat that is made of texts
 #: The time that a template's `strftime_now` formats. It is constant, because a rendered date would change the bytes of the result.
 RENDERED_AT = datetime(2025, 1, 1, tzinfo=UTC)
 
@@ -83,6 +84,20 @@ def _template_of(model_dir: Path, ref: str) -> tuple[str, dict[str, str]]:
         if isinstance(token, str):
             tokens[name] = token
     return template, tokens
+
+
+def as_chats(texts: Sequence[str], model_dir: Path, *, ref: str) -> list[str]:
+    """Render texts, one after the other, as the turns of user and assistant in the model's template.
+
+    They stand in for chats, of which none are in the public domain: what a model must not lose is how it reads the template's markers.
+    Raises NightpressError(invalid_data) as `render_conversations` does.
+    """
+    roles = ("user", "assistant") * (_TURNS // 2)
+    conversations = [
+        [{"role": role, "content": text} for role, text in zip(roles, texts[at : at + _TURNS], strict=True)]
+        for at in range(0, len(texts) - _TURNS + 1, _TURNS)
+    ]
+    return render_conversations(conversations, model_dir, ref=ref)
 
 
 def chat_template(model_dir: Path) -> str | None:

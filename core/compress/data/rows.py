@@ -6,8 +6,8 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from nightpress.core.compress.data.chat import render_conversations
-from nightpress.core.recipes.calibration import BUILTIN_DATA
+from nightpress.core.compress.data.chat import as_chats, chat_template, render_conversations
+from nightpress.core.recipes.calibration import BUILTIN_DATA, SLICES
 from nightpress.core.recipes.datafile import DataRow, kind_of, read_data, row_of
 from nightpress.core.recipes.labels import Label
 from nightpress.core.recipes.textfile import READ_BYTES, READ_LINES, invalid
@@ -29,12 +29,27 @@ def read_rows(ref: str, file: Path | None, *, purpose: str = "evaluation", model
 
     `messages` need the chat template of the model in model_dir. Raises NightpressError(invalid_data) that names the wrong row.
     """
+    if ref == SLICES:
+        return _slices(model_dir)
     if ref.startswith("builtin:"):
         return [Row(row.text or "") for row in read_data(ref, _file_of(ref, purpose), [builtin_bytes(ref, purpose)])]
     rows = _render(ref, list(_rows_of_file(ref, find_file(ref, file))), model_dir)
     if not rows:
         raise invalid(ref, "it holds no text", "Bring a file with prose, or with one JSON object a line.")
     return rows
+
+
+def _slices(model_dir: Path | None) -> list[Row]:
+    """The built-in texts that measure, by kind: the slices `prose`, `code` and, for a model with a chat template, `chat`.
+
+    The turns of the chats are paragraphs of the prose that the slice `prose` then lacks.
+    """
+    texts = {kind: [row.text for row in read_rows(f"builtin:{kind}", None)] for kind in ("prose", "code")}
+    if model_dir is not None and chat_template(model_dir) is not None:
+        middle = len(texts["prose"]) // 2
+        texts["chat"] = as_chats(texts["prose"][middle:], model_dir, ref=SLICES)
+        del texts["prose"][middle:]
+    return [Row(text, slice=kind) for kind, some in texts.items() for text in some]
 
 
 def read_records(ref: str, file: Path | None) -> list[dict[str, Any]]:

@@ -5,7 +5,7 @@ from typing import ClassVar, Literal
 
 from pydantic import Field
 
-from nightpress.core.recipes.calibration import Calibration, DataRef
+from nightpress.core.recipes.calibration import Calibration, ReadRef
 from nightpress.core.recipes.costs import Cost
 from nightpress.core.recipes.depth import depth
 from nightpress.core.recipes.header import SHARED_BLOCKS, ModelHeader
@@ -45,7 +45,7 @@ class EarlyExit(PassOptions):
         "then the threshold is the number of blocks with a head to pass, for each token.",
     )
     threshold: float | None = Field(None, ge=0, le=1000, description="Default: chosen on held-out rows.")
-    choose_on: DataRef | None = Field(
+    choose_on: ReadRef | None = Field(
         None,
         description="Rows on which the threshold is chosen, best rows that the model was not trained on. Default: the validation rows.",
     )

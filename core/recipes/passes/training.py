@@ -5,7 +5,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from nightpress.core.recipes.calibration import BUILTIN_DATA, DataRef
+from nightpress.core.recipes.calibration import BUILTIN_DATA, ReadRef
 from nightpress.core.recipes.costs import Cost
 from nightpress.core.recipes.header import ModelHeader
 from nightpress.core.recipes.linears import invalid
@@ -21,7 +21,7 @@ class Training(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, serialize_by_alias=True, defer_build=True)
 
-    data: DataRef = Field("builtin:prose", description="The data to train on. A classifier needs rows with labels.")
+    data: ReadRef = Field("builtin:prose", description="The data to train on. A classifier needs rows with labels.")
     length: int = Field(128, ge=8, le=131_072, description="Examples are cut at so many tokens.")
     epochs: int | None = Field(
         None, ge=1, le=1000, description="Passes over the data. Default: 3, unless `steps` are given."

@@ -6,7 +6,7 @@ from typing import ClassVar, Literal
 
 from pydantic import Field
 
-from nightpress.core.recipes.calibration import Calibration, DataRef
+from nightpress.core.recipes.calibration import Calibration, ReadRef
 from nightpress.core.recipes.costs import Cost, stream_cost
 from nightpress.core.recipes.header import ModelHeader, TensorInfo
 from nightpress.core.recipes.linears import invalid
@@ -30,7 +30,7 @@ class Vocabulary(PassOptions):
     renumbers: ClassVar[bool] = True
 
     pass_: Literal["vocabulary"] = Field("vocabulary", alias="pass")
-    data: DataRef = Field(
+    data: ReadRef = Field(
         description="The text whose tokens are kept: all rows are read. Bring all that you have, also what the model is to write."
     )
     least: int = Field(
