@@ -24,7 +24,7 @@ from typing import NoReturn
 from nightpress.core.errors import ErrorCode, NightpressError
 from nightpress.core.handoff.frames import Frame, Result
 from nightpress.core.handoff.manifest import Manifest
-from nightpress.core.handoff.spec import JobSpec
+from nightpress.core.handoff.spec import MEASURED_DIR, JobSpec
 from nightpress.worker import sandbox
 from nightpress.worker.enclosure import Enclosure, enclose
 from nightpress.worker.walls import Walls
@@ -48,11 +48,22 @@ def _load_pipeline() -> Press:
     return pipeline.run
 
 
+def _begin_runners(job_dir: Path) -> None:
+    """Begin to import what loads models to measure them, while this process waits for its job. Otherwise the job begins it."""
+    from nightpress.core.compress.export import nursery
+    from nightpress.core.compress.export.consumer_environment import runner_environment
+
+    scratch = job_dir / MEASURED_DIR
+    scratch.mkdir(parents=True, exist_ok=True)
+    nursery.begin(runner_environment("cuda", int(os.environ["OMP_NUM_THREADS"]), scratch))
+
+
 def main(argv: list[str] | None = None, *, load: Callable[[], Press] = _load_pipeline) -> NoReturn:
     """Start the inner process, which imports the core, waits for the start, runs the job and ends. Watch it until it ends."""
     parser = argparse.ArgumentParser(prog="python -m nightpress.worker.child")
     parser.add_argument("--frames", type=int, default=FRAMES_FD, help="file descriptor the frames go to")
     parser.add_argument("--keep-network", action="store_true", help="don't cut this child off from the network")
+    parser.add_argument("--gpu", action="store_true", help="its job may run on a GPU: prepare what measures there, too")
     parser.add_argument("job_dir", type=Path)
     options = parser.parse_args(argv)
     if options.frames != FRAMES_FD:
@@ -70,6 +81,8 @@ def main(argv: list[str] | None = None, *, load: Callable[[], Press] = _load_pip
         if walls.down:
             print(f"From this job, this is {walls}", file=sys.stderr)  # noqa: T201
         press = load()
+        if options.gpu:
+            _begin_runners(options.job_dir)
         if not os.read(begun, 1):
             os._exit(0)  # a spare that was never used
         try:

@@ -72,7 +72,9 @@ class ChildProcess:
         network: bool,
         command: Sequence[str] = CHILD_COMMAND,
         vllm_python: Path | None = None,
+        gpu: bool = False,
     ) -> None:
+        """gpu: its job may run on a GPU."""
         self.job_dir = root.resolve() / new_id("run")
         self._begun = False
         self._seen: set[psutil.Process] = set()
@@ -85,7 +87,8 @@ class ChildProcess:
             self.chatter, chatter_end = os.pipe()
             undo.callback(os.close, self.chatter)
             its_ends.callback(os.close, chatter_end)
-            options = ["--frames", str(frames_end), *(["--keep-network"] if network else []), str(self.job_dir)]
+            flags = [flag for flag, given in (("--keep-network", network), ("--gpu", gpu)) if given]
+            options = ["--frames", str(frames_end), *flags, str(self.job_dir)]
             self._process = subprocess.Popen(
                 [*command, *options],
                 stdin=subprocess.PIPE,

@@ -114,6 +114,7 @@ class Supervisor:
             network=network,
             command=self._child_command,
             vllm_python=self.settings.vllm_python,
+            gpu=self.settings.worker_queue == "gpu",
         )
 
     def take_child(self, threads: int) -> ChildProcess:

@@ -4,6 +4,7 @@ import contextlib
 import gc
 import os
 import platform
+import threading
 from collections.abc import Callable, Iterator
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
@@ -60,6 +61,23 @@ def free_gpu_memory() -> int:
     import torch
 
     return int(torch.cuda.mem_get_info()[0])
+
+
+def wake_gpu() -> None:
+    """Start CUDA and the libraries that the passes use, in a thread: that takes seconds, in which others read files.
+
+    While this process uses the GPU, the driver stays loaded for those that it starts.
+    """
+
+    def wake() -> None:
+        import torch
+
+        with contextlib.suppress(RuntimeError):  # whatever uses the GPU first raises it again
+            small = torch.eye(16, device="cuda")
+            torch.linalg.cholesky(small @ small)
+            torch.cuda.synchronize()
+
+    threading.Thread(target=wake, name="wake-gpu", daemon=True).start()
 
 
 def give_back_gpu_memory() -> None:

@@ -15,7 +15,7 @@ from nightpress.core.compress.data.tokenized import BUILTIN_LICENSE, builtin_dig
 from nightpress.core.compress.evaluate import gates, quality
 from nightpress.core.compress.evaluate.finite import check_weights
 from nightpress.core.compress.export import nursery
-from nightpress.core.compress.export.consumer_environment import runner_environment
+from nightpress.core.compress.export.consumer_environment import runner_environment, variables_as_now
 from nightpress.core.compress.lineage import read_lineage
 from nightpress.core.compress.model.checkpoint import disk_errors, write_file
 from nightpress.core.compress.stages import folder, graph, measure, screen, serve, source
@@ -43,13 +43,13 @@ def run(job_dir: Path, emit: Emit) -> Manifest:
     """
     out = job_dir / OUT_DIR
     try:
-        with disk_errors():
+        with disk_errors(), variables_as_now():
             _empty(out)
             job = PressJob(job_dir, emit)
             try:
                 return _press(job)
             finally:
-                job.clock.close()
+                job.close()
     except BaseException:
         with contextlib.suppress(OSError):
             _empty(out)
@@ -85,12 +85,13 @@ def _begin(job: PressJob) -> State:
     if (device := job.device_of(None)) == "cuda":
         job.scratch.mkdir(parents=True, exist_ok=True)
         nursery.begin(runner_environment(device, job.spec.threads, job.scratch))
+        environment.wake_gpu()
     header = inspect_model(FolderFiles(job.source))
     for warning in make_plan(job.recipe, header).warnings:
         job.warn(warning)
     job.log(f"{header.architecture}, {header.parameters:,} parameters, {job.spec.threads} threads")
     header, records = source.run(job, header)
-    check_weights(job.source)
+    check_weights(job.source, job.spec.threads)
     job.clock.at(0.02, "reading the data")
     trial = quality.prepare(job.recipe, header, job.source, job.data_files, threads=job.spec.threads)
     baseline = Baseline(job, header, trial)

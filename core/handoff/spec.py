@@ -14,6 +14,7 @@ SOURCE_DIR = "source"
 DATA_DIR = "data"
 WORK_DIR = "work"
 OUT_DIR = "out"
+MEASURED_DIR = "work/measured"  #: the folder for the consumers' outputs
 
 
 class JobSpec(BaseModel):

@@ -1,6 +1,7 @@
 """A job on a GPU measures there what transformers loads, and on the processor what only runs there. Every figure says where."""
 
 import json
+import shutil
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,8 @@ from nightpress.core.compress.export import nursery
 from nightpress.core.compress.export.consumer_environment import runner_environment
 from nightpress.core.compress.runners import measure, transformers_runner
 from nightpress.core.handoff.report import Report
-from nightpress.core.handoff.spec import SPEC_FILE
+from nightpress.core.handoff.source_outputs import FRESH_FILE, KEPT_FILE
+from nightpress.core.handoff.spec import SPEC_FILE, WORK_DIR, JobSpec
 from tests.every_family import save_family
 from tests.press import lay_out, press, runner_request
 
@@ -57,6 +59,99 @@ def test_a_decoder_is_measured_in_its_own_type_on_the_gpu(tmp_path: Path):
     assert all(timing.speedup is not None and timing.speedup.by_turns for timing in artifact.timings)
     assert "peak memory of the GPU" in report.gates[0].explanation
     assert {"perplexity", "kl_median"} <= {measured.name for measured in artifact.measurements}
+
+
+def started(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The names of the requests of all runners that are started from now on."""
+    names: list[str] = []
+    start = nursery.start
+
+    def told(runner: Path, request: Path, **more: Any) -> nursery.Fork:
+        names.append(request.name.removesuffix(".request.json"))
+        return start(runner, request, **more)
+
+    monkeypatch.setattr(nursery, "start", told)
+    return names
+
+
+@pytest.mark.parametrize("limit", [0, 10**6])
+def test_a_source_is_loaded_once_where_memory_has_room(limit: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """With a limit that holds nothing beside the job, it is loaded again, to be timed alone."""
+    names = started(monkeypatch)
+    job = lay_out(tmp_path / "job", save_family("llama", tmp_path / "model"), RECIPE)
+    JobSpec.load(job).model_copy(update={"memory_limit": limit}).save(job)
+    report = on_gpu(job)
+    assert names == (
+        ["source", "compressed-tensors"] if not limit else ["source", "compressed-tensors", "source-timed"]
+    )
+    [artifact] = report.artifacts
+    assert all(timing.speedup is not None and timing.speedup.by_turns is (not limit) for timing in artifact.timings)
+    assert not [fork for made in nursery._nurseries for fork in made._forks if not fork.ended], "none waits any more"
+
+
+def test_a_kept_source_loads_while_the_passes_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    folder = save_family("llama", tmp_path / "model")
+    first, second = (lay_out(tmp_path / name, folder, RECIPE) for name in ("first", "second"))
+    JobSpec.load(first).model_copy(update={"keep_source": True}).save(first)
+    measured = on_gpu(first)
+    (second / WORK_DIR).mkdir()
+    shutil.copyfile(first / WORK_DIR / FRESH_FILE, second / WORK_DIR / KEPT_FILE)
+    JobSpec.load(second).model_copy(update={"source_measured_by": "job_first"}).save(second)
+    names = started(monkeypatch)
+    again = on_gpu(second)
+    assert names == ["source", "compressed-tensors"], "the source's process is started before the artifact's"
+    assert again.source.measurements == measured.source.measurements
+    assert again.source.measurements_by == "job_first"
+    assert all(timing.speedup is not None and timing.speedup.by_turns for timing in again.artifacts[0].timings)
+
+
+def test_libraries_are_imported_once_for_a_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """What torch sets among this process's variables when it uses the GPU must not ask for another nursery."""
+    begun: list[object] = []
+    make = nursery._Nursery
+
+    def told(*given: Any) -> nursery._Nursery:
+        begun.append(given)
+        return make(*given)
+
+    monkeypatch.setattr(nursery, "_nurseries", [])
+    monkeypatch.setattr(nursery, "_Nursery", told)
+    recipe = RECIPE | {"passes": [{"pass": "gptq", "bits": 4, "group_size": 16}]}
+    on_gpu(lay_out(tmp_path / "job", save_family("llama", tmp_path / "model"), recipe))
+    for made in nursery._nurseries:
+        made.end()
+    assert len(begun) == 1
+
+
+def test_a_model_that_the_gpu_does_not_hold_is_dispatched(tmp_path: Path):
+    """accelerate leaves parts of it in the host's memory. It answers as the whole model does, and its speed is none that serves."""
+    sizes = {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 8, "num_attention_heads": 16}
+    folder = save_family("llama", tmp_path / "model", num_key_value_heads=16, **sizes)
+    weights = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+    recipe = RECIPE | {"passes": [], "exports": ["safetensors"]}
+    whole = on_gpu(lay_out(tmp_path / "whole", folder, recipe))
+    torch.cuda.empty_cache()
+    held = torch.empty(torch.cuda.mem_get_info()[0] - weights, dtype=torch.uint8, device="cuda")
+    try:
+        report = on_gpu(lay_out(tmp_path / "dispatched", folder, recipe))
+    finally:
+        del held
+        torch.cuda.empty_cache()
+    for subject in (report.source, *report.artifacts):
+        assert subject.measured_on is not None
+        assert subject.measured_on.device == "cuda"
+        assert subject.measured_on.dispatched
+        assert subject.peak_gpu_bytes is not None
+        assert subject.peak_gpu_bytes < weights
+    for ours, theirs in ((report.source, whole.source), (report.artifacts[0], whole.artifacts[0])):
+        assert theirs.measured_on is not None
+        assert not theirs.measured_on.dispatched
+        found = {measured.name: measured.value for measured in ours.measurements}
+        meant = {measured.name: measured.value for measured in theirs.measurements}
+        assert found == pytest.approx(meant, rel=1e-3, abs=1e-3)
+    [artifact] = report.artifacts
+    assert any("serving speed" in note for note in artifact.notes), artifact.notes
+    assert "parts in the host’s memory" in (tmp_path / "dispatched" / "out" / "report.md").read_text()
 
 
 def test_what_runs_on_the_processor_alone_is_measured_there_beside_the_source(tmp_path: Path):

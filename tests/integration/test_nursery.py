@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -16,17 +17,19 @@ import psutil
 import pytest
 
 from nightpress.core.compress.export import nursery
+from nightpress.core.compress.export.consumer_environment import runner_environment, variables_as_now
 from tests.patience import slowness
 
 Start = Callable[..., tuple[nursery.Fork, dict[str, Any]]]
 
 SCRIPT = """
-import json, os, sys, tempfile
+import json, os, resource, sys, tempfile
 print(json.dumps({
     "request": sys.argv[1], "cwd": os.getcwd(), "pid": os.getpid(), "nursery": os.getppid(), "name": __name__,
     "temporary": tempfile.gettempdir(), "word": os.environ.get("WORD"),
     "ours": [name for name in sys.modules if name.startswith("nightpress")], "libraries": "transformers.modeling_utils" in sys.modules,
-    "open": sorted(os.listdir("/proc/self/fd")),
+    "open": sorted(os.listdir("/proc/self/fd")), "gpus": os.environ.get("CUDA_VISIBLE_DEVICES"),
+    "longest_file": resource.getrlimit(resource.RLIMIT_FSIZE)[0],
 }), flush=True)
 for line in sys.stdin:
     if line.startswith("fail"):
@@ -132,6 +135,33 @@ def test_other_variables_get_another_nursery(start: Start):
     assert (seen["word"], other["word"]) == ("one", "two")
     assert seen["nursery"] != other["nursery"]
     assert not psutil.pid_exists(seen["nursery"])
+
+
+def test_a_nursery_that_was_begun_before_its_job_serves_it(start: Start, runner: Path, errors: IO[bytes]):
+    """A spare child begins it. Which GPUs the job has, and how long its files may be, is known later."""
+    nursery.begin({"TMPDIR": "/", "PATH": os.environ["PATH"]})
+    before, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 40, hard))
+    try:
+        _, seen = start(CUDA_VISIBLE_DEVICES="GPU-1")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (before, hard))
+    _, other = start()
+    assert (seen["gpus"], other["gpus"]) == ("GPU-1", None)
+    assert (seen["longest_file"], other["longest_file"]) == (1 << 40, before)
+    assert seen["nursery"] == other["nursery"]
+
+
+def test_what_libraries_set_in_a_job_reaches_no_consumer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """torch sets variables when it first uses a GPU. With other variables, each later process would import the libraries again."""
+    monkeypatch.setenv("WORD", "before")
+    with variables_as_now():
+        monkeypatch.setenv("WORD", "in the job")
+        monkeypatch.setenv("CUDA_MODULE_LOADING", "LAZY")
+        inside = runner_environment("cuda", 1, tmp_path)
+    assert inside["WORD"] == "before"
+    assert "CUDA_MODULE_LOADING" not in inside
+    assert runner_environment("cuda", 1, tmp_path)["WORD"] == "in the job"
 
 
 def test_nothing_outlives_a_starter_that_is_killed(runner: Path):

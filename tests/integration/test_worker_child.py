@@ -1,11 +1,13 @@
 """The pipes between a supervisor and its child."""
 
+import contextlib
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
 
+import psutil
 import pytest
 
 from nightpress.core.handoff.frames import Log, Result, parse_frame
@@ -34,6 +36,24 @@ def test_a_beat_before_the_job_begins_does_not_confuse_the_child(tmp_path: Path)
     finally:
         child.kill()
         child.remove()
+
+
+def test_the_spare_child_of_a_gpu_imports_what_measures_there_before_its_job(tmp_path: Path) -> None:
+    child = ChildProcess(tmp_path, threads=1, network=True, gpu=True)
+
+    def nurseries() -> list[psutil.Process]:
+        with contextlib.suppress(psutil.Error):
+            found = psutil.Process(child.pid).children(recursive=True)
+            return [process for process in found if any("nursery.py" in word for word in process.cmdline())]
+        return []
+
+    try:
+        eventually(nurseries, within=60)
+        left = nurseries()
+    finally:
+        child.kill()
+        child.remove()
+    assert not running([process.pid for process in left]), "it ends with the child"
 
 
 def test_a_child_that_nobody_hears_ends_with_all_it_started(tmp_path: Path) -> None:

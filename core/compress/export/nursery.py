@@ -8,6 +8,7 @@ import atexit
 import contextlib
 import json
 import os
+import resource
 import signal
 import socket
 import subprocess
@@ -21,8 +22,8 @@ from typing import IO, Any
 RUNNERS = frozenset({"transformers_runner.py"})
 _PROGRAM = Path(__file__).parents[1] / "runners" / "nursery.py"
 #: Variables that each fork sets for itself. The libraries read the others when they are imported, so these must be the nursery's own. Of
-#: HF_MODULES_CACHE the libraries keep the first value, and all forks can share that folder.
-_OF_A_FORK = ("TMPDIR", "HF_MODULES_CACHE")
+#: HF_MODULES_CACHE the libraries keep the first value, and all forks can share that folder. CUDA reads which GPUs it may use when it starts.
+_OF_A_FORK = ("TMPDIR", "HF_MODULES_CACHE", "CUDA_VISIBLE_DEVICES")
 
 
 class Fork:
@@ -109,10 +110,8 @@ def _end_all() -> None:
 
 def begin(environment: Mapping[str, str]) -> None:
     """Begin to import the libraries, for runners with this environment that will be started later."""
-    with _lock:
-        if not any(nursery.serves(environment) for nursery in _nurseries):
-            with tempfile.TemporaryFile() as unread:
-                _nurseries.append(_Nursery(environment, unread))
+    with _lock, tempfile.TemporaryFile() as unread:
+        _serving(environment, unread)
 
 
 def start(runner: Path, request: Path, *, cwd: Path, errors: IO[bytes], environment: Mapping[str, str]) -> Fork:
@@ -125,14 +124,22 @@ def start(runner: Path, request: Path, *, cwd: Path, errors: IO[bytes], environm
         "runner": str(runner),
         "request": str(request),
         "cwd": str(cwd),
-        "env": {name: environment[name] for name in _OF_A_FORK if name in environment},
+        "env": {name: environment.get(name) for name in _OF_A_FORK},
+        "file_limit": resource.getrlimit(resource.RLIMIT_FSIZE)[
+            0
+        ],  # the nursery may be older than this process's limit
     }
     with _lock:
-        found = next((nursery for nursery in _nurseries if nursery.serves(environment)), None)
-        if found is None:
-            found = _Nursery(environment, errors)
-            for other in [nursery for nursery in _nurseries if nursery.idle()]:
-                other.end()
-                _nurseries.remove(other)
-            _nurseries.append(found)
-        return found.start(message, errors)
+        return _serving(environment, errors).start(message, errors)
+
+
+def _serving(environment: Mapping[str, str], errors: IO[bytes]) -> _Nursery:
+    """The nursery for this environment. If it is a new one, the others end, unless their forks still run."""
+    found = next((nursery for nursery in _nurseries if nursery.serves(environment)), None)
+    if found is None:
+        found = _Nursery(environment, errors)
+        for other in [nursery for nursery in _nurseries if nursery.idle()]:
+            other.end()
+            _nurseries.remove(other)
+        _nurseries.append(found)
+    return found

@@ -149,6 +149,8 @@ def _run_probes(forward: Forward, layers: dict[str, float]) -> dict[str, Array]:
     layers: name → the factor by which the vectors are multiplied before the layer, and its answers divided after it.
     """
     found: dict[str, Array] = {}
+    if layers:
+        _say(1.0, f"asking {len(layers)} layers")
     for name, factor in layers.items():
         probed = forward.probed(name, factor)  # type: ignore[attr-defined]  # only runners that have it are asked
         if probed is not None:

@@ -2,8 +2,8 @@
 
 This process imports the libraries and does nothing else, so a fork of it is as fresh as a new interpreter after its imports. CUDA can't be
 used in a fork of a process that it has run in; if an import has started it, a runner for a GPU becomes a new interpreter. FD is a
-socket of whole messages. Each message is JSON (`runner`, `request`, `cwd` and `env`) and carries four file descriptors: the fork's
-standard input, output and error, and a socket for its end. Its status is written there, as of `subprocess.Popen.returncode`. If the other
+socket of whole messages. Each message is JSON (`runner`, `request`, `cwd`, `env` and `file_limit`) and carries four file descriptors: the
+fork's standard input, output and error, and a socket for its end. Its status is written there, as of `subprocess.Popen.returncode`. If the other
 side closes that socket first, the fork is killed. When FD's other side is closed, all forks are killed, and this process ends.
 """
 
@@ -11,6 +11,7 @@ import contextlib
 import gc
 import json
 import os
+import resource
 import runpy
 import selectors
 import signal
@@ -84,7 +85,12 @@ def _become(message: dict[str, Any], standard: list[int], parent: int) -> NoRetu
             os.dup2(descriptor, number)
         os.closerange(3, os.sysconf("SC_OPEN_MAX"))
         os.chdir(message["cwd"])
-        os.environ.update(message["env"])
+        resource.setrlimit(resource.RLIMIT_FSIZE, (message["file_limit"], message["file_limit"]))
+        for name, value in message["env"].items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
         if os.environ.get("CUDA_VISIBLE_DEVICES") != "" and _can_use_no_gpu():
             os.execv(sys.executable, [sys.executable, "-I", "-B", message["runner"], message["request"]])  # noqa: S606 - it is this interpreter
         sys.argv = [message["runner"], message["request"]]

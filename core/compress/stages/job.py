@@ -16,7 +16,7 @@ from nightpress.core.compress.stages.stopwatch import GraphStopwatch
 from nightpress.core.errors import ErrorCode, NightpressError
 from nightpress.core.handoff.frames import Checkpoint, Log, Metric, Span
 from nightpress.core.handoff.report import PassRecord, Serving, Subject
-from nightpress.core.handoff.spec import DATA_DIR, OUT_DIR, SOURCE_DIR, WORK_DIR, JobSpec
+from nightpress.core.handoff.spec import DATA_DIR, MEASURED_DIR, OUT_DIR, SOURCE_DIR, WORK_DIR, JobSpec
 from nightpress.core.recipes.exports import Export
 from nightpress.core.recipes.header import ModelHeader
 from nightpress.core.recipes.passes import PassOptions, catalog
@@ -33,10 +33,16 @@ class PressJob:
         self.source = self.brought  #: the model that everything reads: a folder of floats
         self.adapter: str | None = None  #: the adapter that was merged into it, e.g. "lora of rank 16 on 64 weights"
         self.work, self.out = job_dir / WORK_DIR, job_dir / OUT_DIR
-        self.scratch = self.work / "measured"  #: the folder for the consumers' outputs
+        self.scratch = job_dir / MEASURED_DIR
         self.data = job_dir / DATA_DIR
         self.data_files = {ref: self.data / name for ref, name in self.spec.data.items()}
         self.clock = Clock(emit)
+        self.held = contextlib.ExitStack()  #: processes that stay for later stages
+
+    def close(self) -> None:
+        """End the processes that stay, and the clock."""
+        self.held.close()
+        self.clock.close()
 
     def context(
         self,
