@@ -58,6 +58,7 @@ BENCHES = {
     "offgrid": Bench("Trains the language model that doesn't flatter 4-bit methods.", 3, "a GPU"),
     "low_bits": Bench("Losses at 4 bits and below, beside auto-round, on text that calibrated nothing.", 60, "a GPU"),
     "blocks_gpu": Bench("Seconds and GPU memory of calibrated passes, a layer of known shapes.", 10, "a GPU"),
+    "peer_llmcompressor_gpu": Bench("llm-compressor's GPTQ, beside `blocks_gpu`.", 5, "arguments"),
     "vllm": Bench(
         "Every scheme in vLLM, transformers and llama.cpp; int4 served by vLLM.", 60, "an environment with vLLM"
     ),

@@ -18,6 +18,7 @@ import shutil
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -140,10 +141,10 @@ def press(name: str, source: Path, root: Path, threads: int, device: str) -> lis
     return figures
 
 
-def watch(child: ChildProcess) -> dict[str, Any]:
+def watch(child: ChildProcess, tell: Callable[[float, Progress], None] | None = None) -> dict[str, Any]:
     """Run a job to its end. Returns the peak of its memory in bytes, CPU seconds and wall seconds.
 
-    The times begin with the first frame of progress, because a worker's child has imported its libraries before. CPU seconds include the
+    tell: gets each frame of progress, with the seconds since the first. The times begin with the first frame of progress, because a worker's child has imported its libraries before. CPU seconds include the
     consumers that the job starts.
     """
     started, before = time.monotonic(), 0.0
@@ -162,6 +163,8 @@ def watch(child: ChildProcess) -> dict[str, Any]:
         for frame in map(parse_frame, lines):
             if isinstance(frame, Progress) and importing:
                 started, before, importing = time.monotonic(), cpu, False
+            if isinstance(frame, Progress) and tell is not None:
+                tell(time.monotonic() - started, frame)
             if isinstance(frame, Result):
                 if frame.error is not None:
                     raise SystemExit(f"The job failed: {frame.error}")
