@@ -262,6 +262,16 @@ def test_a_file_that_cuts_text_otherwise_is_found_out(llama_cpp: Any, tmp_path: 
     assert caught.value.code == ErrorCode.VERIFICATION_FAILED
 
 
+@pytest.mark.parametrize("kind", _CLASSES)
+def test_the_matrices_of_every_family_are_read_back(kind: str, tmp_path: Path):
+    folder = _save(kind, tmp_path / "model")
+    header = inspect_model(FolderFiles(folder))
+    gguf.save(folder, tmp_path / "out", header, weights="q8_0", pooling="mean")
+    found = gguf.compare_layers(folder, tmp_path / "out", header)
+    assert found.layers >= 2 * 6, "two blocks"
+    assert found.error < found.bound / 2, found
+
+
 @pytest.mark.parametrize("normalizer", [{"clean_text": False}, {"handle_chinese_chars": False}], ids=str)
 def test_text_that_llama_cpp_can_not_clean_alike_is_refused(normalizer: dict[str, Any], tmp_path: Path):
     folder = _save("bert", tmp_path / "model")

@@ -54,9 +54,18 @@ def compare(pressed: Path, outputs: Mapping[str, NDArray[Any]], dtype: str) -> P
             continue
         layer = key.removeprefix(PROBE)
         rows, columns = weights.shape(f"{layer}.weight")
-        meant = probe_vectors(columns) @ weights.rows(f"{layer}.weight", probe_rows(rows)).T
-        off = float(np.linalg.norm(ours - meant) / max(float(np.linalg.norm(meant)), 1e-30))
+        off = _off(ours, probe_vectors(columns) @ weights.rows(f"{layer}.weight", probe_rows(rows)).T)
         layers += 1
         if not off <= error:  # also true where it is not a number
             worst, error = layer, off
     return ProbeResult(layers, worst, error, _BOUND_32 if dtype == "float32" else _BOUND_16)
+
+
+def relative_error(ours: NDArray[np.float32], meant: NDArray[np.float32]) -> float:
+    """The relative error of the answers that rows of a weight give, against those of the rows that were meant. [rows, in] each."""
+    vectors = probe_vectors(meant.shape[1])
+    return _off(vectors @ ours.T, vectors @ meant.T)
+
+
+def _off(ours: NDArray[Any], meant: NDArray[Any]) -> float:
+    return float(np.linalg.norm(ours - meant) / max(float(np.linalg.norm(meant)), 1e-30))

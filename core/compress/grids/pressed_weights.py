@@ -134,10 +134,16 @@ class PressedWeights:
         return Codes(bits, codes.numpy(), self._source.read(f"{name}_scale")[at].float().numpy(), zeros)
 
     def rows(self, name: str, rows: NDArray[np.int64]) -> NDArray[np.float32]:
-        """Some rows of a coded weight, dequantized: [rows, in]. The kind of codes and scales is told by their dtypes and shapes."""
+        """Some rows of a weight, dequantized: [rows, in]. The kind of codes and scales is told by their dtypes and shapes."""
         if name in self.integers:
             return self.codes(name, rows).dequantize()
-        at, scale = torch.from_numpy(rows), self._source.read(f"{name}_scale")
+        if (kind := self.block_type(name)) is not None:
+            return read_blocks(self.block_bytes(name)[rows], kind)
+        at = torch.from_numpy(rows)
+        if f"{name}_scale" not in self._source:
+            floats: NDArray[np.float32] = self._source.read(name)[at].to(torch.float32).numpy()
+            return floats
+        scale = self._source.read(f"{name}_scale")
         if name in self._packed:
             codes = unpack_e2m1(self._source.read(f"{name}_packed")[at])
             scales = (

@@ -91,6 +91,8 @@ def _measure(
     if artifact.export.format == "gguf":
         of_tokens = gguf.check_tokens(job.source, artifact.folder, name=name, scratch=job.scratch)
     probes = compare(pressed, observed.outputs, observed.loaded_as.get("dtype", "")) if packed else None
+    if artifact.export.format == "gguf":
+        probes = gguf.compare_layers(pressed, artifact.folder, state.header)
     verification = verify(
         job.recipe,
         artifact.export,
