@@ -52,3 +52,50 @@ def exchanges(*, group: Group, tell: Any) -> dict[str, Any]:
         "last": last.tolist(),
         "pids": group.collect(os.getpid()),
     }
+
+
+def held_by_experts(source: Path, ids: torch.Tensor, *, context: Any) -> list[tuple[int, int, int]]:
+    """By process: the bytes of the experts' statistics, of their weights as read, and of their weights in the block's modules."""
+    from nightpress.core.compress.executors.blocks.press import _run
+    from nightpress.core.compress.passes.calibrated import Quantized
+    from nightpress.core.recipes.passes import Gptq
+    from tests.block_models import linears_of
+
+    most = [0, 0, 0]
+
+    class Weighing(Quantized):
+        def settle(self, block: Any, inputs: Any, device: torch.device) -> Any:
+            grams = [seen.statistic for seen in inputs if ".experts." in seen.names[0]]
+            held = [tensor for name, tensor in block.items() if ".experts." in name]
+            loaded = [tensor for name, tensor in block.module.named_parameters() if ".experts." in name]
+            sizes = [sum(gram.matrix().nbytes for gram in grams), sum(tensor.nbytes for tensor in held)]
+            sizes.append(sum(tensor.nbytes for tensor in loaded if not tensor.is_meta))
+            most[:] = map(max, most, sizes)
+            return super().settle(block, inputs, device)
+
+    options = Gptq(group_size=16)
+    method = Weighing(options, options.scheme)
+    target = context.work_dir / "passes"
+    given = (source, target, method, {"input_ids": ids}, linears_of(source), "weighing", {}, None, None, 1)
+    _run(*given, context=context)
+    return [tuple(sizes) for sizes in context.group.collect(most)]
+
+
+def asks_experts(chosen: list[list[int]], *, group: Group, tell: Any) -> list[list[tuple[int, list[float]]]]:
+    """Each process asks experts that multiply by their number plus one. chosen: by process, the expert of each of its tokens."""
+    from nightpress.core.compress.model.expert_exchange import ExpertExchange
+
+    exchange = ExpertExchange(group, 5)
+    own = torch.tensor(chosen[group.rank], dtype=torch.long)
+    hidden = (100.0 * group.rank + torch.arange(len(own)))[:, None]
+    tokens = [(own == expert).nonzero()[:, 0] for expert in range(5)]
+
+    def run(expert: int, rows: torch.Tensor) -> torch.Tensor:
+        assert expert in exchange.own
+        assert len(rows)
+        return rows * (expert + 1)
+
+    answers = [(expert, made[:, 0].tolist()) for expert, made in exchange.answers(hidden, tokens, run)]
+    seen: list[float] = []
+    exchange.show_all(hidden, [group.rank], lambda _, rows: seen.extend(rows[:, 0].tolist()))
+    return group.collect([*answers, (-1, seen)])

@@ -4,7 +4,7 @@ import contextlib
 import os
 import pickle
 import signal
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,14 +12,9 @@ from typing import Any
 import psutil
 import pytest
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
 from nightpress.core.compress.context import over_ranks
-from nightpress.core.compress.executors.blocks import Method, press_blocks
-from nightpress.core.compress.passes.activations import CacheScales, RoundedInputs
-from nightpress.core.compress.passes.calibrated import ActivationAware, Quantized, Sparse, WeightAndActivation
-from nightpress.core.compress.passes.learned_rounding import Learned
 from nightpress.core.compress.ranks.group import Group
 from nightpress.core.compress.ranks.launch import Ranks
 from nightpress.core.compress.ranks.messages import Failed
@@ -27,40 +22,14 @@ from nightpress.core.errors import ErrorCode, NightpressError
 from nightpress.core.handoff.frames import Log, Result, parse_frame
 from nightpress.core.handoff.spec import DATA_DIR, SOURCE_DIR, JobSpec
 from nightpress.core.recipes.calibration import Calibration
-from nightpress.core.recipes.header import ModelHeader
-from nightpress.core.recipes.passes import Awq, Fp8, Gptq, KvCache, LearnedRounding, SmoothQuant, SparseGpt, Wanda
 from nightpress.worker.process import ChildProcess
-from tests.block_models import FAMILIES, context_of, linears_of, save_model, token_ids
+from tests.block_models import context_of, save_model, token_ids
 from tests.patience import slowness
 from tests.press import lay_out
+from tests.rank_presses import DENSE, METHODS, MIXTURE, SAME, distance, load, other_codes, run
 from tests.rank_tasks import exchanges, fails, influence_of, waits
 from tests.service import running
 from tests.training import classifier, run_pass
-
-DENSE, MIXTURE = "LlamaForCausalLM", "Qwen3MoeForCausalLM"
-TYPES = {DENSE: "llama", MIXTURE: "qwen3_moe"}
-#: Largest distance of weights from those of one process, relative to their norm. Sums in another order differ by about 1e-7 here.
-SAME = 1e-5
-METHODS: dict[str, Callable[[ModelHeader], tuple[Method, Any]]] = {
-    "gptq": lambda _: _of(Quantized, Gptq(group_size=16)),
-    "gptq with unstructured zeros": lambda _: _of(Quantized, Gptq(group_size=16, sparsity=0.5, order="natural")),
-    "awq": lambda header: _of(ActivationAware, Awq(group_size=16), header),
-    "sparsegpt 2:4": lambda _: (Sparse(SparseGpt(pattern="2:4")), None),
-    "sparsegpt": lambda _: (Sparse(SparseGpt()), None),
-    "wanda": lambda _: (WeightAndActivation(Wanda()), None),
-    "smoothquant": lambda header: (RoundedInputs(SmoothQuant(), header), None),
-    "smoothquant by gptq": lambda header: (
-        RoundedInputs(SmoothQuant(activations="tensor", weights="gptq"), header),
-        None,
-    ),
-    "fp8": lambda header: (RoundedInputs(Fp8(activations="static"), header), None),
-    "learned rounding": lambda _: (Learned(options := LearnedRounding(group_size=16, steps=10), options.scheme, None, 0), 4),
-    "kv-cache": lambda _: (CacheScales(KvCache()), None),
-}  # fmt: skip
-
-
-def _of(method: Any, options: Any, *more: Any) -> tuple[Method, None]:
-    return method(options, options.scheme, *more), None
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -73,7 +42,7 @@ def tests_can_be_imported() -> Iterator[None]:
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("models")
-    for family in TYPES:
+    for family in (DENSE, MIXTURE):
         save_model(family, root / family)
     return root
 
@@ -105,68 +74,18 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-def _press(
-    models: Path, family: str, name: str, folder: Path, ranks: Ranks | None, *, padded: bool = False, **extra: Any
-) -> dict[str, Tensor]:
+def _press(models: Path, family: str, name: str, folder: Path, ranks: Ranks | None, **extra: Any) -> dict[str, Tensor]:
     """Press with a method of METHODS in folder/passes. Returns the tensors that were written."""
-    source = models / family
-    config = FAMILIES[family]
-    header = ModelHeader(model_type=TYPES[family], architecture=family, config=config, tensors=(), has_tokenizer=False)
-    method, step = METHODS[name](header)
-    samples = {"input_ids": token_ids(samples=9)}
-    if padded:
-        lengths = torch.tensor([24, 3, 24, 17, 9, 24, 1, 24, 20])
-        samples["attention_mask"] = (torch.arange(24) < lengths[:, None]).long()
-    chosen = frozenset() if name == "kv-cache" else linears_of(source)
-    pressed = press_blocks(
-        source,
-        folder / "passes",
-        method,
-        samples,
-        context_of(source, folder, ranks=ranks, **extra),
-        chosen=chosen,
-        recipe=name,
-        cache=method.cache if isinstance(method, CacheScales) else None,
-        step=step,
-    )
-    assert pressed.effects.keys() == (chosen - {"lm_head.weight", "model.embed_tokens.weight"})
-    return _load(folder / "passes")
-
-
-def _load(folder: Path) -> dict[str, Tensor]:
-    return {name: tensor for path in sorted(folder.glob("*.safetensors")) for name, tensor in load_file(path).items()}
-
-
-def _distance(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> float:
-    """The distance of all tensors but codes, relative to their norm."""
-    assert found.keys() == expected.keys()
-    assert all(found[name].dtype == expected[name].dtype for name in expected)
-    floats = [name for name in expected if expected[name].is_floating_point()]
-    lost = sum(float((found[name].double() - expected[name].double()).square().sum()) for name in floats)
-    return float((lost / sum(float(expected[name].double().square().sum()) for name in floats)) ** 0.5)
-
-
-def _other_codes(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> float:
-    """The share of bytes of codes that differ."""
-    codes = [name for name in expected if not expected[name].is_floating_point()]
-    pairs = [(found[name].view(torch.uint8), expected[name].view(torch.uint8)) for name in codes]
-    return sum(int((a != b).sum()) for a, b in pairs) / max(1, sum(a.numel() for a, _ in pairs))
+    run(models / family, family, name, folder, ranks, **extra)
+    return load(folder / "passes")
 
 
 @pytest.mark.parametrize("name", METHODS)
 def test_two_processes_differ_from_one_by_the_order_of_sums(name: str, models: Path, two: Ranks, tmp_path: Path):
     expected = _press(models, DENSE, name, tmp_path / "one", None)
     found = _press(models, DENSE, name, tmp_path / "two", two)
-    assert _distance(found, expected) < SAME
-    assert _other_codes(found, expected) < 0.002
-
-
-@pytest.mark.parametrize("name", ["gptq", "awq", "smoothquant", "learned rounding"])
-def test_four_processes_share_out_a_mixture_and_padded_texts(name: str, models: Path, four: Ranks, tmp_path: Path):
-    expected = _press(models, MIXTURE, name, tmp_path / "one", None, padded=True)
-    found = _press(models, MIXTURE, name, tmp_path / "four", four, padded=True)
-    assert _distance(found, expected) < SAME
-    assert _other_codes(found, expected) < 0.002
+    assert distance(found, expected) < SAME
+    assert other_codes(found, expected) < 0.002
 
 
 def test_a_survey_of_four_processes_finds_the_same_influence_and_saliency(models: Path, four: Ranks, tmp_path: Path):
@@ -205,7 +124,7 @@ def test_structured_passes_of_two_processes_remove_the_same_units(
     assert found.pop("importance", []) == pytest.approx(alone.pop("importance", []), rel=1e-4)
     assert found == alone
     # A few texts barely determine what compensates for the removed heads, so that rounding errors of sums count for more.
-    assert _distance(_load(out), _load(by_itself)) < (10 * SAME if options.get("compensate") else SAME)
+    assert distance(load(out), load(by_itself)) < (10 * SAME if options.get("compensate") else SAME)
 
 
 def test_what_processes_exchange(two: Ranks):

@@ -59,9 +59,12 @@ class Called:
     made: tuple[int, int]  #: its first output
 
 
-def group_of(block: Mapping[str, Tensor]) -> Group:
-    """The processes that settle a block's tensors: this one alone if they are no `LiveBlock`."""
-    return block.group if isinstance(block, LiveBlock) else ALONE
+def group_of(block: Mapping[str, Tensor], name: str | None = None) -> Group:
+    """The processes that settle a block's tensors: this one alone if they are no `LiveBlock`.
+
+    name: of a tensor; if it is in this process alone, so is the one that settles it.
+    """
+    return block.group if isinstance(block, LiveBlock) and name not in block.own else ALONE
 
 
 def probe_of(samples: Batch) -> Batch:
@@ -70,7 +73,10 @@ def probe_of(samples: Batch) -> Batch:
 
 
 class LiveBlock(Mapping[str, Tensor]):
-    """The tensors of a block by their names in the files, in their stored dtype. Every matrix is [out, in]."""
+    """The tensors of a block by their names in the files, in their stored dtype. Every matrix is [out, in].
+
+    Only those that this process holds, if several processes share out the block's experts.
+    """
 
     def __init__(
         self,
@@ -81,15 +87,17 @@ class LiveBlock(Mapping[str, Tensor]):
         turned: Collection[str] = (),
         lessons: Lessons | None = None,
         group: Group = ALONE,
+        own: Collection[str] = (),
     ) -> None:
         """entered [1, L, width]: the probe's hidden states at the block's input; None: the block can't be run.
 
         calls: the block's other arguments, one entry for each run. turned: names of tensors that the block's layers hold as [in, out].
         lessons: given to methods that learn. group: the processes that settle the same tensors, which may share out the work.
+        own: names of the tensors that are in this process alone, i.e. those of its experts.
         """
         self._tensors, self._block, self._turned = tensors, block, turned
         self._entered, self._calls = entered, calls
-        self.lessons, self.group = lessons, group
+        self.lessons, self.group, self.own = lessons, group, frozenset(own)
         self.warnings: list[str] = []  #: warnings about the block for the report
         self.figures: dict[str, float] = {}  #: figures of the block for the report, by name
 
@@ -125,7 +133,7 @@ class LiveBlock(Mapping[str, Tensor]):
     @property
     def names(self) -> Mapping[str, str]:
         """Parameter of the module → its name in the files."""
-        return self._block.names
+        return {short: name for short, name in self._block.names.items() if name in self._tensors}
 
     def trace(self) -> list[Called]:
         """Run the block on the probe. Returns the calls of its modules, in the order in which they end."""
@@ -158,7 +166,7 @@ class LiveBlock(Mapping[str, Tensor]):
         calls = [tree_map(_as_float, (call.args, dict(call.kwargs))) for call in self._calls]
         for trial in trials:
             weights = own | {name: self._for_the_module(name, tensor) for name, tensor in trial.items()}
-            hidden, parameters = entered, {short: weights[name] for short, name in self._block.names.items()}
+            hidden, parameters = entered, {short: weights[name] for short, name in self.names.items()}
             for args, kwargs in calls:
                 out = torch.func.functional_call(self._block.module, parameters, (hidden, *args), kwargs)
                 hidden = out[0] if isinstance(out, tuple) else out

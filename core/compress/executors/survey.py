@@ -4,6 +4,7 @@
 they run it backwards.
 """
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -35,7 +36,8 @@ class SourceBlock:
     """One block of the source model."""
 
     index: int
-    tensors: Mapping[str, Tensor]  #: by their names in the files, in their stored dtype
+    #: By their names in the files, in their stored dtype. Not those of experts that live in another process.
+    tensors: Mapping[str, Tensor]
     moments: Moments | None  #: of the watched module's inputs
     influence: float  #: 1 − the mean over tokens of the cosine between the block's input and its output
     #: By prefix of a mixture's experts: the mean size of each expert's weighted outputs [experts], float64; 0 if it gets no token.
@@ -53,13 +55,14 @@ def survey(source: Path, samples: Batch, context: PassContext, watched: str | No
     device = torch.device(context.device)
     samples, real = split_mask(samples)
     group, probe = context.group, probe_of(samples)
-    own = group.share(len(samples["input_ids"]))
-    samples, real = {name: tensor[own] for name, tensor in samples.items()}, None if real is None else real[own]
-    skeleton = Skeleton(source, files, context.device, torch.float32, probe)
+    skeleton = Skeleton(source, files, context.device, torch.float32, probe, group)
     if skeleton.whole is not None:
         raise unsupported(f"The model's blocks can't be compared: {skeleton.whole}")
+    most = math.ceil(len(samples["input_ids"]) / group.size)  # texts of a process
+    own = group.share(len(samples["input_ids"]))
+    samples, real = {name: tensor[own] for name, tensor in samples.items()}, None if real is None else real[own]
     total, length = samples["input_ids"].shape
-    rows = max(1, min(total, BATCH_TOKENS[device.type] // length))
+    rows = max(1, min(most, BATCH_TOKENS[device.type] // length))
     starts = range(0, total, rows)
     masks = [None if real is None else real[at : at + rows].to(device) for at in starts]
     tokens = group.total(total * length if real is None else int(real.sum()))
@@ -71,7 +74,7 @@ def survey(source: Path, samples: Batch, context: PassContext, watched: str | No
             calls.add(heard, keep_on=device)
         for index in range(len(skeleton.blocks)):
             context.progress(index / len(skeleton.blocks), f"looking at block {index + 1} of {len(skeleton.blocks)}")
-            tensors = {name: files.read(name) for name in skeleton.block_names(index)}
+            tensors = {name: files.read(name) for name in skeleton.held_names(index)}
             block = skeleton.fill_block(index, tensors)
             look = _InputSums(device)
             mixtures = [(prefix, mixture, _OutputSizes(len(mixture))) for prefix, mixture in skeleton.experts(index)]
@@ -92,6 +95,10 @@ def survey(source: Path, samples: Batch, context: PassContext, watched: str | No
                     each = F.cosine_similarity(before, after, dim=-1)  # [B, L]
                     cosines += without_padding(each[..., None], masks[at]).double().sum().cpu()
                     hidden[at] = after
+                if skeleton.shares_experts(index):
+                    for _ in range(len(hidden), math.ceil(most / rows)):
+                        for _, mixture, _ in mixtures:
+                            mixture.take_part(hidden[0])
             skeleton.empty_block(index)
             name = skeleton.blocks[index].name
             group.sum(cosines)

@@ -1,6 +1,6 @@
 """Collects statistics of the inputs of linear layers while samples run through a block."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -50,15 +50,20 @@ class Watched:
     """The statistics of the inputs of one block's layers. Layers that read the same tensor object share a statistic."""
 
     def __init__(
-        self, watch: Callable[[int, torch.device], Statistic], device: torch.device, linears: Mapping[str, nn.Module]
+        self,
+        watch: Callable[[int, torch.device], Statistic],
+        device: torch.device,
+        linears: Mapping[str, nn.Module],
+        own: Collection[str] = (),
     ) -> None:
-        self._watch, self._device, self._linears = watch, device, linears
+        """own: names of the layers that are in this process alone, and get the tokens of all processes."""
+        self._watch, self._device, self._linears, self._own = watch, device, linears, frozenset(own)
         self._leaders: dict[str, str] = {}
         self._statistics: dict[str, Statistic] = {}
         self._called: set[str] = set()  #: layers that this run has called
         #: Keeps this run's tensors alive, so that no two have the same address.
         self._seen: list[tuple[Tensor, str]] = []
-        self.stops = True  #: end a run when every layer has been called
+        self.stops = True  #: end a run when every layer has been called; not if other processes wait for the run's end
         self.real: Tensor | None = None  #: bool [B, L] of the current batch: False for padding; None: no padding
 
     @contextmanager
@@ -102,8 +107,9 @@ class Watched:
             for name, layer in self._linears.items()
             if self._leaders[name] == name
         }
-        for statistic in self._statistics.values():
-            statistic.combine(group)
+        for name, statistic in self._statistics.items():
+            if name not in self._own:
+                statistic.combine(group)
 
     def _next_run(self, _module: nn.Module, _args: object) -> None:
         self._seen.clear()
@@ -116,7 +122,8 @@ class Watched:
             self._seen.append((inputs, name))
             if name not in self._statistics:
                 self._statistics[name] = self._watch(inputs.shape[-1], self._device)
-            self._statistics[name].add(without_padding(inputs, self.real))
+            # An expert gets no padding, and as many tokens as the router sends it.
+            self._statistics[name].add(inputs if name in self._own else without_padding(inputs, self.real))
         self._called.add(name)
         if self.stops and len(self._called) == len(self._linears):
             raise EnoughSeen  # the last layers' output is not needed

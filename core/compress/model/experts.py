@@ -5,11 +5,13 @@ as in the files. So each expert's layers are calibrated like any others, with th
 """
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from nightpress.core.compress.model.expert_exchange import ExpertExchange
 
 #: Names of an expert's gate, up and down projection in the files.
 _GATED = (("gate_proj", "up_proj", "down_proj"), ("w1", "w3", "w2"))
@@ -43,39 +45,64 @@ class Experts(nn.ModuleList):
         self.shown_all: frozenset[int] = frozenset()
         #: Called with an expert's index and its outputs [tokens, width], multiplied by the router's weights.
         self.watch: Callable[[int, Tensor], None] | None = None
+        #: Where the experts live; None: all of them in this process. The weights of the others' experts are never loaded.
+        self.exchange: ExpertExchange | None = None
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        """hidden_states [tokens, width], top_k_index and top_k_weights [tokens, chosen] → [tokens, width]"""
+        """hidden_states [tokens, width], top_k_index and top_k_weights [tokens, chosen] → [tokens, width]
+
+        While experts of several processes are shown all tokens, the result is zero: the run only serves to watch them.
+        """
         out = torch.zeros_like(hidden_states)
+        if self.exchange is not None and self.shown_all:
+            self._show_all(self.exchange, hidden_states)
+            return out
         chosen = top_k_index.flatten()
         if self.real is not None:
             chosen = chosen.masked_fill(~self.real.repeat_interleave(top_k_index.shape[1]), len(self))
         # All experts' tokens are found by one sort: to ask for the tokens of each expert would wait for the device each time.
         by_expert = chosen.argsort(stable=True)
         counts = torch.bincount(chosen, minlength=len(self) + 1).tolist()
-        all_tokens = torch.split(by_expert // top_k_index.shape[1], counts)
-        all_weights = torch.split(top_k_weights.flatten()[by_expert, None], counts)
-        for number, (expert, tokens, weights) in enumerate(zip(self, all_tokens, all_weights, strict=False)):
-            if number in self.shown_all:
-                made = self._run_on_all(expert, hidden_states)[tokens]
-            elif len(tokens):
-                made = self._run(expert, hidden_states[tokens])
-            else:
-                continue
-            weighted = made * weights
+        tokens = torch.split(by_expert // top_k_index.shape[1], counts)[:-1]
+        weights = torch.split(top_k_weights.flatten()[by_expert, None], counts)[:-1]
+        if self.exchange is None:
+            answers = self._answers(hidden_states, tokens)
+        else:
+            answers = self.exchange.answers(hidden_states, tokens, self._run)
+        for number, made in answers:
+            weighted = made * weights[number]
             if self.watch is not None:
                 self.watch(number, weighted)
-            out.index_add_(0, tokens, weighted.to(out.dtype))
+            out.index_add_(0, tokens[number], weighted.to(out.dtype))
         return out
 
-    def _run_on_all(self, expert: Any, hidden_states: Tensor) -> Tensor:
+    def take_part(self, like: Tensor) -> None:
+        """Run this process's experts on the tokens of the other processes alone. like: hidden states, for their width, dtype and device."""
+        nothing = like.new_empty(0, like.shape[-1])
+        self.real = None
+        self(nothing, torch.empty(0, 1, dtype=torch.long, device=like.device), nothing[:, :1])
+
+    def _answers(self, hidden_states: Tensor, tokens: Sequence[Tensor]) -> Iterator[tuple[int, Tensor]]:
+        """Each expert's answers to its tokens."""
+        for number, own in enumerate(tokens):
+            if number in self.shown_all:
+                yield number, self._run_on_all(number, hidden_states)[own]
+            elif len(own):
+                yield number, self._run(number, hidden_states[own])
+
+    def _show_all(self, exchange: ExpertExchange, hidden_states: Tensor) -> None:
+        shown = [number for number in exchange.own if number in self.shown_all]
+        exchange.show_all(hidden_states if self.real is None else hidden_states[self.real], shown, self._run)
+
+    def _run_on_all(self, expert: int, hidden_states: Tensor) -> Tensor:
         if self.real is None:
             return self._run(expert, hidden_states)
         made = torch.zeros_like(hidden_states)
         made[self.real] = self._run(expert, hidden_states[self.real])
         return made
 
-    def _run(self, expert: Any, inputs: Tensor) -> Tensor:
+    def _run(self, number: int, inputs: Tensor) -> Tensor:
+        expert: Any = self[number]
         *into, down = (expert[name] for name in (*self.into, self.down))
         fused = self.__dict__["fused"]
         products = [layer(inputs) for layer in into]

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from nightpress.core.compress.ranks.group import PeerError
 from nightpress.core.errors import ErrorCode, NightpressError
 
 
@@ -89,7 +90,7 @@ def order_of_calls(
         for path, blocks in rows:
             put(path, nn.ModuleList(_Watched(block, path, at, trial) for at, block in enumerate(blocks)))
         run()
-    except (NoRows, NightpressError):
+    except (NoRows, NightpressError, PeerError):
         raise
     except Exception as error:  # whatever a model raises when it is given stand-ins
         raise NoRows(f"without its blocks it fails: {type(error).__name__}: {str(error)[:200]}") from error

@@ -4,8 +4,11 @@ A model is seen as embeddings and rows of blocks, so that no family needs code o
 the hidden states are recorded in a run in which blocks return the hidden states unchanged. An encoder-decoder has two rows; the output of the
 first is known when the second is recorded. A block may run more than once (ALBERT). A model whose blocks can't be run one after the other is
 a single block, which holds all of it.
+
+Several processes may each hold a part of a mixture's experts. All other weights are in each of them.
 """
 
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from nightpress.core.compress.model.expert_exchange import ExpertExchange
 from nightpress.core.compress.model.experts import Experts
 from nightpress.core.compress.model.modules import fit
 from nightpress.core.compress.model.on_meta import Built, build, lacking
@@ -31,6 +35,9 @@ from nightpress.core.compress.model.rows import (
     unsupported,
 )
 from nightpress.core.compress.model.source import SourceTensors
+from nightpress.core.compress.ranks.group import ALONE, Group
+
+_EXPERT = re.compile(r".*\.experts\.\d+\.")  #: the part of a tensor's name in the files that names its expert
 
 Batch = Mapping[str, Tensor]  #: the model's inputs by argument name, each [samples, …]
 
@@ -54,8 +61,19 @@ class Block:
 class Skeleton:
     """The model's modules without weights, and the name of each weight in the files."""
 
-    def __init__(self, folder: Path, source: SourceTensors, device: str, dtype: torch.dtype, example: Batch) -> None:
-        """example: a few tokens of a text, or an image, on which the order of the blocks is found."""
+    def __init__(
+        self,
+        folder: Path,
+        source: SourceTensors,
+        device: str,
+        dtype: torch.dtype,
+        example: Batch,
+        group: Group = ALONE,
+    ) -> None:
+        """example: a few tokens of a text, or an image, on which the order of the blocks is found.
+
+        group: processes that share out the experts. All of them make the skeleton, with the same example.
+        """
         self.source, self.device, self.dtype = source, torch.device(device), dtype
         self._built: Built = build(folder, source.names(), dtype)
         self.model, self.config = self._built.model, self._built.model.config
@@ -69,7 +87,26 @@ class Skeleton:
         self._candidates = tuple(f"{path}." for path, _ in possible_rows(self.model))
         self.rows: list[Row] = []
         self.whole: str | None = None  #: why the model is a single block; None: it has rows of blocks
+        self._rank = group.rank
+        self._owners: dict[str, int] = {}  #: prefix of an expert's tensors in the files → rank of its process
+        if group.size > 1:
+            self._share_out(group)
         self._arrange(example)
+
+    def _share_out(self, group: Group) -> None:
+        """Share out the experts of each block that has one mixture, and at least one expert for each process."""
+        for path, row in possible_rows(self.model):
+            for at, block in enumerate(row):
+                found = [(name, inner) for name, inner in block.named_modules() if isinstance(inner, Experts)]
+                if len(found) != 1 or len(found[0][1]) < group.size:
+                    continue
+                name, mixture = found[0]
+                exchange = mixture.exchange = ExpertExchange(group, len(mixture))
+                for short, _ in mixture.named_parameters():
+                    stored = self._names[f"{path}.{at}.{name}.{short}"]
+                    prefix = _EXPERT.match(stored)
+                    assert prefix is not None, stored
+                    self._owners[prefix[0]] = exchange.owner(int(short.split(".")[0]))
 
     def _arrange(self, example: Batch) -> None:
         candidates = possible_rows(self.model)
@@ -79,7 +116,9 @@ class Skeleton:
         def fill(path: str, at: int) -> nn.Module:
             block = self._describe(0, f"{path}.{at}", found[path][at])
             filled.append(block)
-            return self._fill(block, {stored: self.source.read(stored) for stored in block.names.values()})
+            return self._fill(
+                block, {name: self.source.read(name) for name in block.names.values() if self.holds(name)}
+            )
 
         try:
             self._fill_rest()
@@ -96,6 +135,10 @@ class Skeleton:
                 self._empty(block)
             self._empty_rest()
         if self.whole is not None:
+            self._owners = {}
+            for module in self.model.modules():
+                if isinstance(module, Experts):
+                    module.exchange = None
             if (name := lacking(self._built)) is not None:
                 raise unsupported(f"The files have no tensor {name}, which the model's class wants")
             inputs = "pixel_values" if "pixel_values" in example else "input_ids"
@@ -118,18 +161,44 @@ class Skeleton:
         """All tensors of a block in the files, in the files' order."""
         return list(dict.fromkeys(self.blocks[index].names.values()))
 
+    def owner(self, name: str) -> int | None:
+        """The rank of the only process that holds a tensor, by its name in the files. None: all processes hold it.
+
+        Also for what a method writes for a weight, whose name begins like the weight's.
+        """
+        expert = _EXPERT.match(name) if self._owners else None
+        return None if expert is None else self._owners.get(expert[0])
+
+    def holds(self, name: str) -> bool:
+        """Whether this process holds a tensor, by its name in the files."""
+        return self.owner(name) in (None, self._rank)
+
+    def held_names(self, index: int) -> list[str]:
+        """The tensors of a block that this process holds, in the files' order."""
+        return [name for name in self.block_names(index) if self.holds(name)]
+
+    @property
+    def shares_any_experts(self) -> bool:
+        """Whether several processes hold the experts of some block."""
+        return bool(self._owners)
+
+    def shares_experts(self, index: int) -> bool:
+        """Whether several processes hold a block's experts. Then all of them must run it equally often."""
+        return any(mixture.exchange is not None for _, mixture in self.experts(index))
+
     def short_names(self, index: int) -> dict[str, str]:
         """Name in the files → name within the block. The latter is the same in all blocks of a row that have the same layers."""
         return {stored: name for name, stored in self.blocks[index].names.items()}
 
     def linears(self, index: int) -> dict[str, nn.Module]:
-        """The linear layers of a block, by the names of their weights in the files."""
+        """The linear layers of a block that this process holds, by the names of their weights in the files."""
         block = self.blocks[index]
-        return {
+        found = {
             block.names[f"{name}.weight"]: layer
             for name, layer in block.module.named_modules()
             if is_linear(layer) and f"{name}.weight" in block.names
         }
+        return {name: layer for name, layer in found.items() if self.holds(name)}
 
     def experts(self, index: int) -> list[tuple[str, Experts]]:
         """The mixtures of experts in a block: (prefix of the experts' names in the files, mixture)."""
@@ -142,7 +211,7 @@ class Skeleton:
         return found
 
     def fill_block(self, index: int, tensors: Mapping[str, Tensor]) -> nn.Module:
-        """Load a block's weights and return its module.
+        """Load a block's weights that this process holds, and return its module.
 
         tensors: by their names in the files, on any device. Tensors that are not the block's are ignored.
         """
@@ -150,7 +219,9 @@ class Skeleton:
 
     def _fill(self, block: Block, tensors: Mapping[str, Tensor]) -> nn.Module:
         filled = {
-            name: tensors[stored].to(self.device, self.dtype, non_blocking=True) for name, stored in block.names.items()
+            name: tensors[stored].to(self.device, self.dtype, non_blocking=True)
+            for name, stored in block.names.items()
+            if self.holds(stored)
         }
         fit(block.module, {name: tuple(tensor.shape) for name, tensor in filled.items()})
         block.module.load_state_dict(filled, strict=False, assign=True)
@@ -183,7 +254,7 @@ class Skeleton:
             return
         self._fill_rest()
         first = next(at for at, block in enumerate(self.blocks) if block.row == row)
-        self.fill_block(first, {name: self.source.read(name) for name in self.block_names(first)})
+        self.fill_block(first, {name: self.source.read(name) for name in self.held_names(first)})
         found = self.rows[row]
         tape = Tape(runs=len(found.order))
         try:

@@ -22,7 +22,7 @@ from nightpress.core.compress.passes.folding import BlockFold, Folding, FoldTarg
 from nightpress.core.compress.passes.quantize import stream_rounded
 from nightpress.core.compress.passes.registry import folder_pass
 from nightpress.core.compress.passes.stacks import join_rows, share_rows, sharing
-from nightpress.core.compress.ranks.group import Group
+from nightpress.core.compress.ranks.group import ALONE, Group
 from nightpress.core.compress.solvers.gptq import round_obs
 from nightpress.core.compress.solvers.obs import factorize
 from nightpress.core.compress.solvers.smooth import (
@@ -93,20 +93,25 @@ class RoundedInputs:
         self,
         options: SmoothQuant,
         places: Sequence[BlockFold],
-        block: Mapping[str, Tensor],
+        block: LiveBlock,
         floats: dict[str, Tensor],
     ) -> dict[str, Tensor]:
         factors: dict[str, Tensor] = {}
         for place in places:
+            holders = block.group if place.spans(block) else ALONE
             if options.alpha == "search":
-                layers = [self._layer(part, floats) for part in place.parts]
-                found = search_factors(layers, self._grid, share=place.share, group=group_of(block))
+                parts = place.parts_of(block) if place.spans(block) else place.parts
+                layers = [self._layer(part, floats) for part in parts]
+                group = ALONE if place.spans(block) else group_of(block, place.targets[0])
+                found = search_factors(layers, self._grid, share=place.share, group=group, holders=holders)
                 del layers
             elif not any(self._inputs_of(name) for name in place.targets):
                 continue  # smoothing gains nothing where inputs stay in float
             else:
                 largest = torch.stack([_strengths(part.statistic).largest for part in place.parts]).amax(0)
-                heaviest = torch.stack([floats[name].abs().amax(0) for name in place.targets])
+                heaviest = torch.stack([floats[name].abs().amax(0) for name in place.targets]).amax(0, keepdim=True)
+                holders.largest(largest)
+                holders.largest(heaviest)
                 found = smoothing_factors(largest, heaviest, options.alpha, share=place.share)
             place.apply(found, block, floats)
             factors |= dict.fromkeys(place.targets, found)
@@ -123,7 +128,7 @@ class RoundedInputs:
         for name, weight in weights.items():
             stored, scheme = block[name].dtype, scheme_of(self._schemes, name)
             if factor is not None and gram is not None:
-                group = sharing(weight, group_of(block), free=True)
+                group = sharing(weight, group_of(block, name), free=True)
                 part = round_obs(share_rows(weight, group), gram, factor, scheme, stored)
                 assert part.zero_point is None  # the grid is symmetric
                 coded = Coded(join_rows(part.codes, weight, group), join_rows(part.scale, weight, group), None)

@@ -283,29 +283,39 @@ class ActivationAware:
         factors: dict[str, Tensor] = {}
         for alike in self._side_by_side(places, block):
             first = alike[0]
-            layers = [[self._layer(part, floats) for part in place.parts] for place in alike]
+            spans = first.spans(block)
+            layers = [
+                [self._layer(part, floats) for part in (place.parts_of(block) if spans else place.parts)]
+                for place in alike
+            ]
             stored = block[first.targets[0]].dtype
-            searched = search_scales(layers, stored, share=first.share, group=block.group)
+            if spans:
+                searched = search_scales(layers, stored, share=first.share, holders=block.group)
+            else:
+                group = group_of(block, first.targets[0])
+                searched = search_scales(layers, stored, share=first.share, group=group)
             del layers
             for place, found in zip(alike, searched, strict=True):
                 place.apply(found, block, floats)
                 factors |= dict.fromkeys(place.targets, found)
         settled = {name: made_up(name, floats[name], block[name].dtype) for name in floats if name not in seen}
         rounded = {}
-        shares = block.group.portion([floats[name].numel() for name in seen])
-        for name in [list(seen)[at] for at in shares[block.group.rank]]:
+        common, own = ([name for name in seen if (name in block.own) is alone] for alone in (False, True))
+        shares = block.group.portion([floats[name].numel() for name in common])
+        for name in [*(common[at] for at in shares[block.group.rank]), *own]:
             weight = floats.pop(name)
             statistic, scheme = seen[name].statistic, scheme_of(self._schemes, name)
             assert isinstance(statistic, Gram)
             importance = statistic.matrix().diagonal() / factors.get(name, torch.ones((), device=device)).square()
             coded = round_weight(weight, scheme, block[name].dtype, ranges=self._options.ranges, importance=importance)
             rounded[name] = settle_coded(name, scheme, coded, weight)
-        return settled | merge_settled(block.group, rounded, device)
+        alone = {name: rounded.pop(name) for name in own}
+        return settled | merge_settled(block.group, rounded, device) | alone
 
     def restore(self, name: str, written: Mapping[str, Tensor]) -> Tensor:
         return from_tensors(name, scheme_of(self._schemes, name), written)
 
-    def _side_by_side(self, places: Sequence[BlockFold], block: Mapping[str, Tensor]) -> list[list[BlockFold]]:
+    def _side_by_side(self, places: Sequence[BlockFold], block: LiveBlock) -> list[list[BlockFold]]:
         """Group places that follow each other and can be searched at once: equal shapes and schemes, and no tensor in common.
 
         The down projections of a mixture's experts are such places. All other places are alone.
@@ -316,7 +326,7 @@ class ActivationAware:
         for place in places:
             own = {place.source, place.bias, *place.targets, *place.routers}
             kinds = [(tuple(block[name].shape), scheme_of(self._schemes, name)) for name in place.targets]
-            like = (kinds, place.share, place.kind) if len(place.parts) == 1 else None
+            like = (kinds, place.share, place.kind) if len(place.parts) == 1 and not place.spans(block) else None
             columns = block[place.targets[0]].shape[1]
             most = stack_size(sum(len(block[name]) for name in place.targets), columns, len(places))
             if like is None or like != before or own & taken or len(groups[-1]) >= most:

@@ -52,6 +52,14 @@ class BlockFold:
     def targets(self) -> tuple[str, ...]:
         return tuple(name for part in self.parts for name in part.names)
 
+    def spans(self, block: LiveBlock) -> bool:
+        """Whether other processes hold further layers that read this output."""
+        return _span(self.source, self.targets, block)
+
+    def parts_of(self, block: LiveBlock) -> list[FoldTarget]:
+        """The parts that this process adds to those of the others. Of parts that all processes hold, only the first adds them."""
+        return [part for part in self.parts if block.group.first or part.names[0] in block.own]
+
     def apply(self, factors: Tensor, block: Mapping[str, Tensor], floats: dict[str, Tensor]) -> None:
         """Multiply the targets' columns by factors [in], and divide the source's output by them. Writes the changed tensors to `floats`."""
         self.scale_targets(factors, block, floats)
@@ -148,7 +156,7 @@ class Folding:
         share = self._share_of(proposal, block)
         places = []
         for source, targets, routers in _numbered(proposal, block.names):
-            parts = _parts(targets, seen)
+            parts = _parts(targets, seen, elsewhere=_span(block.names[f"{source}.weight"], targets, block))
             if not parts:
                 return []
             bias = block.names.get(f"{source}.bias", "")
@@ -161,14 +169,14 @@ class Folding:
         rows = len(block[block.names[f"{proposal.source}.weight"]])
         return self._heads, rows // self._heads
 
-    def _candidates(self, fold: Fold, block: Mapping[str, Tensor], seen: Mapping[str, Inputs]) -> Iterator[BlockFold]:
+    def _candidates(self, fold: Fold, block: LiveBlock, seen: Mapping[str, Inputs]) -> Iterator[BlockFold]:
         """Yield the places of a fold whose targets are all watched. The family's table lists the layers that read the source's output."""
         # The scale of a key/value cache and the bound `clip_qkv` hold for the values without factors.
         if fold.kind == "values" and (self._clips or any(name.endswith(".v_scale") for name in block)):
             return
         share = self._share if fold.kind == "values" else (1, 1)
         for source, targets, routers in _named(fold, block):
-            parts = _parts(targets, seen)
+            parts = _parts(targets, seen, elsewhere=_span(f"{source}.weight", targets, block))
             if parts and all(name in block for name in routers):
                 yield BlockFold(f"{source}.weight", f"{source}.bias", parts, routers, fold.kind, share)
 
@@ -189,7 +197,7 @@ def _proofs(folds: Sequence[Sequence[BlockFold]], block: LiveBlock) -> list[bool
     for fit in fits:
         change, left = (float((answer - before).norm()) for answer in islice(answers, 2)) if fit else (0.0, 0.0)
         proofs.append(change > 0 and left <= _SAME * change)
-    return proofs
+    return block.group.collect(proofs)[0]
 
 
 def _trials(places: Sequence[BlockFold], block: LiveBlock) -> Iterator[dict[str, Tensor]]:
@@ -259,8 +267,16 @@ def _named(fold: Fold, block: Mapping[str, Tensor]) -> Iterator[tuple[str, tuple
         yield prefix + fold.source.replace("*", some[0]), weights(fold.targets, some), weights(fold.routers, some)
 
 
-def _parts(targets: tuple[str, ...], seen: Mapping[str, Inputs]) -> tuple[FoldTarget, ...]:
-    """Group the targets by the tokens that they receive. Empty if a target is not watched, or if another layer reads the same input."""
+def _span(source: str, targets: Sequence[str], block: LiveBlock) -> bool:
+    """Whether some targets are experts of this process, and the source is no part of an expert: then other processes have targets, too."""
+    return source not in block.own and any(name in block.own for name in targets)
+
+
+def _parts(targets: tuple[str, ...], seen: Mapping[str, Inputs], *, elsewhere: bool) -> tuple[FoldTarget, ...]:
+    """Group the targets by the tokens that they receive. Empty if a target is not watched, or if another layer reads the same input.
+
+    elsewhere: whether other processes have further targets.
+    """
     if not all(name in seen for name in targets):
         return ()
     given: dict[tuple[int, float], list[str]] = {}
@@ -269,7 +285,7 @@ def _parts(targets: tuple[str, ...], seen: Mapping[str, Inputs]) -> tuple[FoldTa
     if not {other for name in targets for other in seen[name].names} <= set(targets):
         return ()
     # The share weighs parts against each other. With a single part it does not change the best factors.
-    alone = len(given) == 1
+    alone = len(given) == 1 and not elsewhere
     return tuple(
         FoldTarget(tuple(names), seen[names[0]].statistic, 1.0 if alone else share)
         for (_, share), names in given.items()

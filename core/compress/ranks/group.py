@@ -85,6 +85,24 @@ class Group:
             with _of_peers():
                 dist.broadcast(tensor.view(-1).view(torch.uint8), owner)
 
+    def exchange(self, rows: Tensor, sent: Sequence[int], received: Sequence[int]) -> Tensor:
+        """Send each process some of the rows [rows, width]: the first `sent[0]` to process 0, and so on. Returns what came, by rank.
+
+        received: the number of rows that each process sends to this one. All numbers may be 0.
+        """
+        if self.size == 1:
+            return rows
+        found = rows.new_empty(sum(received), *rows.shape[1:])
+        width = rows.shape[1:].numel() * rows.itemsize
+        with _of_peers():
+            dist.all_to_all_single(
+                found.view(-1).view(torch.uint8),
+                rows.contiguous().view(-1).view(torch.uint8),
+                [count * width for count in received],
+                [count * width for count in sent],
+            )
+        return found
+
     def join_rows(self, part: Tensor, count: int) -> Tensor:
         """Join the parts [part, …] that `share(count)` gave to each process: [count, …]."""
         if self.size == 1:

@@ -38,6 +38,7 @@ def search_scales(
     *,
     share: tuple[int, int] = (1, 1),
     group: Group = ALONE,
+    holders: Group = ALONE,
 ) -> Tensor:
     """Return for each place the factors [places, in] > 0 with the least output error: all 1 if no candidate is better than that.
 
@@ -45,11 +46,14 @@ def search_scales(
     place's factors, and the inputs are divided by them. stored: the dtype of the scales. The loss of each layer is summed over the tokens
     that are routed to it, so that an expert counts as often as it is used.
     share (heads, width): columns are heads · repeats · width. All repeats of a head get the same factors, as grouped-query attention needs.
-    group: processes with the same layers, which share out the candidates.
+    group: processes with the same layers, which share out the candidates. holders: processes with different layers of the same places.
     """
-    candidates = torch.stack([_candidates(layers, share) for layers in places], dim=1)  # [candidates, places, in]
+    rows = [holders.total(sum(len(layer.weight) for layer in layers)) for layers in places]
+    candidates = torch.stack(
+        [_candidates(layers, share, count, holders) for layers, count in zip(places, rows, strict=True)], dim=1
+    )  # [candidates, places, in]
     losses = torch.zeros(candidates.shape[:2], device=candidates.device)
-    for weight, gram, grid, of, weigh in _stacks(places):
+    for weight, gram, grid, of, weigh in _stacks(places, rows):
         for at in range(len(candidates))[group.share(len(candidates))]:
             factors = candidates[at]
             lost = weight - round_scaled(weight, factors[of, None], grid, stored)
@@ -57,6 +61,7 @@ def search_scales(
                 loss = ((lost @ gram).mul_(lost)).sum((1, 2))
             losses[at].index_add_(0, of, loss * weigh)
     group.sum(losses)  # of the candidates of other processes, this one has zeros
+    holders.sum(losses)
     best, least = candidates[0], losses[0]  # the first candidate's factors are all 1
     for factors, loss in zip(candidates[1:], losses[1:], strict=True):
         better = loss < least
@@ -64,11 +69,12 @@ def search_scales(
     return best
 
 
-def _candidates(layers: Sequence[AwqLayer], share: tuple[int, int]) -> Tensor:
-    """The factors to try [candidates, in]."""
-    rows = sum(len(layer.weight) for layer in layers)
+def _candidates(layers: Sequence[AwqLayer], share: tuple[int, int], rows: int, holders: Group) -> Tensor:
+    """The factors to try [candidates, in]. rows: of the layers of all processes."""
     power = torch.stack([layer.gram.diagonal() * layer.share for layer in layers]).sum(0)
     magnitude = torch.stack([layer.weight.abs().mean(0) * (len(layer.weight) / rows) for layer in layers]).sum(0)
+    holders.sum(power)
+    holders.sum(magnitude)
     inputs, weights = _shared(power.sqrt(), share), _shared(magnitude, share)
     inputs, weights = inputs / inputs.mean().clamp(min=1e-12), weights / weights.mean().clamp(min=1e-12)
     found = []
@@ -79,14 +85,16 @@ def _candidates(layers: Sequence[AwqLayer], share: tuple[int, int]) -> Tensor:
     return torch.stack(found)
 
 
-def _stacks(places: Sequence[Sequence[AwqLayer]]) -> Iterator[tuple[Tensor, Tensor, Grid, Tensor, Tensor]]:
+def _stacks(
+    places: Sequence[Sequence[AwqLayer]], all_rows: Sequence[int]
+) -> Iterator[tuple[Tensor, Tensor, Grid, Tensor, Tensor]]:
     """Stack layers of equal shape: weights [n, rows, in], Gram matrices [n, in, in], their grid, their places [n] and their shares [n].
 
-    Of each place at most 4096 rows are looked at. On a CPU each layer is alone. Layers that no token reaches are left out.
+    Of each place at most 4096 rows are looked at; all_rows counts them in all processes. On a CPU each layer is alone. Layers that no token reaches are left out.
     """
     alike: dict[tuple[object, ...], list[tuple[int, AwqLayer]]] = {}
     for place, layers in enumerate(places):
-        step = -(-sum(len(layer.weight) for layer in layers) // _ROWS)
+        step = -(-all_rows[place] // _ROWS)
         for layer in layers:
             if layer.share:
                 sampled = layer._replace(weight=layer.weight[::step])

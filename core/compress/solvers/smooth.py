@@ -83,16 +83,23 @@ class SmoothLayer(NamedTuple):
 
 
 def search_factors(
-    layers: Sequence[SmoothLayer], grid: Grid, *, share: tuple[int, int] = (1, 1), group: Group = ALONE
+    layers: Sequence[SmoothLayer],
+    grid: Grid,
+    *,
+    share: tuple[int, int] = (1, 1),
+    group: Group = ALONE,
+    holders: Group = ALONE,
 ) -> Tensor:
     """Return the factors [in] with the least output error over all layers, inputs and weights rounded: those of some α, or all 1.
 
-    group: processes with the same layers, which share out the candidates.
+    group: processes with the same layers, which share out the candidates. holders: processes with different layers of the same place.
     """
-    rows = sum(len(layer.weight) for layer in layers)
+    rows = holders.total(sum(len(layer.weight) for layer in layers))
     looked_at = [layer._replace(weight=layer.weight[:: -(-rows // _ROWS)]) for layer in layers if layer.tokens]
     largest = torch.stack([layer.largest for layer in layers]).amax(0)
-    heaviest = torch.stack([layer.weight.abs().amax(0) for layer in layers])
+    heaviest = torch.stack([layer.weight.abs().amax(0) for layer in layers]).amax(0, keepdim=True)
+    holders.largest(largest)
+    holders.largest(heaviest)
     tried = [torch.ones_like(largest)]
     tried += [smoothing_factors(largest, heaviest, alpha, share=share) for alpha in _EXPONENTS]
     with fast_products():
@@ -105,7 +112,8 @@ def search_factors(
             for factors in tried[group.share(len(tried))]
         ]
     best, least = tried[0], float("inf")
-    for factors, loss in zip(tried, chain.from_iterable(group.collect(own)), strict=True):
+    losses = [sum(of_all) for of_all in zip(*holders.collect(own), strict=True)]
+    for factors, loss in zip(tried, chain.from_iterable(group.collect(losses)), strict=True):
         if loss < least:
             best, least = factors, loss
     return best

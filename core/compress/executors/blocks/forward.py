@@ -58,16 +58,27 @@ class ForwardPass:
         """How often a block runs in one forward pass of a batch."""
         return self._calls.runs(index)
 
+    def rounds(self, index: int) -> range:
+        """The numbers of the batches with which a block is run. A process may have no batch of the last number, and still take part."""
+        return range(self._plan.rounds if self._plan.skeleton.shares_experts(index) else len(self.hidden))
+
+    def take_part(self, index: int) -> None:
+        """Run this process's experts of a block while other processes run a batch, and this one has none."""
+        for _ in range(self.runs(index)):
+            for mixture in self.experts_of(index):
+                mixture.take_part(self.hidden.look_at(0))
+
     def run_batch(self, index: int, number: int, batch: Tensor, watched: Watched | None = None) -> Tensor:
         """The output [B, L, width] of a batch after all runs of a block. `watched` collects the inputs of its layers in these runs."""
         block, calls = self._plan.skeleton.blocks[index].module, self._calls.of(index, number)
         for mixture in self.experts_of(index):
             real = self.real(number)
             mixture.real = None if real is None else real.flatten()
+        may_stop = self._plan.skeleton.whole is None and not self._plan.skeleton.shares_experts(index)
         for at, call in enumerate(calls, 1):
             beside: dict[str, object] = {}
             if watched is not None:
-                watched.stops, watched.real = at == len(calls) and self._plan.skeleton.whole is None, self.real(number)
+                watched.stops, watched.real = at == len(calls) and may_stop, self.real(number)
                 if self.cache is not None and self.cache.sees(self._plan.skeleton.blocks[index].names.values()):
                     self.cache.real, beside = watched.real, {"past_key_values": self.cache}
             out = block(batch, *call.args, **{**call.kwargs, **beside})
@@ -80,8 +91,11 @@ class ForwardPass:
 
     def advance(self, index: int) -> None:
         """Run all batches through a block."""
-        for number in range(len(self.hidden)):
-            self.advance_batch(index, number)
+        for number in self.rounds(index):
+            if number < len(self.hidden):
+                self.advance_batch(index, number)
+            else:
+                self.take_part(index)
 
     def real(self, number: int) -> Tensor | None:
         """Which of a batch's tokens are no padding: bool [B, L] on the device. None if all of them."""

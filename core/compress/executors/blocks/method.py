@@ -5,7 +5,7 @@ To *settle* a weight is to compute its final value.
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -25,11 +25,19 @@ class FinalTensor:
     effect: Effect | None  #: None for a tensor that is no linear weight, but compensates for the change of one
 
 
+class Written(NamedTuple):
+    """What is written for a tensor of a block, and reported about it: a `FinalTensor` without its weight."""
+
+    tensors: Mapping[str, Tensor]
+    effect: Effect | None
+
+
 class Method(Protocol):
     """A calibrated method: a statistic of the layers' inputs, and the computation of new weights from it.
 
     Where several processes settle a block, each has the method, the block and the statistics of all samples, and must come to the same
-    weights. `LiveBlock.group` lets a method share out its work.
+    weights. `LiveBlock.group` lets a method share out its work. `LiveBlock.own` names the weights of experts that this process alone has and
+    settles.
     """
 
     @property

@@ -1,6 +1,9 @@
 """The plan of a run of the blocks executor: the model, the samples, and the weights to settle."""
 
 import hashlib
+import math
+import re
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, count, pairwise
 from pathlib import Path
@@ -16,9 +19,10 @@ from nightpress.core.compress.model.checkpoint import SAFETENSORS_DTYPES, read_s
 from nightpress.core.compress.model.experts import Experts
 from nightpress.core.compress.model.skeleton import Batch, Skeleton
 from nightpress.core.compress.model.source import SourceTensors
-from nightpress.core.compress.ranks.group import Group
+from nightpress.core.compress.ranks.group import ALONE, Group
 from nightpress.core.processor import multiplies_bfloat16
 from nightpress.core.recipes.costs import batch_tokens
+from nightpress.core.recipes.linears import is_expert
 
 #: Format of the records that a run writes. A release with another format starts an interrupted run from the beginning.
 RECORD_FORMAT = 3
@@ -32,6 +36,7 @@ class BlockPlan:
     total: int  #: the number of samples in all processes
     batch: int  #: samples in a batch, those of all processes if they learn
     batches: tuple[slice, ...]  #: the batches of this process's samples
+    rounds: int  #: the most batches that a process has
     #: Number of a batch of all processes, as it is learned → of this process's part of it; None: it has no sample of that batch.
     numbers: tuple[int | None, ...]
     probe: Batch  #: the same in all processes: `probe_of` all samples
@@ -78,15 +83,17 @@ def make_plan(
     source = SourceTensors(read_shards(folder))
     unmasked, real = split_mask(samples)
     dtype = _compute_dtype(source, chosen, context)
-    skeleton = Skeleton(folder, source, context.device, dtype, probe_of(unmasked))
+    group = context.group
+    # Gradients don't travel between processes, so that a block that learns is whole in each of them.
+    shared = step is None and _all_or_none_chosen(source.names(), chosen)
+    skeleton = Skeleton(folder, source, context.device, dtype, probe_of(unmasked), group if shared else ALONE)
     total = len(next(iter(unmasked.values())))
     length = _tokens_a_sample(samples, skeleton.config)
     mixture = any(isinstance(module, Experts) for module in skeleton.model.modules())
     batch = max(1, min(total, step or total, batch_tokens(skeleton.device.type, mixture=mixture) // share // length))
     digest = hashlib.sha256(f"{RECORD_FORMAT}\n{recipe}\n{batch}\n{skeleton.dtype}\n{target.name}".encode())
-    group = context.group
     if group.size > 1:  # another number of processes adds up in another order
-        digest.update(f"{group.size} processes".encode())
+        digest.update(f"{group.size} processes{', which share out experts' * skeleton.shares_any_experts}".encode())
     for name, tensor in sorted(samples.items()):
         digest.update(name.encode() + tensor.contiguous().numpy().tobytes())
     for shard in source.shards:
@@ -102,6 +109,7 @@ def make_plan(
         total,
         batch,
         tuple(slice(start, end) for start, end in pairwise(ends)),
+        math.ceil(math.ceil(total / group.size) / batch),
         tuple(next(number) if part else None for part in parts),
         probe_of(unmasked),
         None if real is None else real[:1],
@@ -109,6 +117,18 @@ def make_plan(
         chosen,
         digest.hexdigest()[:16],
     )
+
+
+def _all_or_none_chosen(names: Sequence[str], chosen: Collection[str]) -> bool:
+    """Whether of each mixture's layers of a kind, e.g. all experts' gates, all weights are chosen or none.
+
+    Else the experts differ in what is settled, and a method could decide otherwise in each process.
+    """
+    kinds: dict[str, set[bool]] = {}
+    for name in names:
+        if is_expert(name):
+            kinds.setdefault(re.sub(r"\.experts\.\d+\.", ".experts.*.", name), set()).add(name in chosen)
+    return all(len(found) == 1 for found in kinds.values())
 
 
 def _batches(total: int, batch: int, group: Group) -> list[range]:

@@ -135,7 +135,7 @@ def _press(
             else:
                 outcome = _press_block(settler, finder, index, tensors)
                 if plan.group.first:
-                    writer.write(block_output(index, tensors, outcome))
+                    writer.write(block_output(plan, index, tensors, outcome))
                 del outcome
             del tensors
             skeleton.empty_block(index)
@@ -167,11 +167,13 @@ class BlockReader:
     finished: int  #: number of blocks that an earlier attempt finished
 
     def read(self, index: int) -> dict[str, Tensor]:
-        return self.files.read_block(index) if index < self.finished else self.of_source(index)
+        return (
+            self.files.read_block(index, self.plan.skeleton.holds) if index < self.finished else self.of_source(index)
+        )
 
     def of_source(self, index: int) -> dict[str, Tensor]:
-        """The tensors of a block in the source."""
-        tensors = {name: self.plan.source.read(name) for name in self.plan.skeleton.block_names(index)}
+        """The tensors of a block in the source that this process holds."""
+        tensors = {name: self.plan.source.read(name) for name in self.plan.skeleton.held_names(index)}
         if self.plan.device.type == "cuda":
             return {name: tensor.pin_memory() for name, tensor in tensors.items()}
         return tensors
@@ -184,7 +186,7 @@ class BlockReader:
         if self.plan.device.type == "cuda":
             return self.read(index)
         if index >= self.finished:
-            self.plan.source.will_need(self.plan.skeleton.block_names(index))
+            self.plan.source.will_need(self.plan.skeleton.held_names(index))
         return {}
 
 

@@ -6,7 +6,7 @@ same weights, so the blocks after them become the same to the last byte.
 
 import json
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -33,11 +33,11 @@ class BlockRecord:
 
 def record_of(outcome: BlockOutcome) -> BlockRecord:
     """The record of a block's outcome, limited to the weights that the method settled."""
-    settled = outcome.settled
+    written = outcome.written
     return BlockRecord(
-        effects=tuple((name, tensor.effect) for name, tensor in settled.items() if tensor.effect is not None),
-        unseen=tuple(name for name in outcome.unseen if name in settled),
-        undersampled=tuple((name, count) for name, count in outcome.undersampled if name in settled),
+        effects=tuple((name, final.effect) for name, final in written.items() if final.effect is not None),
+        unseen=tuple(name for name in outcome.unseen if name in written),
+        undersampled=tuple((name, count) for name, count in outcome.undersampled if name in written),
         warnings=outcome.warnings,
         figures=outcome.figures,
     )
@@ -74,10 +74,10 @@ class RunFiles:
                 return index
         return self.blocks
 
-    def read_block(self, index: int) -> dict[str, Tensor]:
-        """The tensors of a finished block, as they were written."""
+    def read_block(self, index: int, holds: Callable[[str], bool]) -> dict[str, Tensor]:
+        """The tensors of a finished block that this process holds, as they were written."""
         written = SourceTensors((read_shard(self.block(index)),))
-        return {name: written.read(name) for name in written.names()}
+        return {name: written.read(name) for name in written.names() if holds(name)}
 
     def write_record(self, index: int, record: BlockRecord) -> None:
         """Write the record that marks a block as finished. Its shard must be on disk."""

@@ -1,15 +1,15 @@
 """Calls a method to settle the weights of a block."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 from torch import Tensor, nn
 
 from nightpress.core.compress.executors.blocks.forward import ForwardPass
 from nightpress.core.compress.executors.blocks.lessons import RunLessons
-from nightpress.core.compress.executors.blocks.method import FinalTensor, Method
+from nightpress.core.compress.executors.blocks.method import FinalTensor, Method, Written
 from nightpress.core.compress.executors.blocks.plan import BlockPlan
-from nightpress.core.compress.executors.blocks.shared import merge_settled, same_everywhere
+from nightpress.core.compress.executors.blocks.shared import bring_to_first, merge_settled, same_everywhere
 from nightpress.core.compress.executors.live_block import LiveBlock
 from nightpress.core.compress.executors.watch import Inputs
 from nightpress.core.compress.model.rows import is_conv1d
@@ -29,6 +29,14 @@ class BlockOutcome:
     undersampled: tuple[tuple[str, int], ...] = ()  #: as in `RunResult`
     warnings: tuple[str, ...] = ()
     figures: tuple[tuple[str, float], ...] = ()  #: of the block, by name
+    #: In the first process: what the others have settled of their experts.
+    brought: Mapping[str, Written] = field(default_factory=dict)
+
+    @property
+    def written(self) -> dict[str, Written]:
+        """What is to be written, by the name of the tensor that it is written for."""
+        own = {name: Written(final.tensors, final.effect) for name, final in self.settled.items()}
+        return {**own, **self.brought}
 
     def __or__(self, later: "BlockOutcome") -> "BlockOutcome":
         return BlockOutcome(
@@ -37,6 +45,7 @@ class BlockOutcome:
             self.undersampled + later.undersampled,
             self.warnings + later.warnings,
             self.figures + later.figures,
+            {**self.brought, **later.brought},
         )
 
 
@@ -61,9 +70,11 @@ class Settler:
             check_finite(names, seen.statistic)
         transposed = {name for name, layer in linears.items() if is_conv1d(layer)}
         given = {name: tensor.t().contiguous() if name in transposed else tensor for name, tensor in tensors.items()}
+        own = [seen for seen in inputs if self._owned(seen.names[0])]
+        common = [seen for seen in inputs if not self._owned(seen.names[0])]
         with naming([name for names in layers for name in names]):
-            live, settled = self._settle(index, given, transposed, inputs, linears)
-        return BlockOutcome(
+            live, settled = self._settle(index, given, transposed, common, own, linears)
+        outcome = BlockOutcome(
             settled={
                 name: _transposed(name, tensor) if name in transposed else tensor for name, tensor in settled.items()
             },
@@ -71,27 +82,48 @@ class Settler:
             warnings=tuple(live.warnings),
             figures=tuple(live.figures.items()),
         )
+        return self._join(outcome) if self.plan.skeleton.shares_experts(index) else outcome
+
+    def _owned(self, name: str) -> bool:
+        """Whether this process alone holds a tensor."""
+        return self.plan.skeleton.owner(name) is not None
 
     def _settle(
         self,
         index: int,
         given: Mapping[str, Tensor],
         transposed: set[str],
-        inputs: Sequence[Inputs],
+        common: Sequence[Inputs],
+        own: Sequence[Inputs],
         linears: Mapping[str, nn.Module],
     ) -> tuple[LiveBlock, Mapping[str, FinalTensor]]:
-        """Call the method. Where several processes settle a block, all end with the same tensors, bit by bit.
+        """Call the method. Where several processes settle a block, all end with the same tensors, bit by bit, but those of their experts.
 
-        If there are many groups of layers, e.g. those of experts, each process settles some of them. Else all processes settle the same
-        layers, and the method shares out its work.
+        common, own: statistics of layers that all processes hold, and of this process's experts. If there are many groups of common layers,
+        each process settles some of them. Else all processes settle the same layers, and the method shares out its work.
         """
-        group, device = self.plan.group, self.plan.device
-        if not self.method.by_group or len(inputs) < _GROUPS_A_PROCESS * group.size:
-            live = self._live_block(index, given, transposed, linears, group)
-            return live, same_everywhere(group, self.method.settle(live, inputs, device))
-        live = self._live_block(index, given, transposed, linears, ALONE)
-        own = group.portion([_effort(seen, given) for seen in inputs])[group.rank]
-        return live, merge_settled(group, self.method.settle(live, [inputs[at] for at in own], device), device)
+        group, device, method = self.plan.group, self.plan.device, self.method
+        live = self._live_block(index, given, transposed, linears, group)
+        if not method.by_group:
+            return live, self._same_everywhere(method.settle(live, [*common, *own], device))
+        alone = self._live_block(index, given, transposed, linears, ALONE)
+        settled = {} if not own else method.settle(alone, own, device)
+        if len(common) < _GROUPS_A_PROCESS * group.size:
+            return live, {**self._same_everywhere(method.settle(live, common, device)), **settled}
+        mine = group.portion([_effort(seen, given) for seen in common])[group.rank]
+        found = method.settle(alone, [common[at] for at in mine], device)
+        return live, {**merge_settled(group, found, device), **settled}
+
+    def _same_everywhere(self, settled: Mapping[str, FinalTensor]) -> Mapping[str, FinalTensor]:
+        common = {name: final for name, final in settled.items() if not self._owned(name)}
+        return {**settled, **same_everywhere(self.plan.group, common)}
+
+    def _join(self, outcome: BlockOutcome) -> BlockOutcome:
+        """Bring what is to be written and reported of all processes' experts to the first process."""
+        own = {name: final for name, final in outcome.settled.items() if self._owned(name)}
+        brought = bring_to_first(self.plan.group, own, self.plan.device)
+        unseen = dict.fromkeys(name for names in self.plan.group.collect(outcome.unseen) for name in names)
+        return replace(outcome, unseen=tuple(unseen), brought=brought)
 
     def _live_block(
         self,
@@ -103,12 +135,13 @@ class Settler:
     ) -> LiveBlock:
         """The block as a method gets it. Only a method that settles all layers at once may run the block."""
         block = self.plan.skeleton.blocks[index]
+        own = [name for name in given if self._owned(name)] if group.size > 1 else ()
         if self.lessons is not None:
             return LiveBlock(given, block, lessons=self.lessons.of_block(index, linears), group=group)
         probe = None if self.method.by_group else self.forward.probe(index)
         if probe is None:
-            return LiveBlock(given, block, group=group)
-        return LiveBlock(given, block, *probe, transposed, group=group)
+            return LiveBlock(given, block, group=group, own=own)
+        return LiveBlock(given, block, *probe, transposed, group=group, own=own)
 
 
 def _effort(seen: Inputs, given: Mapping[str, Tensor]) -> float:

@@ -4,7 +4,7 @@ The second pass runs the samples through the settled block.
 """
 
 import contextlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 
 from torch import Tensor, nn
@@ -26,8 +26,9 @@ def press_in_two_passes(
     seen = _watch(settler, index, linears)
     few = _undersampled(plan, index, seen)
     seen = [inputs for inputs in seen if few.keys().isdisjoint(inputs.names)]
-    seen += _watch_on_all_tokens(settler, index, linears, few)
-    outcome = replace(settler.settle(index, tensors, seen, linears), undersampled=tuple(few.items()))
+    of_all = {name: tokens for found in plan.group.collect(few) for name, tokens in found.items()}
+    seen += _watch_on_all_tokens(settler, index, linears, few, of_all)
+    outcome = replace(settler.settle(index, tensors, seen, linears), undersampled=tuple(of_all.items()))
     del seen  # frees the statistics before the samples run again
     weights = {name: settled.weight for name, settled in outcome.settled.items()}
     plan.skeleton.fill_block(index, {**tensors, **weights})
@@ -38,17 +39,22 @@ def press_in_two_passes(
 
 def _watch(settler: Settler, index: int, linears: Mapping[str, nn.Module]) -> list[Inputs]:
     """Collect the statistics of these layers' inputs."""
-    watched = Watched(settler.method.watch, settler.plan.device, linears)
-    with watched.over(settler.plan.skeleton.blocks[index].module):
+    plan = settler.plan
+    own = [name for name in linears if plan.skeleton.owner(name) is not None]
+    watched = Watched(settler.method.watch, plan.device, linears, own)
+    with watched.over(plan.skeleton.blocks[index].module):
         _run_until_seen(settler.forward, index, watched)
     if settler.forward.cache is not None:
-        settler.forward.cache.combine(settler.plan.group)
-    return watched.inputs(settler.plan.group)
+        settler.forward.cache.combine(plan.group)
+    return watched.inputs(plan.group)
 
 
 def _run_until_seen(forward: ForwardPass, index: int, watched: Watched) -> None:
     """Run all samples through a block until its last watched layer has been called. The hidden states are not changed."""
-    for number in range(len(forward.hidden)):
+    for number in forward.rounds(index):
+        if number >= len(forward.hidden):
+            forward.take_part(index)
+            continue
         with contextlib.suppress(EnoughSeen):
             forward.run_batch(index, number, forward.hidden.look_at(number), watched)
 
@@ -65,14 +71,17 @@ def _undersampled(plan: BlockPlan, index: int, seen: Sequence[Inputs]) -> dict[s
 
 
 def _watch_on_all_tokens(
-    settler: Settler, index: int, linears: Mapping[str, nn.Module], few: Mapping[str, int]
+    settler: Settler, index: int, linears: Mapping[str, nn.Module], few: Mapping[str, int], of_all: Collection[str]
 ) -> list[Inputs]:
-    """The statistics that these experts' layers have if every token runs through the experts."""
-    layers = {name: layer for name, layer in linears.items() if name in few}
-    if not layers:
+    """The statistics that these experts' layers have if every token runs through the experts.
+
+    few: tokens of this process's layers. of_all: the layers of all processes.
+    """
+    if not of_all:
         return []
+    layers = {name: layer for name, layer in linears.items() if name in few}
     for prefix, mixture in settler.plan.skeleton.experts(index):
-        named = [name.removeprefix(prefix) for name in layers if name.startswith(prefix)]
+        named = [name.removeprefix(prefix) for name in of_all if name.startswith(prefix)]
         mixture.shown_all = frozenset(int(name.split(".")[0]) for name in named)
     try:
         seen = _watch(settler, index, layers)

@@ -8,6 +8,7 @@ from types import TracebackType
 from torch import Tensor
 
 from nightpress.core.compress.context import PassContext
+from nightpress.core.compress.executors.blocks.plan import BlockPlan
 from nightpress.core.compress.executors.blocks.resume import BlockRecord, RunFiles, record_of
 from nightpress.core.compress.executors.blocks.settle import BlockOutcome
 from nightpress.core.compress.executors.rewrite import Effect, Rewrite, becomes, tensor_bytes
@@ -25,12 +26,19 @@ class BlockOutput:
     record: BlockRecord
 
 
-def block_output(index: int, tensors: Mapping[str, Tensor], outcome: BlockOutcome) -> BlockOutput:
-    """Combine a block's tensors, as they were read, with its settled ones. The result does not keep the dequantized weights in memory."""
-    written: dict[str, Tensor] = {}
-    for name, tensor in tensors.items():
-        written |= outcome.settled[name].tensors if name in outcome.settled else {name: tensor}
-    return BlockOutput(index, tuple(written.items()), record_of(outcome))
+def block_output(plan: BlockPlan, index: int, tensors: Mapping[str, Tensor], outcome: BlockOutcome) -> BlockOutput:
+    """Combine a block's tensors, as they were read, with its settled ones. The result does not keep the dequantized weights in memory.
+
+    tensors: those that this process holds. What other processes hold and have not changed is read from the source.
+    """
+    found: dict[str, Tensor] = {}
+    settled = outcome.written
+    for name in plan.skeleton.block_names(index):
+        if name in settled:
+            found |= settled[name].tensors
+        else:
+            found[name] = tensors[name] if name in tensors else plan.source.read(name)
+    return BlockOutput(index, tuple(found.items()), record_of(outcome))
 
 
 class BlockWriter:
