@@ -5,7 +5,8 @@
     python -m bench.blocks_gpu --gpus 2
 
 The second form takes any shape: a Llama, or with --experts a Qwen3 mixture, where --inner is the width of an expert. With --gpus, a process
-on each GPU has a part of the samples; the peak is that of the GPU that needs most. The floor is that of one GPU, divided by their number.
+on each GPU has a part of the samples, and of a mixture's experts; the peak is that of the GPU that needs most. The floor is that of one GPU,
+divided by their number: what processes send to each other counts as avoidable.
 
 Each method runs in its own process, because earlier methods would affect its peak. Everything counts: reading the weights, both forward
 passes, Gram matrices, solving, packing, writing and fsync (to the folder in NIGHTPRESS_BENCH_DISK, if it is set). The floor is the work
@@ -306,7 +307,8 @@ def measure(name: str, options: argparse.Namespace, folder: Path) -> list[Figure
             layers: press(OPTIONS[name], folder / f"model-{layers}", folder / "run", ids, ranks)
             for layers in (few, many)
         }
-    estimated = OPTIONS[name].cost(inspect_model(FolderFiles(folder / f"model-{many}")), calibration).gpu_bytes / 2**30
+    cost = OPTIONS[name].cost(inspect_model(FolderFiles(folder / f"model-{many}")), calibration)
+    estimated = cost.each_gpu(options.gpus) / 2**30
     peak = max(run["peak_gib"] for run in runs.values())
     row = f"{title}/{name}"
     seconds = (runs[many]["seconds"] - runs[few]["seconds"]) / (many - few)

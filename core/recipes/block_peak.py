@@ -13,6 +13,7 @@ from nightpress.core.recipes.header import CONV1D, SHARED_BLOCKS, ModelHeader
 from nightpress.core.recipes.linears import is_expert
 from nightpress.core.recipes.placement import Queue
 
+_EXPERT = re.compile(r"\.experts\.(\d+)\.")
 _MIB = 1024**2
 _WORKSPACE = 34 * _MIB  #: cuBLAS's workspace
 _FLOAT = 4
@@ -56,31 +57,46 @@ def gpu_peak(
     gram: bool,
     bits: int | None,
     by_group: bool,
+    gpus: int = 1,
 ) -> int:
-    """Return the peak in bytes.
+    """Return the peak in bytes of one of so many GPUs, each of which holds a part of a mixture's experts.
 
-    tokens: of the calibration text. width: of the hidden states. batch: tokens of a batch. in_turn_bytes: limit of the intermediate results
+    tokens: of the calibration text on this GPU. width: of the hidden states. batch: tokens of a batch. in_turn_bytes: limit of the intermediate results
     of all texts inside a block. gram: whether Σ xxᵀ is summed. bits: of the codes in the result; None: pruned weights. by_group: as
     `Method.by_group`; False: AWQ's estimate.
     """
-    prefix, groups, itemsize = _largest_block(header)
-    if not groups:
+    prefix, whole, itemsize = _largest_block(header)
+    if not whole:
         return _WORKSPACE
-    parameters = sum(math.prod(tensor.shape) for tensor in header.tensors if tensor.name.startswith(prefix))
+    gpus = gpus if gpus <= header.experts else 1
+    _, groups, _ = _largest_block(header, gpus)
+    parameters = sum(
+        math.prod(tensor.shape)
+        for tensor in header.tensors
+        if tensor.name.startswith(prefix) and _is_first_gpus(tensor.name, gpus)
+    )
     linear = sum(group.weights for group in groups)
+    of_others = (
+        sum(group.weights for group in whole) - linear
+    )  #: whose results the first GPU holds until they are written
     batch = min(batch, tokens)
     inner = max(groups, key=lambda group: group.columns)
     block = itemsize * parameters
     written = 1.0 * itemsize if bits is None else bits / 8
     floats = _FLOAT if bits is not None else 0  #: bytes per weight that is dequantized from codes
-    earlier = int(written * linear)  #: bytes of the previous block's result, until it is written
+    earlier = int(written * (linear + of_others))  #: bytes of the previous block's result, until it is written
     mixture = header.has_experts
     waits = itemsize * tokens * (4 * width + 2 * inner.columns)
     in_turn = by_group and not mixture and header.model_type not in SHARED_BLOCKS and waits <= in_turn_bytes
     hidden = itemsize * tokens * width
     grams = sum(_FLOAT * group.columns**2 for group in groups) if gram else 0
+    if gpus > 1:  # an expert gets the tokens of all GPUs
+        groups = [group._replace(share=gpus * group.share if group.share < 1 else 1.0) for group in groups]
+        inner = max(groups, key=lambda group: group.columns)
     product = itemsize * batch * int(inner.columns * inner.share)
     entered = itemsize * batch * (width + sum(int(group.columns * group.share) for group in groups))
+    if gpus > 1:  # tokens and answers that travel at once, as they leave and as they arrive
+        entered += int(4 * itemsize * batch * width * gpus * header.expert_share)
     if bits is None and not gram:
         entered += _SQUARES * batch * inner.columns
     else:
@@ -105,7 +121,8 @@ def gpu_peak(
     if not in_turn:
         stages.append(hidden + block + grams + earlier + entered)
         again = 3 * product + 2 * itemsize * batch * width
-        stages.append(hidden + block + int((floats + written) * linear) + again)
+        brought = int(written * of_others)
+        stages.append(hidden + block + int((floats + written) * linear) + brought + again)
     if not by_group:
         held = hidden + block + grams + earlier + _FLOAT * linear
         stages.append(held + _FLOAT * linear)  # the proof that factors may be exchanged: two copies in float32
@@ -160,8 +177,17 @@ def _searched(groups: list[_Group], mixture: bool, *, on_gpu: bool) -> list[int]
     ]
 
 
-def _largest_block(header: ModelHeader) -> tuple[str, list[_Group], int]:
-    """Return for the block with the most parameters: the prefix of its tensors' names, its groups, and the bytes of a number."""
+def _is_first_gpus(name: str, gpus: int) -> bool:
+    """Whether the first of so many GPUs holds a tensor. Of a mixture's experts each GPU holds every n-th."""
+    found = _EXPERT.search(name)
+    return found is None or int(found[1]) % gpus == 0
+
+
+def _largest_block(header: ModelHeader, gpus: int = 1) -> tuple[str, list[_Group], int]:
+    """Return for the block with the most parameters: the prefix of its tensors' names, its groups, and the bytes of a number.
+
+    gpus: number of GPUs that share out the experts. The groups are those of the first.
+    """
     sizes: dict[str, int] = {}
     for tensor in header.tensors:
         if (found := re.match(r".*?\.\d+\.", tensor.name)) is not None:
@@ -173,7 +199,7 @@ def _largest_block(header: ModelHeader) -> tuple[str, list[_Group], int]:
     groups: dict[str, _Group] = {}
     itemsize = 2
     for tensor in header.tensors:
-        if not tensor.name.startswith(prefix) or len(tensor.shape) != 2:
+        if not tensor.name.startswith(prefix) or len(tensor.shape) != 2 or not _is_first_gpus(tensor.name, gpus):
             continue
         if tensor.dtype == "F32":
             itemsize = 4

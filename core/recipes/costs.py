@@ -2,6 +2,7 @@
 
 import math
 import re
+from collections.abc import Callable
 from typing import NamedTuple
 
 from nightpress.core.recipes.block_peak import gpu_peak, input_of, learning_peak, searched_bytes
@@ -104,6 +105,12 @@ class Cost(NamedTuple):
     gpu_bytes: int = 0  #: memory of the GPU, if the job runs on a GPU
     host_bytes: int | None = None  #: memory of the host, if the job runs on a GPU; None: as `memory_bytes`
     host_work: float = 0.0  #: multiply-adds on the processor, also if the job runs on a GPU
+    #: Number of GPUs that share out the work → memory of each of them; None: as much as one needs alone.
+    gpu_bytes_on: Callable[[int], int] | None = None
+
+    def each_gpu(self, gpus: int) -> int:
+        """Return the bytes of each GPU's memory if so many GPUs share out the work."""
+        return self.gpu_bytes if self.gpu_bytes_on is None or gpus <= 1 else self.gpu_bytes_on(gpus)
 
     def then(self, other: "Cost") -> "Cost":
         """Return the cost of this and then `other`: the larger memory, and the sum of the times."""
@@ -117,6 +124,7 @@ class Cost(NamedTuple):
             max(self.gpu_bytes, other.gpu_bytes),
             hosts,
             self.host_work + other.host_work,
+            lambda gpus: max(self.each_gpu(gpus), other.each_gpu(gpus)),
         )
 
     def times(self, runs: int) -> "Cost":
@@ -189,18 +197,23 @@ def blocks_cost(
     )
     activations = 4 * tokens * shape.width
     memory = activations + max(2 * shape.largest_outside, held + (waiting if in_turn else 0))
-    gpu = gpu_peak(
-        header,
-        tokens,
-        shape.width,
-        batch=batch_tokens("cuda", mixture=header.has_experts),
-        in_turn_bytes=IN_TURN_BYTES["cuda"],
-        gram=gram,
-        bits=bits,
-        by_group=by_group,
-    )
+
+    def on_gpus(gpus: int) -> int:
+        return gpu_peak(
+            header,
+            math.ceil(calibration.samples / gpus) * length,
+            shape.width,
+            batch=batch_tokens("cuda", mixture=header.has_experts),
+            in_turn_bytes=IN_TURN_BYTES["cuda"],
+            gram=gram,
+            bits=bits,
+            by_group=by_group,
+            gpus=gpus,
+        )
+
     host = GPU_CHILD_BYTES + KERNELS_BYTES * gram + _PINNED_BLOCKS * shape.pinned_block
-    return Cost(memory, header.size / _STREAM_RATE, work, gpu, host)
+    shared = on_gpus if header.has_experts else None
+    return Cost(memory, header.size / _STREAM_RATE, work, on_gpus(1), host, gpu_bytes_on=shared)
 
 
 def learning_cost(header: ModelHeader, calibration: Calibration, *, bits: int, steps: int, batch: int) -> Cost:
@@ -215,7 +228,12 @@ def learning_cost(header: ModelHeader, calibration: Calibration, *, bits: int, s
     work += 3 * learned * length * shape.width * shape.blocks + _STEP_EFFORT * steps * shape.linear_weights
     memory = learning_peak(header, tokens, shape.width, batch=min(BATCH_TOKENS["cpu"], batch * length), queue="cpu")
     gpu = learning_peak(header, tokens, shape.width, batch=min(BATCH_TOKENS["cuda"], batch * length), queue="gpu")
-    return once._replace(work=work, memory_bytes=max(once.memory_bytes, memory), gpu_bytes=max(once.gpu_bytes, gpu))
+    return once._replace(
+        work=work,
+        memory_bytes=max(once.memory_bytes, memory),
+        gpu_bytes=max(once.gpu_bytes, gpu),
+        gpu_bytes_on=None,  # each process holds all experts, since gradients don't travel between them
+    )
 
 
 def graph_cost(header: ModelHeader, calibration: Calibration) -> Cost:

@@ -131,11 +131,15 @@ class ModelHeader(BaseModel):
         return any(".experts." in tensor.name and _EXPERT.search(tensor.name) is not None for tensor in self.tensors)
 
     @property
+    def experts(self) -> int:
+        """The number of experts of a mixture whose files hold them apart, as in `has_experts`; else 0."""
+        return len({found[0] for tensor in self.tensors if (found := _EXPERT.search(tensor.name)) is not None})
+
+    @property
     def expert_share(self) -> float:
         """The fraction of a text's tokens that reach an expert, if the router has no favourites."""
-        numbers = {found[0] for tensor in self.tensors if (found := _EXPERT.search(tensor.name)) is not None}
         chosen = next((self.text_config[key] for key in _CHOSEN if isinstance(self.text_config.get(key), int)), 1)
-        return min(1.0, chosen / len(numbers)) if numbers else 1.0
+        return min(1.0, chosen / self.experts) if self.experts else 1.0
 
     @property
     def task(self) -> Task:

@@ -263,7 +263,11 @@ def _need(recipe: Recipe, costs: Sequence[Cost], gpus: int, threads: int) -> Nee
     """Return what a job needs on so many GPUs; 0: on a processor."""
     if not gpus:
         return Need(_memory(recipe, costs, 0), 0, sum(cost.lasts("cpu", threads) for cost in costs))
-    each = GPU_RUNTIME_BYTES + max(cost.gpu_bytes for cost in costs)
+    *passes, measuring = costs
+    held = [
+        cost.each_gpu(gpus if options.shared_out else 1) for options, cost in zip(recipe.passes, passes, strict=True)
+    ]
+    each = GPU_RUNTIME_BYTES + max([measuring.gpu_bytes, *held])
     return Need(_memory(recipe, costs, gpus), each, _spread(recipe, costs, threads).on(gpus))
 
 

@@ -120,3 +120,17 @@ def test_a_whole_8b_job_is_estimated_for_the_cores_of_its_worker(evaluate_on: st
     assert estimate is not None
     assert seconds / 2 < estimate.seconds < 2 * seconds
     assert estimate.memory_bytes == pytest.approx(memory, rel=0.2)
+
+
+@pytest.mark.parametrize("pass_", ["gptq", "awq", "wanda"])
+def test_each_of_several_gpus_holds_a_part_of_a_mixtures_experts(pass_: str):
+    """What is in place of an expert's weight and Gram matrix on one GPU is on another, but the first keeps the results until they are written."""
+    few = Calibration(samples=64, length=128)  # so few tokens that experts take nearly all memory
+    cost = PASSES[pass_].cost(model("moe"), few)
+    alone, *shared = (cost.each_gpu(gpus) for gpus in (1, 2, 4, 8))
+    assert alone == cost.gpu_bytes
+    assert alone > shared[0] > shared[1] > shared[2]
+    assert cost.each_gpu(128) == pytest.approx(alone, rel=0.1), "fewer experts than GPUs: each holds all"
+    dense = PASSES[pass_].cost(model("8b"), few)
+    assert dense.each_gpu(4) == dense.gpu_bytes
+    assert cost.then(dense).each_gpu(4) == max(cost.each_gpu(4), dense.gpu_bytes)

@@ -82,6 +82,7 @@ class Shrinking(Searching):
             seconds=2 * found.seconds,
             work=2 * found.work,
             gpu_bytes=max(found.gpu_bytes, whole),
+            gpu_bytes_on=None,
         )
 
 
