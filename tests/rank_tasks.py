@@ -81,11 +81,15 @@ def held_by_experts(source: Path, ids: torch.Tensor, *, context: Any) -> list[tu
     return [tuple(sizes) for sizes in context.group.collect(most)]
 
 
-def asks_experts(chosen: list[list[int]], *, group: Group, tell: Any) -> list[list[tuple[int, list[float]]]]:
-    """Each process asks experts that multiply by their number plus one. chosen: by process, the expert of each of its tokens."""
-    from nightpress.core.compress.model.expert_exchange import ExpertExchange
+def asks_experts(chosen: list[list[int]], most: int, *, group: Group, tell: Any) -> list[list[tuple[int, list[float]]]]:
+    """Each process asks experts that multiply by their number plus one. chosen: by process, the expert of each of its tokens.
 
-    exchange = ExpertExchange(group, 5)
+    most: tokens of a round of several experts.
+    """
+    from nightpress.core.compress.model import expert_exchange
+
+    expert_exchange.EXCHANGED_TOKENS = most
+    exchange = expert_exchange.ExpertExchange(group, 5)
     own = torch.tensor(chosen[group.rank], dtype=torch.long)
     hidden = (100.0 * group.rank + torch.arange(len(own)))[:, None]
     tokens = [(own == expert).nonzero()[:, 0] for expert in range(5)]

@@ -27,6 +27,8 @@ _STACK_BYTES = 2 * 1024**3
 #: whether a code is clamped. The weight as stored, its rounded value and its gradient come on top.
 _LEARNED = 2 * _FLOAT + 5
 _LEARNED_COPIES = 6 * _FLOAT  #: bytes per weight of the layer that takes a step
+#: Tokens that travel to experts in other processes in one round, if more than one expert of each process takes part in it.
+EXCHANGED_TOKENS = 16384
 _KEPT_WIDTHS = 8  #: intermediate results as wide as the hidden states that a batch keeps for its gradients, in float32
 _SEARCHED_ROWS = 4096  #: rows of a weight that AWQ's search uses
 _SEARCHED_COPIES = 5 * _FLOAT  #: bytes of copies per weight in these rows
@@ -96,7 +98,8 @@ def gpu_peak(
     product = itemsize * batch * int(inner.columns * inner.share)
     entered = itemsize * batch * (width + sum(int(group.columns * group.share) for group in groups))
     if gpus > 1:  # tokens and answers that travel at once, as they leave and as they arrive
-        entered += int(4 * itemsize * batch * width * gpus * header.expert_share)
+        travelling = max(EXCHANGED_TOKENS, int(batch * gpus * header.expert_share))
+        entered += 4 * itemsize * width * travelling
     if bits is None and not gram:
         entered += _SQUARES * batch * inner.columns
     else:

@@ -124,7 +124,9 @@ class Cost(NamedTuple):
             max(self.gpu_bytes, other.gpu_bytes),
             hosts,
             self.host_work + other.host_work,
-            lambda gpus: max(self.each_gpu(gpus), other.each_gpu(gpus)),
+            None
+            if self.gpu_bytes_on is None and other.gpu_bytes_on is None
+            else lambda gpus: max(self.each_gpu(gpus), other.each_gpu(gpus)),
         )
 
     def times(self, runs: int) -> "Cost":

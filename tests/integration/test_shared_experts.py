@@ -46,6 +46,12 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ranks]:
 
 
 @pytest.fixture(scope="module")
+def three(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ranks]:
+    with Ranks(3, tmp_path_factory.mktemp("three")) as ranks:
+        yield ranks
+
+
+@pytest.fixture(scope="module")
 def four(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ranks]:
     with Ranks(4, tmp_path_factory.mktemp("four")) as ranks:
         yield ranks
@@ -116,17 +122,16 @@ def test_a_process_without_a_batch_still_answers_the_others(model: Path, two: Ra
     _same(model, MIXTURE, "gptq", tmp_path, two, {"input_ids": token_ids(samples=9, length=600)})
 
 
-def test_tokens_travel_to_their_experts_and_back(tmp_path: Path):
+@pytest.mark.parametrize("most", [1, 3, 100])
+def test_tokens_travel_to_their_experts_and_back(most: int, three: Ranks):
     """Some processes have no tokens, some experts get none, and the numbers of experts and processes don't divide."""
-    with Ranks(3, tmp_path) as ranks:
-        chosen = [[4, 0, 4, 1], [], [1, 4, 3]]
-        found = ranks.run(asks_experts, chosen, told=lambda *_: None)
-        every = [0.0, 1.0, 2.0, 3.0, 200.0, 201.0, 202.0]
-        assert found[0] == [(0, [1.0]), (1, [6.0]), (4, [0.0, 10.0]), (-1, every)]
-        assert found[1] == [(-1, every)]
-        assert found[2] == [(1, [400.0]), (3, [808.0]), (4, [1005.0]), (-1, every)]
-        nothing = ranks.run(asks_experts, [[], [], []], told=lambda *_: None)
-        assert nothing == [[(-1, [])]] * 3
+    found = three.run(asks_experts, [[4, 0, 4, 1], [], [1, 4, 3]], most, told=lambda *_: None)
+    every = [0.0, 1.0, 2.0, 3.0, 200.0, 201.0, 202.0]
+    assert found[0] == [(0, [1.0]), (1, [6.0]), (4, [0.0, 10.0]), (-1, every)]
+    assert found[1] == [(-1, every)]
+    assert found[2] == [(1, [400.0]), (3, [808.0]), (4, [1005.0]), (-1, every)]
+    nothing = three.run(asks_experts, [[], [], []], most, told=lambda *_: None)
+    assert nothing == [[(-1, [])]] * 3
 
 
 def test_each_process_holds_its_experts_alone(model: Path, two: Ranks, four: Ranks, tmp_path: Path):

@@ -98,7 +98,7 @@ def survey(source: Path, samples: Batch, context: PassContext, watched: str | No
                 if skeleton.shares_experts(index):
                     for _ in range(len(hidden), math.ceil(most / rows)):
                         for _, mixture, _ in mixtures:
-                            mixture.take_part(hidden[0])
+                            mixture.take_part()
             skeleton.empty_block(index)
             name = skeleton.blocks[index].name
             group.sum(cosines)

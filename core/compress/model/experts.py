@@ -76,11 +76,13 @@ class Experts(nn.ModuleList):
             out.index_add_(0, tokens[number], weighted.to(out.dtype))
         return out
 
-    def take_part(self, like: Tensor) -> None:
-        """Run this process's experts on the tokens of the other processes alone. like: hidden states, for their width, dtype and device."""
-        nothing = like.new_empty(0, like.shape[-1])
+    def take_part(self) -> None:
+        """Run this process's experts on the tokens of the other processes alone."""
+        assert self.exchange is not None
+        weight = self[self.exchange.own[0]][self.into[0]].weight  # type: ignore[index]
+        nothing = weight.new_empty(0, weight.shape[1])
         self.real = None
-        self(nothing, torch.empty(0, 1, dtype=torch.long, device=like.device), nothing[:, :1])
+        self(nothing, torch.empty(0, 1, dtype=torch.long, device=weight.device), nothing[:, :1])
 
     def _answers(self, hidden_states: Tensor, tokens: Sequence[Tensor]) -> Iterator[tuple[int, Tensor]]:
         """Each expert's answers to its tokens."""

@@ -66,7 +66,7 @@ class ForwardPass:
         """Run this process's experts of a block while other processes run a batch, and this one has none."""
         for _ in range(self.runs(index)):
             for mixture in self.experts_of(index):
-                mixture.take_part(self.hidden.look_at(0))
+                mixture.take_part()
 
     def run_batch(self, index: int, number: int, batch: Tensor, watched: Watched | None = None) -> Tensor:
         """The output [B, L, width] of a batch after all runs of a block. `watched` collects the inputs of its layers in these runs."""
