@@ -1,10 +1,12 @@
 """The thread that writes the shards. It only gets data that no other thread changes."""
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from types import TracebackType
 
+import torch
 from torch import Tensor
 
 from nightpress.core.compress.context import PassContext
@@ -24,6 +26,7 @@ class BlockOutput:
     index: int
     tensors: tuple[tuple[str, Tensor], ...]  #: by name, on any device
     record: BlockRecord
+    ready: torch.cuda.Event | None  #: when the tensors on a GPU are computed
 
 
 def block_output(plan: BlockPlan, index: int, tensors: Mapping[str, Tensor], outcome: BlockOutcome) -> BlockOutput:
@@ -38,7 +41,11 @@ def block_output(plan: BlockPlan, index: int, tensors: Mapping[str, Tensor], out
             found |= settled[name].tensors
         else:
             found[name] = tensors[name] if name in tensors else plan.source.read(name)
-    return BlockOutput(index, tuple(found.items()), record_of(outcome))
+    ready = None
+    if plan.device.type == "cuda":
+        ready = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        ready.record(torch.cuda.current_stream(plan.device))
+    return BlockOutput(index, tuple(found.items()), record_of(outcome), ready)
 
 
 class BlockWriter:
@@ -82,10 +89,23 @@ def write_block(files: RunFiles, output: BlockOutput) -> None:
         tensor_info(name, SAFETENSORS_DTYPES[tensor.dtype], tuple(tensor.shape)) for name, tensor in output.tensors
     ]
     with ShardWriter(files.block(output.index), infos, {"format": "pt"}) as shard:
-        for name, tensor in output.tensors:
-            shard.write(name, 0, tensor_bytes(tensor.cpu()))
+        with _beside_the_next_block(output.ready):
+            for name, tensor in output.tensors:
+                shard.write(name, 0, tensor_bytes(tensor.cpu()))
         shard.commit()
     files.write_record(output.index, output.record)
+
+
+@contextlib.contextmanager
+def _beside_the_next_block(ready: torch.cuda.Event | None) -> Iterator[None]:
+    """In this context, copies from a GPU start when `ready` has passed, and neither wait for the next block nor make it wait."""
+    if ready is None:
+        yield
+        return
+    stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+    stream.wait_event(ready)
+    with torch.cuda.stream(stream):
+        yield
 
 
 def _write_rest(
