@@ -16,9 +16,6 @@ from nightpress.core.compress.model.rows import is_conv1d
 from nightpress.core.compress.numerical_failures import check_finite, naming
 from nightpress.core.compress.ranks.group import ALONE, Group
 
-#: Groups of layers are settled by different processes if there are at least so many for each.
-_GROUPS_A_PROCESS = 4
-
 
 @dataclass(frozen=True)
 class BlockOutcome:
@@ -99,8 +96,9 @@ class Settler:
     ) -> tuple[LiveBlock, Mapping[str, FinalTensor]]:
         """Call the method. Where several processes settle a block, all end with the same tensors, bit by bit, but those of their experts.
 
-        common, own: statistics of layers that all processes hold, and of this process's experts. If there are many groups of common layers,
-        each process settles some of them. Else all processes settle the same layers, and the method shares out its work.
+        common, own: statistics of layers that all processes hold, and of this process's experts. If there is a group of common layers for
+        each process, each settles some of them: neither the factor of a Gram matrix nor the columns, which follow each other, can be divided.
+        Else all processes settle the same layers, and the method shares out its work.
         """
         group, device, method = self.plan.group, self.plan.device, self.method
         live = self._live_block(index, given, transposed, linears, group)
@@ -108,7 +106,7 @@ class Settler:
             return live, self._same_everywhere(method.settle(live, [*common, *own], device))
         alone = self._live_block(index, given, transposed, linears, ALONE)
         settled = {} if not own else method.settle(alone, own, device)
-        if len(common) < _GROUPS_A_PROCESS * group.size:
+        if len(common) < group.size or group.size == 1:
             return live, {**self._same_everywhere(method.settle(live, common, device)), **settled}
         mine = group.portion([_effort(seen, given) for seen in common])[group.rank]
         found = method.settle(alone, [common[at] for at in mine], device)
