@@ -123,7 +123,7 @@ MUTANTS = (
     Mutant("submit: the key's own body", SUBMISSION, "if row[0] != idempotency.fingerprint or row[1] is None:", "if row[1] is None:"),
     Mutant("fire: recorded once", SCHEDULES, "(schedules.c.id == due.id, schedules.c.next_at == due.next_at)", "(schedules.c.id == due.id,)"),
     Mutant("fire: decided once", SCHEDULES, '_runs.state == "pending")\n            won', '_runs.state != "x")\n            won'),
-    Mutant("model: not deleted while a job needs it", REGISTRY, "if self._is_needed(connection, tenant_id, row.id):", "if False:"),
+    Mutant("model: not deleted while a job needs it", REGISTRY, "self._check_not_needed(connection, row)", "pass"),
     Mutant("model: decided once, from the state in which it was read", REGISTRY, "table.c.id == row.id, *same, table", "table.c.id == row.id, table"),
     Mutant("deletion: done again when nobody stores any more", REGISTRY, "UNSWEPT, over_at < db_now(-older_than_s)", "UNSWEPT", ("tests/faults/test_deletions.py",)),
     Mutant("store: one that hangs holds up no cancellation", "worker/storage_threads.py", "while not wait([done], timeout=_LOOK_S).done:", "while False:", (f"{_HANGS}f20_f21_a_store_that_hangs_holds_up_neither_a_cancellation_nor_a_deploy",)),
