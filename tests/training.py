@@ -17,8 +17,8 @@ from nightpress.core.recipes.plan import make_plan
 _WORDS = ("lamp", "river", "stone", "window", "garden", "letter", "horse", "winter", "road", "bread")
 
 
-def classifier(bert_tiny: Path, folder: Path, *, blocks: int = 4, seed: int = 0) -> Path:
-    """A BERT with random weights and BERT-tiny's tokenizer: `blocks` × 32, two classes."""
+def classifier(bert_tiny: Path, folder: Path, *, blocks: int = 4, seed: int = 0, outputs: int = 2) -> Path:
+    """A BERT with random weights and BERT-tiny's tokenizer: `blocks` × 32, two classes; with one output, a reranker."""
     from transformers import BertConfig, BertForSequenceClassification
 
     torch.manual_seed(seed)
@@ -27,7 +27,7 @@ def classifier(bert_tiny: Path, folder: Path, *, blocks: int = 4, seed: int = 0)
         num_hidden_layers=blocks,
         num_attention_heads=4,
         intermediate_size=64,
-        num_labels=2,
+        num_labels=outputs,
         initializer_range=0.2,
     )
     BertForSequenceClassification(config).save_pretrained(folder)

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelForSequenceClassification
 
 from nightpress.core.compress.context import PassContext
+from nightpress.core.compress.data.examples import read_examples
 from nightpress.core.compress.data.tokenized import pad
 from nightpress.core.compress.export.early_exit import trace_exits
 from nightpress.core.compress.model.exits import ExitPlan, load_exits
@@ -96,6 +97,36 @@ def test_an_embedder_teaches_directions(bert_tiny: Path, data: Path, tmp_path: P
     assert curve.y[-1] < curve.y[0]
 
 
+def test_a_reranker_teaches_scores_in_full_precision(bert_tiny: Path, tmp_path: Path):
+    source = classifier(bert_tiny, tmp_path / "source", outputs=1)
+    pairs = tmp_path / "pairs.jsonl"
+    pairs.write_text(
+        "".join(json.dumps({"query": f"word {at}", "document": f"text {at % 3}"}) + "\n" for at in range(32))
+    )
+    options = {"pass": "distill", "student": {"layers": [0]}, "altered": 0.5, "train": {**_TRAIN, "precision": "fp32"}}
+    _, record = run_pass(source, tmp_path, options, data_files={"mine": pairs})
+    assert record.summary["losses"] == ["logits"]
+
+
+def test_rows_of_an_embedder_stay_whole_without_labels(bert_tiny: Path, tmp_path: Path):
+    source, texts = embedder(bert_tiny, tmp_path / "source"), tmp_path / "texts.jsonl"
+    texts.write_text("".join(json.dumps({"text": f"a text of {at} words"}) + "\n" for at in range(9)))
+    header = inspect_model(FolderFiles(source))
+    assert len(read_examples(source, header, "mine", texts, length=64, labelled=False)) == 9
+
+
+def test_only_the_tokens_that_occur_change_in_trained_embeddings(model: Path, tmp_path: Path):
+    texts = tmp_path / "texts.jsonl"
+    texts.write_text("".join(json.dumps({"text": "the lamp", "label": at % 2}) + "\n" for at in range(32)))
+    train = {**_TRAIN, "freeze_embeddings": False, "weight_decay": 0.5}
+    options = {"pass": "distill", "student": {"layers": [0, 2]}, "train": train}
+    out, _ = run_pass(model, tmp_path, options, data_files={"mine": texts})
+    name = "bert.embeddings.word_embeddings.weight"
+    before, after = (load_file(folder / "model.safetensors")[name] for folder in (model, out))
+    changed = (before != after).any(1).nonzero()[:, 0].tolist()
+    assert 0 < len(changed) <= 4  # two words, and the special tokens
+
+
 @pytest.mark.slow
 def test_a_decoder_teaches_tokens_and_relations(bert_tiny: Path, data: Path, tmp_path: Path):
     source = language_model(bert_tiny, tmp_path / "source")
@@ -126,6 +157,7 @@ def test_a_decoder_teaches_tokens_and_relations(bert_tiny: Path, data: Path, tmp
         ({"cosine": {}}, "embedder"),
         ({"logits": {"alpha": 0.5}, "train": {"data": "builtin:prose"}}, "labels"),
         ({"logits": {"cache": True}, "hidden": {}}, "caching"),
+        ({"logits": {"cache": True}, "altered": 0.5}, "must answer anew"),
         ({"train": {"length": 4096}}, "positions"),
         ({"student": {"layers": 2, "preset": "tiny"}}, "cuts"),
         ({"train": {"steps": 5, "epochs": 2}}, "not both"),

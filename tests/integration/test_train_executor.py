@@ -24,6 +24,7 @@ _DISTILL = {
     "student": {"layers": [0, 2]},
     "logits": {"alpha": 0.5},
     "hidden": {},
+    "altered": 0.5,
     "train": {"data": "mine", "length": 16, "batch": 4, "accumulate": 2, "steps": _STEPS, "validation": 0.1,
               "validate_every": 7, "checkpoint_every": 4, "learning_rate": 1e-3},
 }  # fmt: skip

@@ -8,6 +8,7 @@ from nightpress.core.compress.model.exits import exit_scores
 from nightpress.core.compress.solvers.distillation import (
     cosine_distance,
     hidden_error,
+    label_error,
     number_error,
     pool,
     relation_divergence,
@@ -135,3 +136,10 @@ def test_numbers_are_compared_in_the_teachers_own_spread() -> None:
     assert float(number_error(teacher + 2, teacher)) == pytest.approx(4 / (8 / 3))
     assert float(number_error(10 * teacher + 20, 10 * teacher)) == pytest.approx(4 / (8 / 3))
     assert float(soft_cross_entropy(teacher + 2, teacher, 1.0)) == 0
+
+
+def test_texts_without_a_label_teach_no_label():
+    logits, labels = _normal(4, 3), torch.tensor([2, -100, 0, -100])
+    labelled = torch.nn.functional.cross_entropy(logits[[0, 2]], labels[[0, 2]])
+    assert float(label_error(logits, labels)) == pytest.approx(float(labelled))
+    assert float(label_error(logits, torch.full((4,), -100))) == 0

@@ -24,6 +24,7 @@ from nightpress.core.recipes.header import ModelHeader
 
 _POOL = 32  #: batches in a pool. Texts of a pool are sorted by length, so that little is computed on padding.
 _FEWEST = 4  #: examples that a training needs at least
+UNLABELLED = -100  #: label of an example without one, as torch's losses ignore it
 _ALL = 10**7  #: windows: more than any data set has that is read whole
 
 
@@ -32,7 +33,7 @@ class Examples:
     """Texts of different lengths as token ids."""
 
     ids: tuple[NDArray[np.int64], ...]
-    labels: NDArray[np.int64] | None  #: [N]
+    labels: NDArray[np.int64] | None  #: [N], or UNLABELLED; None: no example has one
     pad_id: int
     numbers: NDArray[np.int64]  #: [N], index of each example in the whole data set
     types: tuple[NDArray[np.int64], ...] | None = (
@@ -106,9 +107,8 @@ def read_examples(
             f"the model's outputs are {header.head}, and only labels of models that choose one class are learned from",
             "Learn from the model's answers alone (`alpha: 1`).",
         )
-    by_row = (
-        paired or any(row.label is not None for row in rows) or (header.task == "classification" and file is not None)
-    )
+    whole_rows = header.task in {"classification", "embedding"} and file is not None
+    by_row = paired or whole_rows or any(row.label is not None for row in rows)
     if labelled and not all(row.label is not None for row in rows):
         raise _unusable(
             ref,

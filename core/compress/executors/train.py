@@ -11,7 +11,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol
 
@@ -26,6 +26,7 @@ from nightpress.core.compress.context import PassContext
 from nightpress.core.compress.data.examples import Batch, Examples, batch_order, collate
 from nightpress.core.compress.executors.reproducible import backward, reproducible
 from nightpress.core.compress.model.checkpoint import disk_errors, sync_folder
+from nightpress.core.compress.model.networks import embeddings_of
 from nightpress.core.errors import ErrorCode, NightpressError
 from nightpress.core.handoff.report import Series
 from nightpress.core.recipes.passes.training import Training
@@ -34,6 +35,10 @@ _CURVE_POINTS = 100
 _VALIDATIONS = 10
 _CHECKPOINT_S = 180.0
 _SAY_S = 1.0
+
+
+#: (examples, number of the epoch) → the epoch's examples
+Renewal = Callable[[Examples, int], Examples]
 
 
 class Objective(Protocol):
@@ -86,15 +91,17 @@ def train(
     *,
     recipe: str,
     span: tuple[float, float] = (0.0, 1.0),
+    renewed: Renewal | None = None,
 ) -> TrainingResult:
     """Train until all planned steps are done, or until validation stops improving.
 
     `recipe` identifies what is done: only a checkpoint with the same recipe is resumed. `span`: the training's part of the pass's progress.
+    `renewed` makes the examples of each epoch, as many as it gets; None: all epochs have the same.
     Raises NightpressError: numerical_failure if the loss is not finite, gpu_out_of_memory, disk_full or invalid_data.
     """
     with reproducible(context.device):
         try:
-            return _Run(objective, examples, options, context, recipe, span).run()
+            return _Run(objective, examples, options, context, recipe, span, renewed).run()
         except torch.cuda.OutOfMemoryError as error:
             raise NightpressError(
                 ErrorCode.GPU_OUT_OF_MEMORY,
@@ -147,8 +154,11 @@ def precision(options: Training, device: str) -> torch.dtype:
 
 @contextlib.contextmanager
 def frozen_model(device: torch.device) -> Iterator[None]:
-    """A context in which a frozen model runs: without autocast, so in the dtype of its weights, and without recording gradients."""
-    with torch.inference_mode(), torch.autocast(device.type, enabled=False):
+    """A context in which a frozen model runs: without autocast, so in the dtype of its weights, and without recording gradients.
+
+    Not in inference mode: a loss that keeps its answers for the gradient could not use them.
+    """
+    with torch.no_grad(), torch.autocast(device.type, enabled=False):
         yield
 
 
@@ -168,6 +178,7 @@ class _Run:
         context: PassContext,
         recipe: str,
         span: tuple[float, float],
+        renewed: Renewal | None,
     ) -> None:
         self.objective, self.options, self.context, self.span = objective, options, context, span
         self.learn, self.held = examples.split(options.validation, seed=context.seed)
@@ -185,6 +196,7 @@ class _Run:
         self.best: dict[str, Tensor] = {}
         self.sums = torch.zeros(0)  #: [names] float64, sums of the losses since the curve's last point
         self._share = torch.tensor(1 / options.accumulate, device=self.device)
+        self._renewed, self._read = renewed, self.learn
         self._order: tuple[int, list[NDArray[np.int64]]] = (-1, [])
         digest = hashlib.sha256(
             f"{context.index}\n{recipe}\n{options.model_dump_json()}\n{context.seed}\n{self.device.type}\n{self.dtype}\n".encode()
@@ -255,20 +267,25 @@ class _Run:
         self.optimizer.zero_grad(set_to_none=True)
 
     def _groups(self) -> list[dict[str, Any]]:
-        """Parameter groups: weight decay for matrices, none for biases, norms and other vectors."""
-        matrices = [parameter for parameter in self.learned.values() if parameter.dim() > 1]
-        vectors = [parameter for parameter in self.learned.values() if parameter.dim() <= 1]
+        """Parameter groups: weight decay for matrices, none for vectors and embeddings: rows of tokens that no text has would only shrink."""
+        tables = {id(parameter) for parameter in embeddings_of(self.objective.module)}
+        decays = [
+            parameter for parameter in self.learned.values() if parameter.dim() > 1 and id(parameter) not in tables
+        ]
+        stays = [parameter for parameter in self.learned.values() if parameter.dim() <= 1 or id(parameter) in tables]
         groups = [
-            {"params": matrices, "weight_decay": self.options.weight_decay},
-            {"params": vectors, "weight_decay": 0.0},
+            {"params": decays, "weight_decay": self.options.weight_decay},
+            {"params": stays, "weight_decay": 0.0},
         ]
         return [group for group in groups if group["params"]]
 
     def _batch(self, number: int) -> Batch:
         epoch, at = divmod(number, self.per_epoch)
         if self._order[0] != epoch:
-            self._order = epoch, batch_order(self.learn, self.options.batch, seed=self.context.seed, epoch=epoch)
-        return collate(self.learn, self._order[1][at], self.device)
+            if self._renewed is not None:
+                self._read = self._renewed(self.learn, epoch)
+            self._order = epoch, batch_order(self._read, self.options.batch, seed=self.context.seed, epoch=epoch)
+        return collate(self._read, self._order[1][at], self.device)
 
     # Curves and validation ---------------------------------------------------------------------------------------------
 

@@ -10,9 +10,17 @@ import torch
 from torch import Tensor, nn
 
 from nightpress.core.compress.context import PassContext
+from nightpress.core.compress.data.alterations import Alterations
 from nightpress.core.compress.data.examples import Batch, read_examples
 from nightpress.core.compress.data.tokenized import open_tokenizer, special_tokens
-from nightpress.core.compress.executors.train import TrainingResult, frozen_model, precision, train, validation_losses
+from nightpress.core.compress.executors.train import (
+    Renewal,
+    TrainingResult,
+    frozen_model,
+    precision,
+    train,
+    validation_losses,
+)
 from nightpress.core.compress.model.networks import (
     cast_weights,
     embeddings_of,
@@ -27,6 +35,7 @@ from nightpress.core.compress.passes.teacher_cache import CachedLogits, cache_lo
 from nightpress.core.compress.solvers.distillation import (
     cosine_distance,
     hidden_error,
+    label_error,
     number_error,
     pool,
     relation_divergence,
@@ -124,10 +133,19 @@ def teach(
     lesson.to(context.device)
     recipe = f"{options.name} {options.model_dump_json()} {header.model_dump_json()}"
     before = validation_losses(lesson, examples, options.train, context) if measured else {}
-    trained = train(lesson, examples, options.train, context, recipe=recipe, span=(0.2 if cached else 0.0, 1.0))
+    span = 0.2 if cached else 0.0, 1.0
+    renewed = _alterations(source, options.altered, context.seed) if options.altered else None
+    trained = train(lesson, examples, options.train, context, recipe=recipe, span=span, renewed=renewed)
     student.to("cpu")
     extra = {"examples": len(examples), "cached_logits": None if cached is None else cached.size}
     return trained, extra | ({"loss_before": before["loss"]} if before else {})
+
+
+def _alterations(source: Path, share: float, seed: int) -> Renewal:
+    tokenizer = open_tokenizer(source)
+    before, after = special_tokens(tokenizer)
+    alterations = Alterations(share, frozenset({*before, *after}), tokenizer.mask_id)
+    return lambda examples, epoch: alterations.of(examples, seed=(seed, epoch))
 
 
 class _Inputs:
@@ -238,7 +256,7 @@ class StudentTraining(nn.Module):
             parts.append(options.logits.weight * options.logits.alpha * found["logits"])
             if options.logits.alpha < 1:
                 assert labels is not None
-                found["labels"] = nn.functional.cross_entropy(logits.float(), labels)
+                found["labels"] = label_error(logits, labels)
                 parts.append(options.logits.weight * (1 - options.logits.alpha) * found["labels"])
         if options.hidden is not None:
             errors = []
@@ -256,7 +274,7 @@ class StudentTraining(nn.Module):
             parts.append(options.relations.weight * found["relations"])
         if options.cosine is not None:
             mine, its = (pool(output.last_hidden_state, batch.mask, self._pooling) for output in (ours, theirs))
-            found["cosine"] = cosine_distance(mine, its.clone())  # autograd refuses tensors made under inference mode
+            found["cosine"] = cosine_distance(mine, its)
             parts.append(options.cosine.weight * found["cosine"])
         return {"loss": torch.stack(parts).sum(), **found}
 

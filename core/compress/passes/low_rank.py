@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from nightpress.core.compress.model.checkpoint import disk_errors, sync_folder, write_file
 from nightpress.core.compress.model.networks import find_blocks
 from nightpress.core.compress.passes.scaled_linear import ScaledLinear
-from nightpress.core.recipes.passes.distill import Lora
+from nightpress.core.recipes.passes.lessons import Lora
 
 
 class LowRank(nn.Module):

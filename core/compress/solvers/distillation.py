@@ -27,6 +27,12 @@ def with_the_rest(logits: Tensor, indices: Tensor, temperature: float) -> Tensor
     return temperature * torch.cat([chosen, total + torch.log1p(-covered.exp())], dim=-1)
 
 
+def label_error(logits: Tensor, labels: Tensor) -> Tensor:
+    """Cross-entropy of logits [N, C] with labels [N], the mean over rows whose label is not −100; 0 if there are none."""
+    total = F.cross_entropy(logits.float(), labels, ignore_index=-100, reduction="sum")
+    return total / (labels != -100).sum().clamp(min=1)
+
+
 def number_error(student: Tensor, teacher: Tensor) -> Tensor:
     """Mean squared error of numbers [N, C] relative to the variance of the teacher's over the batch."""
     theirs = teacher.float()
@@ -38,9 +44,11 @@ def hidden_error(student: Tensor, teacher: Tensor, mask: Tensor) -> Tensor:
 
     The error is relative because deep blocks have larger hidden states, which would otherwise dominate the loss.
     """
-    where = mask.bool()
-    ours, theirs = student[where].float(), teacher[where].float()  # [M, H]
-    return F.mse_loss(ours, theirs) / theirs.square().mean().clamp(min=1e-12)
+    real = mask[:, :, None].to(
+        torch.float32
+    )  # multiplied, not selected: a GPU would have to wait for the number of positions
+    theirs = teacher.float() * real
+    return (student.float() * real - theirs).square().sum() / theirs.square().sum().clamp(min=1e-12)
 
 
 def relation_divergence(student: Tensor, teacher: Tensor, mask: Tensor, heads: int) -> Tensor:

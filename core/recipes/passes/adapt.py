@@ -11,7 +11,7 @@ from nightpress.core.recipes.depth import depth
 from nightpress.core.recipes.header import SHARED_BLOCKS, ModelHeader
 from nightpress.core.recipes.linears import invalid
 from nightpress.core.recipes.passes.base import ExportFormat, Need, PassOptions, Scope
-from nightpress.core.recipes.passes.distill import Blocks
+from nightpress.core.recipes.passes.lessons import Blocks
 from nightpress.core.recipes.passes.training import Training
 
 Policy = Literal["confidence", "entropy", "patience", "length"]

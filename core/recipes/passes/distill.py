@@ -1,9 +1,9 @@
 """Distillation: options of the passes in which a model learns from a teacher."""
 
 from collections.abc import Iterable, Sequence
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
 from nightpress.core.recipes.bounds import kind_flaw, size_flaw
 from nightpress.core.recipes.calibration import Calibration
@@ -12,9 +12,9 @@ from nightpress.core.recipes.depth import depth, evenly, width
 from nightpress.core.recipes.header import SHARED_BLOCKS, ModelHeader
 from nightpress.core.recipes.linears import invalid
 from nightpress.core.recipes.passes.base import ExportFormat, Need, PassOptions, Scope
+from nightpress.core.recipes.passes.lessons import Blocks, Cosine, Hidden, Logits, Lora, Part, Relations
 from nightpress.core.recipes.passes.training import Training
 
-Blocks = Annotated[tuple[Annotated[int, Field(ge=0, le=999)], ...], Field(min_length=1, max_length=1000)]
 #: Blocks, width, heads and feed-forward width, as in Turc et al., Well-Read Students Learn Better (arXiv 1908.08962).
 PRESETS: dict[str, tuple[int, int, int, int]] = {
     "tiny": (2, 128, 2, 512),
@@ -38,11 +38,7 @@ SEPARATE_PROJECTIONS = frozenset(
 )  # fmt: skip
 
 
-class _Part(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, serialize_by_alias=True, defer_build=True)
-
-
-class Student(_Part):
+class Student(Part):
     """The model that learns. `layers` cuts it from the teacher; `preset` or `config` defines a new one. Default: half the teacher's blocks.
 
     Tensors of the same shape as the teacher's start as copies of the teacher's. All others start at random.
@@ -104,60 +100,6 @@ class Student(_Part):
         return evenly(count, blocks)
 
 
-class Logits(_Part):
-    """Learn the teacher's distribution (Hinton et al., arXiv 1503.02531): α·T²·KL(teacher ‖ student at temperature T) + (1−α)·cross-entropy with the labels."""
-
-    temperature: float = Field(2.0, gt=0, le=100)
-    alpha: float = Field(
-        1.0, ge=0, le=1, description="Weight of the teacher's answers in the loss. With 1, no labels are needed."
-    )
-    weight: float = Field(1.0, gt=0, le=1e6)
-    cache: bool = Field(
-        False,
-        description="Run the teacher once over all examples and keep its answers. Not possible where words are masked anew at each step.",
-    )
-    cache_top: int = Field(
-        64, ge=1, le=4096, description="Number of the most likely tokens that are kept for each position."
-    )
-    cache_bytes: int = Field(
-        4 * 1024**3, ge=1, description="Largest size of the kept answers. The job fails before it writes more."
-    )
-
-
-class Hidden(_Part):
-    """Learn the hidden states after the teacher's blocks, by mean squared error (FitNets, arXiv 1412.6550; TinyBERT, arXiv 1909.10351).
-
-    If the widths differ, a learned projection maps the student's hidden states to the teacher's width.
-    """
-
-    layers: Blocks | None = Field(
-        None,
-        description="For each block of the student, the block of the teacher that it learns from. Default: evenly spread; the last learns from the last.",
-    )
-    weight: float = Field(1.0, gt=0, le=1e6)
-
-
-class Relations(_Part):
-    """Learn the relations between the teacher's queries, keys and values (MiniLMv2, arXiv 2012.15828). Heads and widths may differ."""
-
-    layer: int = Field(-1, description="The teacher's block; −1: the last. The student's last block learns from it.")
-    heads: int = Field(12, ge=1, le=256, description="Number of parts into which vectors are split.")
-    weight: float = Field(1.0, gt=0, le=1e6)
-
-
-class Cosine(_Part):
-    """Learn the direction of the teacher's pooled vector: 1 − cosine. For embedders."""
-
-    weight: float = Field(1.0, gt=0, le=1e6)
-
-
-class Lora(_Part):
-    """Learn a low-rank change of each linear layer. It is merged into the layer at the end (arXiv 2106.09685)."""
-
-    rank: int = Field(16, ge=1, le=1024)
-    alpha: float = Field(32.0, gt=0, le=1e6, description="The change is scaled by alpha / rank.")
-
-
 class Teaching(PassOptions):
     """A pass in which a model learns from a teacher, which is frozen and in evaluation mode."""
 
@@ -170,6 +112,12 @@ class Teaching(PassOptions):
     hidden: Hidden | None = None
     relations: Relations | None = None
     cosine: Cosine | None = Field(None, description="Default for embedders.")
+    altered: float = Field(
+        0.0,
+        ge=0,
+        le=1,
+        description="Share of the texts that are altered in each pass over the data: tokens hidden or replaced, parts taken, two texts joined. The teacher answers for them. Helps where texts are few.",
+    )
 
     def data_refs(self) -> frozenset[str]:
         return frozenset({self.train.data})
@@ -223,6 +171,16 @@ class Teaching(PassOptions):
             raise invalid(
                 f"`{self.name}`: the teacher runs at every step for {', '.join(self.losses(header)[1:])}, so caching its logits saves nothing.",
                 "Leave `cache` out, or the other losses.",
+            )
+        if self.altered and header.task not in {"classification", "embedding"}:
+            raise invalid(
+                f"`{self.name}`: `altered` is for models with one answer for each text; this is a model for {header.task}.",
+                "Leave it out.",
+            )
+        if self.altered and whole.logits is not None and whole.logits.cache:
+            raise invalid(
+                f"`{self.name}`: the teacher must answer anew for `altered` texts, so its logits can't be cached.",
+                "Leave `cache` or `altered` out.",
             )
         self._check_hidden(header, student)
         self._check_relations(header, student)

@@ -10,7 +10,8 @@ from nightpress.core.recipes.costs import Cost
 from nightpress.core.recipes.header import ModelHeader
 from nightpress.core.recipes.linears import invalid
 from nightpress.core.recipes.passes.base import ExportFormat, PassOptions, Relation
-from nightpress.core.recipes.passes.distill import Logits, Teaching
+from nightpress.core.recipes.passes.distill import Teaching
+from nightpress.core.recipes.passes.lessons import Logits
 from nightpress.core.recipes.passes.quantize import Rounding
 from nightpress.core.recipes.passes.training import Training
 
