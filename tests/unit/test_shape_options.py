@@ -1,5 +1,6 @@
 """`shape-to-speed` in recipes: the speeds, the exports for each of them, and what is refused; and the table of times."""
 
+import json
 from typing import Any
 
 import pytest
@@ -48,6 +49,11 @@ def test_several_speeds_make_each_export_once_for_each_speed():
 )
 def test_no_stage_makes_the_model_more_than_twice_as_fast(options: dict[str, Any], stages: tuple[float, ...]):
     assert ShapeToSpeed.model_validate(_shape(**options)).stages == pytest.approx(stages)
+
+
+def test_smaller_steps_train_more_often_and_end_at_the_same_speeds():
+    options = ShapeToSpeed.model_validate(_shape(speeds=[2, 8], step=1.5))
+    assert options.stages == pytest.approx((2**0.5, 2, 2 * 4**0.25, 4, 4 * 4**0.25, 8), rel=1e-3)
 
 
 @pytest.mark.parametrize(
@@ -131,3 +137,28 @@ def test_the_table_is_exact_for_the_whole_model_and_for_none_of_it_and_never_fal
     assert table.heads[1] == table.heads[2]
     assert table.estimate([1, 0], [32, 0]) == pytest.approx(1 + 9 / 6 * (1 + 0.25))
     assert LatencyTable.from_json(table.to_json()) == table
+
+
+def test_a_last_layer_that_was_timed_alone_has_times_of_its_own():
+    times = {
+        ("source", 0): 20.0,
+        ("whole", 0): 15.0,
+        ("rest", 0): 1.0,
+        ("heads", 2): 1.0 + 2 * 2.0 + 0.5,
+        ("heads", 4): 1.0 + 2 * 4.0 + 1.0,
+        ("widths", 64): 1.0 + 2 * 2.0 + 1.0,
+        ("last_heads", 4): 2.0,
+        ("last_widths", 64): 2.0,
+    }
+    table = table_of("here", "int8", 3, times)
+    assert table.estimate([4, 4, 4], [64, 64, 64]) == pytest.approx(15)
+    assert table.heads == pytest.approx({0: 0, 2: 2, 4: 4})
+    assert table.last_heads == pytest.approx({0: 0, 2: 0.5, 4: 1})
+    assert table.estimate([0, 2, 4], [64, 0, 64]) == pytest.approx(1 + 2 + 2 + 1 + 1)
+    assert LatencyTable.from_json(table.to_json()) == table
+
+
+def test_a_table_of_an_earlier_version_has_all_layers_alike():
+    earlier = json.loads(_table().to_json())
+    del earlier["last_heads"], earlier["last_widths"]
+    assert LatencyTable.from_json(json.dumps(earlier)) == _table()

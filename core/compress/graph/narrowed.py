@@ -3,6 +3,7 @@
 The weights are those of the first units: a graph's time does not depend on its numbers. One trace is enough for all widths.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import numpy as np
 
 from nightpress.core.compress.graph.dynamic_int8 import array_of, fold_transposes
 from nightpress.core.compress.graph.static_graph import QdqGraph
+from nightpress.core.compress.graph.unread import without_unread_positions
 from nightpress.core.compress.grids.activation_ranges import Range
 from nightpress.core.errors import ErrorCode, NightpressError
 from nightpress.core.recipes.anatomy import Anatomy, Inner
@@ -20,18 +22,20 @@ TOKENS = 2048
 _RANGE: Range = (-4.0, 4.0)  #: of every rounded tensor; a kernel's time does not depend on it
 
 
-def narrowed(graph: Path, anatomy: Anatomy, heads: int, width: int) -> Any:
-    """Return a traced graph (onnx.ModelProto) with so many groups of heads and channels in every layer; 0 leaves the module out.
+def narrowed(graph: Path, anatomy: Anatomy, heads: Sequence[int], widths: Sequence[int], *, unread: bool = True) -> Any:
+    """Return a traced graph (onnx.ModelProto) with so many groups of heads and channels in each layer; 0 leaves the module out.
 
-    Raises NightpressError(unsupported_architecture) if the graph's products do not have the names of the model's layers.
+    unread: whether positions are computed that the answer does not read. Raises NightpressError(unsupported_architecture) if the graph's products do not have the names of the model's layers.
     """
     import onnx
 
     model = onnx.load(graph)
     fold_transposes(onnx, model)
+    if not unread:
+        without_unread_positions(model)
     edit = _Edit(onnx, model)
     for block in range(anatomy.layers):
-        for inner, kept in ((anatomy.family.attention, heads), (anatomy.family.feed_forward, width)):
+        for inner, kept in ((anatomy.family.attention, heads[block]), (anatomy.family.feed_forward, widths[block])):
             edit.narrow(anatomy, block, inner, kept)
     edit.finish()
     return model

@@ -34,11 +34,13 @@ from nightpress.core.compress.graph.modules import (
     takes_types,
 )
 from nightpress.core.compress.graph.telling import telling
+from nightpress.core.compress.graph.unread import without_unread_positions
 from nightpress.core.compress.grids.pressed_weights import PressedWeights
 from nightpress.core.compress.model.checkpoint import disk_errors, write_file
 from nightpress.core.compress.model.networks import load_model
 from nightpress.core.errors import ErrorCode, NightpressError
 from nightpress.core.handoff.manifest import describe_folder
+from nightpress.core.recipes.anatomy import OWN_SHAPES
 from nightpress.core.recipes.header import ModelHeader
 
 OPSET = 20  #: the first with Gelu as one node; ONNX Runtime reads it since 1.17, OpenVINO since 2024.0
@@ -94,6 +96,8 @@ def trace(model_dir: Path, header: ModelHeader, check: Sequences, context: PassC
                     _settle_shapes(program.model.graph)
                 without_notes(program.model.graph)
                 program.save(partial / f"{name}.onnx", external_data=4 * header.parameters > 1_900_000_000)
+                if OWN_SHAPES in header.config:
+                    _leave_out_unread(partial / f"{name}.onnx")
             for file in partial.iterdir():
                 file.replace(folder / file.name)
             partial.rmdir()
@@ -116,6 +120,15 @@ def trace(model_dir: Path, header: ModelHeader, check: Sequences, context: PassC
         cached=header.is_decoder,
         encoder=graphs[0] if len(graphs) > 1 else None,
     )
+
+
+def _leave_out_unread(file: Path) -> None:
+    """The table of `shape-to-speed` counts on a graph without what its answer does not read."""
+    import onnx
+
+    model = onnx.load(file, load_external_data=False)
+    if without_unread_positions(model):
+        onnx.save(model, file)
 
 
 def content_digest(model_dir: Path) -> str:

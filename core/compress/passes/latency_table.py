@@ -20,12 +20,16 @@ from nightpress.core.compress.graph.modules import example_ids
 from nightpress.core.compress.graph.narrowed import in_int8, narrowed
 from nightpress.core.compress.graph.static_ranges import TOP
 from nightpress.core.compress.graph.tracing import trace
+from nightpress.core.compress.graph.unread import reads_some_positions
 from nightpress.core.compress.model.checkpoint import disk_errors, write_file
 from nightpress.core.compress.passes.static_int8 import weight_bits
 from nightpress.core.errors import ErrorCode, NightpressError
 from nightpress.core.recipes.anatomy import Anatomy
 from nightpress.core.recipes.passes import ShapeToSpeed, StaticInt8
 from nightpress.core.recipes.passes.shape import FORMATS
+
+Shape = tuple[tuple[int, ...], tuple[int, ...]]  #: groups of heads and channels of each layer
+_COLUMNS = ("heads", "widths", "last_heads", "last_widths")
 
 
 @dataclass(frozen=True)
@@ -39,10 +43,15 @@ class LatencyTable:
     rest: float  #: the model without attention and feed-forward: embeddings, norms, head, and the start of a run
     heads: Mapping[int, float]  #: groups of heads → attention of one layer
     widths: Mapping[int, float]  #: channels → feed-forward of one layer
+    last_heads: Mapping[
+        int, float
+    ]  #: the same for the last layer, which may compute only the positions that the answer reads
+    last_widths: Mapping[int, float]
 
     def estimate(self, heads: Sequence[int], widths: Sequence[int]) -> float:
         """The milliseconds of a model whose layers have these groups of heads and channels."""
-        return self.rest + sum(self.heads[count] for count in heads) + sum(self.widths[count] for count in widths)
+        inner = sum(self.heads[count] for count in heads[:-1]) + sum(self.widths[count] for count in widths[:-1])
+        return self.rest + inner + self.last_heads[heads[-1]] + self.last_widths[widths[-1]]
 
     def speed(self, heads: Sequence[int], widths: Sequence[int]) -> float:
         """How many times as fast as the source in float that model is."""
@@ -54,7 +63,8 @@ class LatencyTable:
     @classmethod
     def from_json(cls, text: str) -> "LatencyTable":
         raw = json.loads(text)
-        counts = {name: {int(count): ms for count, ms in raw[name].items()} for name in ("heads", "widths")}
+        raw = {"last_heads": raw["heads"], "last_widths": raw["widths"]} | raw  # earlier versions: all layers alike
+        counts = {name: {int(count): ms for count, ms in raw[name].items()} for name in _COLUMNS}
         return cls(**raw | counts)
 
 
@@ -72,7 +82,7 @@ def latency_table(source: Path, options: ShapeToSpeed, anatomy: Anatomy, context
     place = TimedIn(FORMATS[options.runtime], options.batch, options.length)
     heads, widths = options.head_levels(anatomy), options.width_levels(anatomy)
     conditions = context.stopwatch.conditions(place)
-    wanted = json.dumps([conditions, options.type, heads, widths, context.header.model_dump(mode="json")])
+    wanted = json.dumps([_COLUMNS, conditions, options.type, heads, widths, context.header.model_dump(mode="json")])
     file = context.work_dir / "shape" / f"table-{hashlib.sha256(wanted.encode()).hexdigest()[:16]}.json"
     if not file.is_file():
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -82,27 +92,37 @@ def latency_table(source: Path, options: ShapeToSpeed, anatomy: Anatomy, context
     return LatencyTable.from_json(file.read_text())
 
 
-Times = Mapping[
-    tuple[str, int], float
-]  #: (`heads` or `widths`, count), (`source`, 0), (`whole`, 0) or (`rest`, 0) → milliseconds of a graph
+#: (column, count), (`source`, 0), (`whole`, 0) or (`rest`, 0) → milliseconds of a graph
+Times = Mapping[tuple[str, int], float]
 
 
 def table_of(conditions: str, type_: str, layers: int, times: Times) -> LatencyTable:
     """Make the table from the times of the graphs.
 
-    A module that is wider never counts as faster. All modules' times are multiplied by one factor, so that the estimate of the whole model is
-    its measured time: beside each other, modules take longer or less long than alone.
+    A module that is wider never counts as faster. If the whole modules of the last layer were timed alone, their narrower forms take as much
+    less as they are narrower: they are small. All modules' times are multiplied by one factor, so that the estimate of the whole model is its
+    measured time: beside each other, modules take longer or less long than alone.
     """
     rest, whole = times["rest", 0], times["whole", 0]
     columns: dict[str, dict[int, float]] = {}
     for kind in ("heads", "widths"):
         counts = sorted(count for name, count in times if name == kind)
-        alone = [max(0.0, (times[kind, count] - rest) / layers) for count in counts]
-        columns[kind] = {0: 0.0, **dict(zip(counts, accumulate(alone, max), strict=True))}
-    dense = layers * sum(max(column.values()) for column in columns.values())
+        last = {
+            count: count / counts[-1] * max(0.0, alone - rest)
+            for count in counts
+            if (alone := times.get((f"last_{kind}", counts[-1]))) is not None
+        }
+        each = [
+            max(0.0, (times[kind, count] - rest - last.get(count, 0.0)) / (layers - bool(last))) for count in counts
+        ]
+        columns[kind] = {0: 0.0, **dict(zip(counts, accumulate(each, max), strict=True))}
+        columns[f"last_{kind}"] = {0: 0.0, **last} if last else columns[kind]
+    dense = sum(
+        (1 if name.startswith("last") else layers - 1) * max(column.values()) for name, column in columns.items()
+    )
     factor = max(0.0, whole - rest) / dense if dense else 1.0
-    heads, widths = ({count: factor * ms for count, ms in column.items()} for column in columns.values())
-    return LatencyTable(conditions, type_, times["source", 0], whole, rest, heads, widths)
+    scaled = {name: {count: factor * ms for count, ms in column.items()} for name, column in columns.items()}
+    return LatencyTable(conditions, type_, times["source", 0], whole, rest, **scaled)
 
 
 def _measured(
@@ -115,20 +135,33 @@ def _measured(
 ) -> dict[tuple[str, int], float]:
     ids = example_ids(context.header).numpy()
     traced = trace(source, context.header, Sequences(ids, np.ones_like(ids)), context).path
-    most = max(anatomy.groups), max(anatomy.widths)
-    heads = {("heads", count): (count, 0) for count in options.head_levels(anatomy) if count}
-    widths = {("widths", count): (0, count) for count in options.width_levels(anatomy) if count}
-    shapes: dict[tuple[str, int], tuple[int, int]] = {("whole", 0): most, ("rest", 0): (0, 0), **heads, **widths}
+    most, layers = (max(anatomy.groups), max(anatomy.widths)), anatomy.layers
 
-    def write(shape: tuple[int, int], file: Path, *, int8: bool) -> None:
+    def everywhere(heads: int, width: int) -> Shape:
+        return (heads,) * layers, (width,) * layers
+
+    heads = {("heads", count): everywhere(count, 0) for count in options.head_levels(anatomy) if count}
+    widths = {("widths", count): everywhere(0, count) for count in options.width_levels(anatomy) if count}
+    shapes: dict[tuple[str, int], Shape] = {
+        ("whole", 0): everywhere(*most),
+        ("rest", 0): everywhere(0, 0),
+        **heads,
+        **widths,
+    }
+    if layers > 1 and reads_some_positions(traced):
+        none = (0,) * layers
+        shapes["last_heads", most[0]] = (*none[1:], most[0]), none
+        shapes["last_widths", most[1]] = none, (*none[1:], most[1])
+
+    def write(shape: Shape, file: Path, *, int8: bool, unread: bool = False) -> None:
         with disk_errors():
-            file.write_bytes(narrowed(traced, anatomy, *shape).SerializeToString())
-            if int8 and any(shape):  # the rest has no product that int8 makes faster
+            file.write_bytes(narrowed(traced, anatomy, *shape, unread=unread).SerializeToString())
+            if int8 and any(map(any, shape)):  # the rest has no product that int8 makes faster
                 file.write_bytes(in_int8(file, StaticInt8(), TOP[weight_bits(StaticInt8())]))
 
     def tell(share: float) -> None:
         context.progress(0.1 + 0.9 * share, f"timing {len(shapes) + 1} graphs in {options.runtime}, {share:.0%}")
 
     writers = [partial(write, shape, int8=options.type == "int8") for shape in shapes.values()]
-    found = stopwatch.milliseconds([partial(write, most, int8=False), *writers], place, tell)
+    found = stopwatch.milliseconds([partial(write, everywhere(*most), int8=False, unread=True), *writers], place, tell)
     return dict(zip((("source", 0), *shapes), found, strict=True))

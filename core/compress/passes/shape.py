@@ -185,7 +185,10 @@ def chosen_levels(
     levels, times, errors = [], [], []
     for module, removed, weight in zip(modules, removals, weights, strict=True):
         attention = module.inner is anatomy.family.attention
-        column = table.heads if attention else table.widths
+        if module.block == anatomy.layers - 1:
+            column = table.last_heads if attention else table.last_widths
+        else:
+            column = table.heads if attention else table.widths
         units = len(removed.order)
         fitting = [
             count for count in (options.head_levels if attention else options.width_levels)(anatomy) if count <= units
@@ -301,6 +304,8 @@ def _record(
                 "rest_ms": table.rest,
                 "heads_ms": {str(count): ms for count, ms in table.heads.items()},
                 "channels_ms": {str(count): ms for count, ms in table.widths.items()},
+                "last_heads_ms": max(table.last_heads.values()),
+                "last_channels_ms": max(table.last_widths.values()),
             },
         },
         series=tuple(series),

@@ -21,7 +21,8 @@ _EXPORTERS: dict[str, tuple[ModuleType, str]] = {"onnx": (onnx, "onnxruntime"), 
 _AT_ONCE = 6  #: processes beside that of the first graph, at most
 _FEWEST = 2  #: processes in a group
 _GROUP_BYTES = 1_000_000_000  #: no further graph joins a group whose graphs take more
-_ROUNDS = 15
+_ROUNDS = 25
+_FAST = 0.1  #: quantile of a graph's runs that counts: what else the machine does only adds time
 _FIRST_TOKEN, _TOKENS = 5, 1000  #: the timed texts consist of these tokens: no padding, and in every cut token table
 
 
@@ -39,9 +40,9 @@ class GraphStopwatch:
     def milliseconds(
         self, graphs: Sequence[Callable[[Path], None]], place: TimedIn, tell: Callable[[float], None]
     ) -> list[float]:
-        """The median time of each graph. The first graph runs in every group of graphs: times are its time multiplied by ratios within rounds.
+        """The time of each graph when nothing disturbs it. The first graph runs in every group of graphs: times are its time multiplied by ratios.
 
-        So what else the machine does in the meantime affects all alike. Graphs of a group alone lie on the disk and in memory. Raises
+        The graphs of a group run by turns, so a change of the processor's speed affects all alike. Graphs of a group alone lie on the disk and in memory. Raises
         NightpressError(verification_failed) if a graph does not run.
         """
         first, *others = graphs
@@ -51,10 +52,9 @@ class GraphStopwatch:
             with self._opened([first, *others[len(ratios) : len(ratios) + _AT_ONCE]], place) as consumers:
                 shape = TimedShape(place.batch, place.length, _ROUNDS)
                 runs = [[run["milliseconds"] for run in found] for found in timed_rounds(shape, consumers, _untold)]
-            firsts += runs[0]
-            ratios += [
-                statistics.median(ours / base for ours, base in zip(times, runs[0], strict=True)) for times in runs[1:]
-            ]
+            fast, *rest = np.quantile(runs, _FAST, axis=1).tolist()
+            firsts.append(fast)
+            ratios += [time / fast for time in rest]
             tell(len(ratios) / len(others))
         base = statistics.median(firsts)
         return [base, *(base * ratio for ratio in ratios)]

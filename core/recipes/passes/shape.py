@@ -15,13 +15,13 @@ from nightpress.core.recipes.header import ModelHeader
 from nightpress.core.recipes.linears import invalid
 from nightpress.core.recipes.passes.activations import StaticInt8
 from nightpress.core.recipes.passes.base import ExportFormat, PassOptions
-from nightpress.core.recipes.passes.distill import Cosine, Hidden, Logits, Teaching
+from nightpress.core.recipes.passes.distill import Teaching
+from nightpress.core.recipes.passes.lessons import Cosine, Hidden, Logits
 
 Runtime = Literal["onnxruntime", "openvino"]
 FORMATS: dict[Runtime, ExportFormat] = {"onnxruntime": "onnx", "openvino": "openvino"}
 _SPEED = re.compile(r"\s*>=\s*(\d+(?:\.\d+)?)\s*x\s*")
 _MOST = 100.0  #: the largest speed
-_STEP = 2.0  #: the model becomes at most so many times faster before it is trained again
 _MULTIPLE = 32  #: widths are multiples of it: what kernels compute at a time
 
 
@@ -52,6 +52,12 @@ class ShapeToSpeed(Teaching):
     )
     batch: int = Field(1, ge=1, le=1024, description="Texts at a time, for which times are measured.")
     length: int = Field(128, ge=8, le=4096, description="Tokens of each text, for which times are measured.")
+    step: float = Field(
+        2.0,
+        ge=1.1,
+        le=8,
+        description="The model becomes at most so many times faster before it is trained again. Smaller steps cost more trainings, and lose less.",
+    )
     grid: float = Field(
         0.9, ge=0.3, le=0.98, description="Ratio between neighbouring widths of the feed-forward that are measured."
     )
@@ -90,7 +96,7 @@ class ShapeToSpeed(Teaching):
         """The speeds after which the model is trained: the targets, and speeds between them so that none is a long way from the last."""
         found, now = [], 1.0
         for target in self.targets:
-            count = max(1, math.ceil(math.log(target / now, _STEP) - 1e-9))
+            count = max(1, math.ceil(math.log(target / now, self.step) - 1e-9))
             found += [now * (target / now) ** (step / count) for step in range(1, count)]
             found.append(target)
             now = target

@@ -1,0 +1,81 @@
+"""Graphs without the positions that their answer does not read: the same answers, from a last layer that computes one position."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+import transformers
+
+from nightpress.core.compress.context import PassContext
+from nightpress.core.compress.data.tokenized import Sequences
+from nightpress.core.compress.graph import tracing
+from nightpress.core.compress.graph.unread import without_unread_positions
+from nightpress.core.recipes.inspect import FolderFiles, inspect_model
+from tests.block_models import FAMILIES
+
+_IDS = np.arange(5, 37).reshape(2, 16)
+
+
+def _traced(class_name: str, config: str, folder: Path) -> Path:
+    """Trace a model with random weights. config: the class of block_models whose settings it has."""
+    model_class = getattr(transformers, class_name)
+    torch.manual_seed(0)
+    model_class(model_class.config_class(**FAMILIES[config])).save_pretrained(folder / "source")
+    (folder / "source" / "tokenizer.json").write_text("{}")
+    header = inspect_model(FolderFiles(folder / "source"))
+    context = PassContext(header=header, work_dir=folder / "work")
+    return tracing.trace(folder / "source", header, Sequences(_IDS, np.ones_like(_IDS)), context).path
+
+
+def _answer(graph: bytes, length: int, *more: str) -> list[Any]:
+    model = onnx.load_model_from_string(graph)
+    model.graph.output.extend(onnx.helper.make_empty_tensor_value_info(name) for name in more)
+    session = onnxruntime.InferenceSession(model.SerializeToString())
+    mask = np.ones((2, length), np.int64)
+    mask[1, length // 2 :] = 0
+    inputs = {"input_ids": _IDS[:, :length], "attention_mask": mask, "token_type_ids": np.zeros_like(mask)}
+    found: list[Any] = session.run(None, {value.name: inputs[value.name] for value in session.get_inputs()})
+    return found
+
+
+@pytest.mark.parametrize(
+    ("class_name", "config"),
+    [
+        ("BertForSequenceClassification", "BertForMaskedLM"),
+        ("RobertaForSequenceClassification", "RobertaForSequenceClassification"),
+        pytest.param("DistilBertForSequenceClassification", "DistilBertForMaskedLM", marks=pytest.mark.slow),
+        pytest.param("ElectraForSequenceClassification", "ElectraForMaskedLM", marks=pytest.mark.slow),
+        pytest.param("XLMRobertaForSequenceClassification", "RobertaForSequenceClassification", marks=pytest.mark.slow),
+    ],
+)
+def test_a_classifier_answers_the_same_from_one_position_of_its_last_layer(
+    class_name: str, config: str, tmp_path: Path
+):
+    graph = _traced(class_name, config, tmp_path)
+    model = onnx.load(graph)
+    assert without_unread_positions(model)
+    onnx.checker.check_model(model)
+    products = [node for node in model.graph.node if node.op_type == "MatMul" and "layer" in node.name]
+    layers = {name: [node for node in products if f"layer.{name}." in node.name] for name in ("0", "2")}
+    for length in (16, 3):
+        (expected,) = _answer(graph.read_bytes(), length)
+        tensors = [node.output[0] for of_layer in layers.values() for node in of_layer]
+        answered, *values = _answer(model.SerializeToString(), length, *tensors)
+        assert np.allclose(answered, expected, atol=1e-6)
+        lengths = {name: value.shape[-2] for name, value in zip(tensors, values, strict=True)}
+        by_layer = {name: [lengths[node.output[0]] for node in found] for name, found in layers.items()}
+        # In the last layer, only keys and values are those of all positions.
+        assert by_layer["0"].count(1) == 0
+        assert by_layer["2"].count(1) == len(by_layer["2"]) - 2
+
+
+@pytest.mark.parametrize("class_name", ["BertForMaskedLM", "BertModel", "BertForTokenClassification"])
+def test_a_model_that_answers_at_every_position_stays_as_it_is(class_name: str, tmp_path: Path):
+    model = onnx.load(_traced(class_name, "BertForMaskedLM", tmp_path))
+    before = model.SerializeToString()
+    assert not without_unread_positions(model)
+    assert model.SerializeToString() == before
