@@ -70,7 +70,7 @@ BENCHES = {
     "static_search": Bench("The `static-int8` pass alone, on encoders that you have.", 3, "arguments"),
     "train": Bench("Distilled, pruned and early-exit classifiers: accuracy and latency.", 9, "arguments"),
     "shape_to_speed": Bench(
-        "A classifier at 2, 4 and 8 times the speed, beside distillation to fewer layers; trained on a GPU.",
+        "Encoders at several times their speed, beside distillation to fewer layers; trained on a GPU.",
         15,
         "arguments",
     ),

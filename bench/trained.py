@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -33,10 +34,11 @@ def accuracy(folder: Path, source: Path, test: Examples, device: str = "cpu") ->
     return right / len(test)
 
 
-def ship(model: Path, folder: Path, out: Path) -> None:
+def ship(model: Path, folder: Path, out: Path, *, rows: bool = False) -> None:
     """Write to `out` the tensors that differ from the source's, in float16, and the small files that differ.
 
-    Tensors are split into files of at most 15 MB; a larger tensor gets its own file.
+    Tensors are split into files of at most 15 MB; a larger tensor gets its own file. rows: of matrices that kept their shape, only the rows
+    that changed are written, their change in 8 bits.
     """
     out.mkdir(parents=True, exist_ok=True)
     before = SourceTensors(read_shards(model))
@@ -47,9 +49,12 @@ def ship(model: Path, folder: Path, out: Path) -> None:
         if name in before and torch.equal(before.read(name).float(), tensor.float()):
             continue
         half = tensor.half() if tensor.is_floating_point() else tensor
-        if sum(part.nbytes for part in parts[-1].values()) + half.nbytes > 15_000_000:
+        shipped = {name: half}
+        if rows and name in before and tensor.dim() == 2 and before.read(name).shape == tensor.shape:
+            shipped = _changed_rows(name, before.read(name).float(), tensor.float())
+        if sum(part.nbytes for part in [*parts[-1].values(), *shipped.values()]) > 15_000_000:
             parts.append({})
-        parts[-1][name] = half
+        parts[-1] |= shipped
     for at, part in enumerate(parts):
         save_file(part, out / f"changed-{at}.safetensors")
     (out / "names.json").write_text(json.dumps(after.names()))
@@ -63,13 +68,36 @@ def ship(model: Path, folder: Path, out: Path) -> None:
             shutil.copyfile(file, out / file.name)
 
 
+def _changed_rows(name: str, before: torch.Tensor, after: torch.Tensor) -> dict[str, torch.Tensor]:
+    """The changed rows of a matrix, and their change in steps of a 127th of its largest."""
+    change = after - before
+    rows = (change != 0).any(1).nonzero()[:, 0]
+    scales = change[rows].abs().amax(1, keepdim=True) / 127
+    return {
+        f"{name}.changed_rows": rows.int(),
+        f"{name}.steps": torch.round(change[rows] / scales).to(torch.int8),
+        f"{name}.scales": scales,
+    }
+
+
+def _restored(name: str, before: SourceTensors, changed: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    if name in changed:
+        return changed[name]
+    tensor = before.read(name)
+    if f"{name}.steps" not in changed:
+        return tensor
+    whole = tensor.float()
+    whole[changed[f"{name}.changed_rows"].long()] += changed[f"{name}.scales"] * changed[f"{name}.steps"]
+    return whole.to(tensor.dtype)
+
+
 def unship(model: Path, shipped: Path, folder: Path) -> None:
     """Restore the whole model in `folder`, from the source `model` and the files that `ship` wrote."""
     folder.mkdir(parents=True)
     before = SourceTensors(read_shards(model))
     changed = {name: tensor for file in sorted(shipped.glob("changed-*")) for name, tensor in load_file(file).items()}
     names = json.loads((shipped / "names.json").read_text())
-    whole = {name: changed[name] if name in changed else before.read(name) for name in names}
+    whole = {name: _restored(name, before, changed) for name in names}
     save_file(whole, folder / "model.safetensors", metadata={"format": "pt"})
     for origin in (model, shipped):
         for file in origin.iterdir():
