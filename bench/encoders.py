@@ -1,6 +1,6 @@
 """all-MiniLM-L6-v2 in the forms that only embedders have: a table of token vectors, truncated and small vectors, a cut vocabulary.
 
-    python -m bench.encoders [--threads 2]
+    python -m bench.encoders [--threads 2] [--only vocabulary]
 
 Retrieval and neighbours are measured on built-in prose, beside the source. The vocabulary is cut to the built-in prose. Times are the
 median of a pass over 32 × 128 tokens, taken by turns with the source in torch.
@@ -31,16 +31,17 @@ _FORMS = {
 def main() -> int:
     parser = make_parser("encoders", __doc__)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--only", nargs="+", choices=list(_FORMS), default=list(_FORMS))
     options = parser.parse_args()
     figures: list[Figure] = []
     with tempfile.TemporaryDirectory(prefix="nightpress-bench-") as folder:
         model = minilm_dir(Path(folder))
-        for name, chosen in _FORMS.items():
+        for name, chosen in ((name, _FORMS[name]) for name in options.only):
             recipe = parse_recipe({"name": name, "passes": [chosen], "exports": ["safetensors"], "evaluate": _EVALUATE})
             job = Path(folder) / name
             report = press(job, model, recipe, options.threads)
             figures += _of_form(name, report, job)
-    return finish("encoders", figures, parser, options)
+    return finish("encoders", figures, parser, options, choices=("only",))
 
 
 def _of_form(name: str, report: Report, job: Path) -> list[Figure]:
