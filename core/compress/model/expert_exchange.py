@@ -73,7 +73,7 @@ class ExpertExchange:
         if len(own) <= 1:
             return run(own[0], arrived) if len(arrived) else arrived
         sources = torch.split(arrived, [sum(numbers) for numbers in coming])
-        parts = [list(torch.split(rows, numbers)) for rows, numbers in zip(sources, coming, strict=True)]
+        parts = [list(torch.split(rows, list(numbers))) for rows, numbers in zip(sources, coming, strict=True)]
         for at, expert in enumerate(own):
             if any(numbers[at] for numbers in coming):
                 made = run(expert, torch.cat([of_source[at] for of_source in parts]))
