@@ -1,7 +1,7 @@
 """Learned rounding, GPTQ and plain rounding at 4 bits and below, beside auto-round: same model, same calibration tokens, by turns.
 
     python -m bench.low_bits --peer PYTHON [--only NAME …] [--methods NAME …] [--models offgrid smollm] [--seeds 3] [--device cuda]
-        [--calibrations text builtin:prose builtin:mixture]
+        [--calibrations text builtin:prose builtin:mixture] [--grids symmetric zero-points]
 
 PYTHON: of an environment with auto-round 0.16 (bench/peer-autoround-requirements.txt). Without it, only our figures are taken.
 
@@ -12,7 +12,9 @@ quantization alone: our pass, and the peer's `quantize`. Both models of bench.of
 
 W4A4 and W4A8: the layers' inputs are rounded while the loss is taken, ours by compressed-tensors in transformers, the peer's by our code
 with the same rules. `gptq+recover` and `learned+recover`: `recover-scales` behind the pass, trained on the novels; the share of the loss
-that it recovers is taken on the same held-out texts. `--calibrations` compares calibration texts: the novels, and what is built in.
+that it recovers is taken on the same held-out texts. `--calibrations` compares calibration texts: the novels, and what is built in. The
+built-in texts hold about 65,000 tokens of each kind: `--samples 64 --length 1024` gives all calibrations as many. `learned extremes` and
+`learned better` are `learned-rounding` with another start. NIGHTPRESS_BENCH_DATA names the folder of the novels.
 """
 
 import gc
@@ -94,14 +96,18 @@ PASSES: dict[str, tuple[dict[str, Any], bool]] = {
     "nearest": (_NEAREST, False),
     "gptq": ({"pass": "gptq"}, False),
     "gptq natural": ({"pass": "gptq", "order": "natural"}, False),
+    "awq": ({"pass": "awq"}, False),
     "learned": (_LEARNED, False),
     "learned better": ({**_LEARNED, "start": "better"}, False),
+    "learned extremes": ({**_LEARNED, "ranges": "extremes"}, False),
     "gptq+recover": ({"pass": "gptq"}, True),
     "learned+recover": (_LEARNED, True),
 }
 METHODS = (*PASSES, "auto-round")
 USUAL = ("nearest", "gptq", "learned", "auto-round")
-CALIBRATIONS = ("text", "builtin:prose", "builtin:mixture")
+PROSE, MIXTURE = "builtin:prose", "builtin:mixture"
+CALIBRATIONS = ("text", PROSE, MIXTURE)
+GRIDS = {"symmetric": True, "zero-points": False}
 DOMAINS = ("in domain", "out of domain")
 
 
@@ -120,6 +126,7 @@ def main() -> int:
     parser.add_argument("--only", nargs="*", choices=sorted(SETTINGS))
     parser.add_argument("--methods", nargs="*", choices=METHODS, default=USUAL)
     parser.add_argument("--calibrations", nargs="*", choices=CALIBRATIONS, default=("text",))
+    parser.add_argument("--grids", nargs="*", choices=GRIDS, default=tuple(GRIDS), help="of integers")
     parser.add_argument("--recover-steps", type=int, default=400, help="of `recover-scales`, 16 × 512 tokens each")
     parser.add_argument("--recover-rate", type=float, default=1e-3, help="its learning rate")
     parser.add_argument("--models", nargs="*", choices=("offgrid", "smollm"), default=("offgrid", "smollm"))
@@ -149,6 +156,7 @@ def main() -> int:
             told = model if ref == "text" else f"{model} by {ref}"
             for name in options.only or SETTINGS:
                 figures += figures_of(told, name, list(measure(source, name, ref, texts, options)))
+        figures += mixture_over_prose(model, figures)
     choices = ("only", "methods", "models", "device", "peer", "calibrations")
     return finish("low_bits", figures, parser, options, choices=choices)
 
@@ -168,7 +176,7 @@ def measure(source: Path, name: str, ref: str, texts: Texts, options: Any) -> It
     """Each method in turn, for each seed and each variant of a setting. ref: the calibration data."""
     files = {"text": NOVELS} if NOVELS.exists() else {}
     if ref == "text" and not files:
-        ref = "builtin:prose"
+        ref = PROSE
     for seed in range(options.seeds):
         with tempfile.TemporaryDirectory() as folder:
             work = Path(folder)
@@ -181,7 +189,7 @@ def measure(source: Path, name: str, ref: str, texts: Texts, options: Any) -> It
             np.save(tokens, calibration_samples(source, context)["input_ids"].numpy())
             for variant, setting in enumerate(SETTINGS[name]):
                 for method in options.methods:
-                    if not _possible(method, setting, options.peer):
+                    if not _possible(method, setting, options):
                         continue
                     out, rounds = work / f"{method}-{variant}", None
                     if method == "auto-round":
@@ -203,9 +211,13 @@ def measure(source: Path, name: str, ref: str, texts: Texts, options: Any) -> It
                     yield taken
 
 
-def _possible(method: str, setting: Setting, peer: str | None) -> bool:
+def _possible(method: str, setting: Setting, options: Any) -> bool:
+    if setting.ours.get("symmetric", True) not in [GRIDS[name] for name in options.grids]:
+        return False
     if method == "auto-round":
-        return peer is not None and setting.peer is not None
+        return options.peer is not None and setting.peer is not None
+    if method == "awq" and "format" in setting.ours:
+        return False
     # Rounding to nearest reads no calibration text, so it can't find the scale of nvfp4's inputs.
     return method != "nearest" or setting.ours.get("format") != "nvfp4" or "activations" not in setting.ours
 
@@ -216,7 +228,7 @@ def passes_of(method: str, setting: Setting, options: Any) -> list[dict[str, Any
     passes = [{**rounding, **setting.ours, **steps}]
     if recovers:
         train = {
-            "data": "text" if NOVELS.exists() else "builtin:prose",
+            "data": "text" if NOVELS.exists() else PROSE,
             "length": 512,
             "batch": 16,
             "steps": options.recover_steps,
@@ -368,6 +380,17 @@ def figures_of(model: str, name: str, taken: list[Taken]) -> list[Figure]:
         ratio = seconds["learned"] / seconds["auto-round"]
         figures.append(Figure(f"{model}/{name}/seconds over auto-round's", round(ratio, 3), bar="<= 0.5"))
     return figures
+
+
+def mixture_over_prose(model: str, figures: list[Figure]) -> list[Figure]:
+    """The loss after calibrating on the mixture, as a share of the loss after calibrating on prose."""
+    known, found = {figure.name: figure.value for figure in figures}, []
+    for name, value in known.items():
+        path = name.removeprefix(f"{model} by {MIXTURE}/")
+        prose = known.get(f"{model} by {PROSE}/{path}")
+        if path != name and path.endswith(DOMAINS) and prose:
+            found.append(Figure(f"{model} by {MIXTURE} over {PROSE}/{path}", round(value / prose, 3)))
+    return found
 
 
 if __name__ == "__main__":

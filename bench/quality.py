@@ -10,6 +10,7 @@ those with a similar grid. The size is that of the safetensors files. transforme
 import gzip
 import logging
 import math
+import os
 import sys
 import tempfile
 from pathlib import Path
@@ -30,7 +31,8 @@ from nightpress.core.recipes.inspect import FolderFiles, inspect_model
 from nightpress.core.recipes.models import parse_recipe
 from tests.models import smollm_dir
 
-SHARED = Path(__file__).parents[2] / "shared" / "data"
+#: The folder of the larger texts. A bench that does not find them takes the built-in ones.
+SHARED = Path(os.environ.get("NIGHTPRESS_BENCH_DATA") or Path(__file__).parents[2] / "shared" / "data")
 GPTQ = {"pass": "gptq", "group_size": 64}
 WHOLE = {"symmetric": False, "embeddings": True}  # with zero points, and embeddings too
 #: name → passes
