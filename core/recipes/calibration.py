@@ -6,8 +6,11 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validat
 
 #: `builtin:prose`, `builtin:code`, or the id or name of a data set of the user.
 DataRef = Annotated[str, Field(pattern=r"^(builtin:[a-z]+|[A-Za-z0-9][A-Za-z0-9._-]{0,127})$")]
-BUILTIN_DATA = frozenset({"builtin:prose", "builtin:code"})
+PROSE = "builtin:prose"
+BUILTIN_DATA = frozenset({PROSE, "builtin:code"})
 MIXTURE = "builtin:mixture"  #: prose, code, chats and the model's own texts; for the calibration alone
+#: What recipes without `calibration` get. `bench.low_bits --calibrations` compares the two.
+DEFAULT = PROSE
 SLICES = "builtin:slices"  #: prose, code and chats, each a slice of its own; for the evaluation alone
 
 
@@ -31,7 +34,7 @@ class Calibration(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, serialize_by_alias=True, defer_build=True)
 
-    data: ReadRef = "builtin:prose"
+    data: ReadRef = DEFAULT
     samples: int = Field(128, ge=1, le=100_000)
     length: int = Field(512, ge=8, le=131_072, description="Tokens of each sample.")
     packing: bool = Field(
@@ -47,7 +50,11 @@ class Calibration(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _auto(cls, raw: object) -> object:
-        return {"data": MIXTURE} if raw == "auto" else raw
+        if raw == "auto":
+            return {"data": MIXTURE}
+        if isinstance(raw, dict) and raw.get("packing") is False:  # the mixture can't be the default here
+            return {"data": PROSE, **raw}
+        return raw
 
     @model_validator(mode="after")
     def _mixture_is_packed(self) -> Self:
