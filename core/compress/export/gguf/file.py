@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from nightpress.core.compress.export.gguf.blocks import codes_type, encode, encode_codes, fitting_type, type_named
 from nightpress.core.compress.export.gguf.families import GgufFamily
 from nightpress.core.compress.export.gguf.vocabulary import add_vocabulary
+from nightpress.core.compress.export.gguf.metadata import add_metadata
 from nightpress.core.compress.grids.pressed_weights import PressedWeights
 from nightpress.core.compress.model.checkpoint import disk_errors, sync_folder
 from nightpress.core.errors import ErrorCode, NightpressError
@@ -101,7 +102,7 @@ def _names(family: GgufFamily, source: PressedWeights) -> dict[str, str]:
 def _describe(
     writer: gguf.GGUFWriter, family: GgufFamily, source: PressedWeights, model_dir: Path, weights: str, pooling: str
 ) -> None:
-    writer.add_type(gguf.GGUFType.MODEL)
+    add_metadata(writer, model_dir, family.header)
     family.describe(writer, pooling=pooling)
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     writer.add_file_type(_file_type(source, weights))

@@ -34,14 +34,14 @@ def add_vocabulary(writer: gguf.GGUFWriter, model_dir: Path, header: ModelHeader
         words = [_phantom(word, kind) for word, kind in zip(words, kinds, strict=True)]
     elif model["type"] == "BPE" and model.get("byte_fallback"):
         writer.add_tokenizer_model("llama")
+        writer.add_tokenizer_pre("default")
         ranks = {_joined(merge): rank for rank, merge in reversed(list(enumerate(model["merges"])))}
         # llama.cpp merges the highest score first: the merge that was learnt first. Words that no merge makes get the lowest score.
         writer.add_token_scores([-float(ranks.get(word, len(ranks))) for word in words])
         writer.add_add_space_prefix(_adds_space(raw))
-    elif model["type"] == "BPE":
+    elif _is_byte_level(model):
         writer.add_tokenizer_model("gpt2")
         writer.add_tokenizer_pre(_splitting(raw))
-        writer.add_token_merges([" ".join(merge) if isinstance(merge, list) else merge for merge in model["merges"]])
     else:
         raise _unknown(f"a {model['type']} model")
     writer.add_token_list(words)
@@ -115,34 +115,38 @@ def _splitting(raw: dict[str, Any]) -> str:
 
 
 def _add_special(writer: gguf.GGUFWriter, model_dir: Path, raw: dict[str, Any], header: ModelHeader) -> None:
+    """Write special tokens, merges and chat templates, as the package `gguf` reads them for llama.cpp's converter.
+
+    `bos` and `eos` are said in any case. Without them llama.cpp goes by the kind of tokenizer, and adds `bos` where the model has none.
+    """
+    special = gguf.SpecialVocab(
+        model_dir, load_merges=_is_byte_level(raw["model"]), n_vocab=int(header.config["vocab_size"])
+    )
     settings = _read(model_dir / "tokenizer_config.json")
     identifiers = {row["content"]: row["id"] for row in raw.get("added_tokens") or ()} | dict(raw["model"]["vocab"])
-    for key, add in (
-        ("bos_token", writer.add_bos_token_id),
-        ("eos_token", writer.add_eos_token_id),
-        ("unk_token", writer.add_unk_token_id),
-        ("pad_token", writer.add_pad_token_id),
-        ("sep_token", writer.add_sep_token_id),
-        ("mask_token", writer.add_mask_token_id),
-        ("cls_token", None if header.is_decoder else writer.add_bos_token_id),
-    ):
-        word = settings.get(key)
-        word = word.get("content") if isinstance(word, dict) else word
-        identifier = identifiers.get(word)
-        if identifier is None and key in {"bos_token", "eos_token", "pad_token"}:
-            identifier = header.config.get(f"{key}_id")
-        if add is not None and isinstance(identifier, int):
-            add(identifier)
-    around = json.dumps(raw.get("post_processor") or {})
-    begins = settings.get("bos_token")
-    begins = begins.get("content") if isinstance(begins, dict) else begins
+    for kind in special.special_token_types:  # the package looks among the added tokens alone
+        if kind not in special.special_token_ids and (word := _content(settings.get(f"{kind}_token"))) in identifiers:
+            special.special_token_ids[kind] = identifiers[word]
     if header.is_decoder:
-        writer.add_add_bos_token(bool(begins) and json.dumps(begins) in around)
-        writer.add_add_eos_token(bool(settings.get("add_eos_token")))
-    template = model_dir / "chat_template.jinja"
-    text = template.read_text() if template.is_file() else settings.get("chat_template")
-    if isinstance(text, str):
-        writer.add_chat_template(text)
+        begins = _content(settings.get("bos_token"))
+        around = json.dumps(raw.get("post_processor") or {})
+        special.add_special_token |= {
+            "bos": bool(begins) and json.dumps(begins) in around,
+            "eos": bool(settings.get("add_eos_token")),
+        }
+    elif "cls" in special.special_token_ids:  # llama.cpp's encoders begin a text with `bos`
+        special.special_token_ids["bos"] = special.special_token_ids.pop("cls")
+    special.add_to_gguf(writer, quiet=True)
+
+
+def _content(token: object) -> str | None:
+    """The text of a token in tokenizer_config.json, where it may have settings beside it."""
+    text = token.get("content") if isinstance(token, dict) else token
+    return text if isinstance(text, str) else None
+
+
+def _is_byte_level(model: dict[str, Any]) -> bool:
+    return model["type"] == "BPE" and not model.get("byte_fallback")
 
 
 def _read(path: Path) -> dict[str, Any]:
