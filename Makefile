@@ -13,7 +13,7 @@ PYTEST := NIGHTPRESS_MLFLOW=$(abspath $(MLFLOW))/bin/mlflow $(BIN)/python -m pyt
 # Without stored bytecode each of the hundreds of processes that the tests start would compile our modules again, half a second each.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help demo up vllm mlflow test test-quick test-avx2 lint types contracts check docs bench figures clean fuzz mutate soak
+.PHONY: help demo up vllm mlflow llama test test-quick test-avx2 lint types contracts check docs bench figures clean fuzz mutate soak
 
 help:  ## say what each target does
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-11s %s\n", $$1, $$2}'
@@ -41,6 +41,20 @@ mlflow: $(MLFLOW)/.installed  ## make an environment with MLflow's server, for t
 $(MLFLOW)/.installed: requirements-mlflow.txt
 	$(PYTHON) -m venv $(MLFLOW)
 	$(MLFLOW)/bin/python -m pip --disable-pip-version-check install --quiet --no-deps -r requirements-mlflow.txt
+	@touch $@
+
+# Built from source, with a C++ compiler and CMake. The source also has llama.cpp's converter, which no index has as a package: it is put
+# beside the environment's packages, with the newer `gguf` that belongs to it.
+llama: $(VENV)/share/llama.cpp/.installed  ## build llama-cpp-python, which loads GGUF files, and install llama.cpp's converter: some minutes
+
+LLAMA_SOURCE := $(abspath $(VENV))/llama-source
+$(VENV)/share/llama.cpp/.installed: requirements-llama.txt $(VENV)/.run-installed
+	rm -rf $(LLAMA_SOURCE) $(@D)
+	$(BIN)/python -m pip --disable-pip-version-check download --quiet --no-deps --no-binary llama-cpp-python --dest $(LLAMA_SOURCE) --requirement requirements-llama.txt
+	mv $(LLAMA_SOURCE)/*.tar.gz $(LLAMA_SOURCE)/source.tar.gz
+	$(PIP) "llama-cpp-python @ file://$(LLAMA_SOURCE)/source.tar.gz"
+	$(PIP) --no-deps --target $(@D) "llama-cpp-scripts @ file://$(LLAMA_SOURCE)/source.tar.gz#subdirectory=vendor/llama.cpp" "gguf @ file://$(LLAMA_SOURCE)/source.tar.gz#subdirectory=vendor/llama.cpp/gguf-py"
+	rm -rf $(LLAMA_SOURCE)
 	@touch $@
 
 test: $(VENV)/.dev-installed $(MLFLOW)/.installed  ## run all tests; they start their own PostgreSQL, Valkey and S3 servers

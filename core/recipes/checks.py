@@ -4,6 +4,7 @@ from nightpress.core.errors import ErrorCode, NightpressError
 from nightpress.core.recipes.classes import why_not_measured
 from nightpress.core.recipes.header import ModelHeader
 from nightpress.core.recipes.linears import invalid
+from nightpress.core.recipes.llama_cpp import by_converter
 from nightpress.core.recipes.models import GenerationSpeed, Quality, Recipe
 from nightpress.core.recipes.passes import PassOptions
 
@@ -112,6 +113,8 @@ def check_model(recipe: Recipe, header: ModelHeader) -> None:
         options.check_beside(recipe.passes, header)
     for export in recipe.exports:
         export.check(header)
+        if export.format == "gguf" and by_converter(header):
+            _check_floats(recipe, header)
     for wanted in recipe.evaluate:
         if isinstance(wanted, Quality):
             if (header.sees_images or header.hears) and wanted.part != "all":
@@ -125,6 +128,16 @@ def check_model(recipe: Recipe, header: ModelHeader) -> None:
                 "evaluate: the model takes no batch of several texts: it finds a text's end by its padding token, and its config.json names none.",
                 "Use `batch: 1`, or give config.json the `pad_token_id` that the model was trained with.",
             )
+
+
+def _check_floats(recipe: Recipe, header: ModelHeader) -> None:
+    """Check that the passes leave floats, since llama.cpp's converter reads no codes."""
+    coding = next((options for options in recipe.passes if options.last), None)
+    if coding is not None:
+        raise invalid(
+            f"exports: gguf can't carry the result of `{coding.name}`: a {header.model_type} is written by llama.cpp's converter, which reads floats.",
+            f"Leave `{coding.name}` out, and give the export a type: `{{format: gguf, type: q4_k}}`.",
+        )
 
 
 def _check_generation(speed: GenerationSpeed, header: ModelHeader) -> None:

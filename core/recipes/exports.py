@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, model_serializer, model_validator
 from nightpress.core.recipes.gguf_types import GGUF_TYPES
 from nightpress.core.recipes.header import ModelHeader, TensorInfo
 from nightpress.core.recipes.linears import invalid
-from nightpress.core.recipes.llama_cpp import why_not_llama_cpp
+from nightpress.core.recipes.llama_cpp import by_converter, why_not_llama_cpp
 from nightpress.core.recipes.mlx import why_not_mlx
 from nightpress.core.recipes.passes.base import ExportFormat
 
@@ -117,7 +117,8 @@ def speed_name(speed: float) -> str:
 
 
 def runs_in_llama_cpp(header: ModelHeader) -> bool:
-    return _refusal(Export(format="gguf"), header) is None
+    """Return whether llama.cpp takes the codes of this model that a pass chose."""
+    return _refusal(Export(format="gguf"), header) is None and not by_converter(header)
 
 
 def _refusal(export: Export, header: ModelHeader) -> str | None:

@@ -300,10 +300,10 @@ def test_a_tensor_that_llama_cpp_does_not_know_is_said(llama: Path, tmp_path: Pa
 
 
 def test_what_no_format_can_carry_is_said_before_anything_runs():
-    header = ModelHeader(model_type="gpt2", architecture="GPT2LMHeadModel", config={}, tensors=(), has_tokenizer=True)
+    header = ModelHeader(model_type="ctrl", architecture="CTRLLMHeadModel", config={}, tensors=(), has_tokenizer=True)
     with pytest.raises(NightpressError) as caught:
         Export(format="gguf").check(header)
     assert caught.value.code == ErrorCode.INVALID_RECIPE
-    assert "gpt2" in caught.value.message
+    assert "ctrl" in caught.value.message
     assert "onnx" in caught.value.hint
     Export(format="onnx").check(header)

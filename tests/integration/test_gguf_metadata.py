@@ -13,10 +13,18 @@ from gguf import GGUFReader
 
 from nightpress.core.compress.data.tokenized import open_tokenizer
 from nightpress.core.compress.export import gguf
-from nightpress.core.compress.export.gguf import tokens
+from nightpress.core.compress.export.gguf import converted, tokens
 from nightpress.core.recipes.inspect import FolderFiles, inspect_model
+from nightpress.core.recipes.llama_cpp import DECODERS
 from tests.models import save_smollm_tokenizer
 
+#: Keys in which we differ from the converter on purpose
+_OURS = {
+    "general.name",  # it takes the folder's name
+    "tokenizer.ggml.add_eos_token",  # we say it in any case
+    "tokenizer.ggml.pre",  # it goes by the tokens of one text, which more than one splitting gives for this vocabulary
+    "general.file_type",
+}
 _CARD = """---
 license: apache-2.0
 base_model: someone/Some-Model-1B
@@ -65,6 +73,23 @@ def test_many_texts_have_equal_tokens(model: Path, tmp_path: Path):
     chat = "<|im_start|>user\nHi!<|im_end|>\n<|im_start|>assistant\n"
     for text in [*_texts(), chat]:
         assert reader.tokenize(text.encode(), add_bos=True, special=True) == ours.encode(text, special=True), text
+
+
+@pytest.mark.slow
+def test_the_keys_are_those_of_llama_cpps_converter(model: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    if not (converted.CONVERTER / "convert_hf_to_gguf.py").is_file():
+        pytest.skip("llama.cpp's converter is not installed: make llama")
+    assert "llama" in DECODERS
+    (model / "README.md").write_text(_CARD)
+    ours = _keys(_save(model, tmp_path / "ours"))
+    header = inspect_model(FolderFiles(model))
+    theirs = tmp_path / "theirs" / gguf.FILE_NAME
+    converted.convert(model, theirs, header, 1, weights="f16")  # type: ignore[arg-type]
+    found = _keys(theirs)
+    assert {key: ours.get(key) for key in found if key not in _OURS} == {
+        key: value for key, value in found.items() if key not in _OURS
+    }
+    assert ours.keys() - found.keys() <= _OURS
 
 
 def test_the_card_and_the_sampling_are_in_the_file(model: Path, tmp_path: Path):

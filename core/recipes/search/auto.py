@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from nightpress.core.errors import NightpressError
 from nightpress.core.recipes.anatomy import Anatomy, anatomy_of
-from nightpress.core.recipes.exports import TORCH_FORMATS
+from nightpress.core.recipes.exports import TORCH_FORMATS, runs_in_llama_cpp
 from nightpress.core.recipes.header import ModelHeader
 from nightpress.core.recipes.linears import invalid
 from nightpress.core.recipes.models import parse_recipe
@@ -99,9 +99,10 @@ def _recipes(tried: "_Tried", formats: frozenset[str]) -> Iterable[dict[str, Any
     if "gguf" in formats:
         first = tried.shrinking("gguf")
         llama_cpp = {"format": "gguf", "type": _choice(_GGUF, "q8_0")}
-        rounded = {"pass": "gptq", "bits": _choice([4, 8], 4), "group_size": 32, "ignore": _ignored(tried.header)}
         yield _recipe("llama-cpp-types", first, llama_cpp)
-        yield _recipe("rounded-for-llama-cpp", [*first, rounded], llama_cpp, 32, 512)
+        if runs_in_llama_cpp(tried.header):
+            rounded = {"pass": "gptq", "bits": _choice([4, 8], 4), "group_size": 32, "ignore": _ignored(tried.header)}
+            yield _recipe("rounded-for-llama-cpp", [*first, rounded], llama_cpp, 32, 512)
     if "compressed-tensors" in formats:
         yield from _in_compressed_tensors(tried)
 

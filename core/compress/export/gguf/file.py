@@ -11,13 +11,15 @@ from gguf import GGML_QUANT_SIZES
 from numpy.typing import NDArray
 
 from nightpress.core.compress.export.gguf.blocks import codes_type, encode, encode_codes, fitting_type, type_named
+from nightpress.core.compress.export.gguf.converted import convert
 from nightpress.core.compress.export.gguf.families import GgufFamily
-from nightpress.core.compress.export.gguf.vocabulary import add_vocabulary
 from nightpress.core.compress.export.gguf.metadata import add_metadata
+from nightpress.core.compress.export.gguf.vocabulary import add_vocabulary
 from nightpress.core.compress.grids.pressed_weights import PressedWeights
 from nightpress.core.compress.model.checkpoint import disk_errors, sync_folder
 from nightpress.core.errors import ErrorCode, NightpressError
 from nightpress.core.recipes.header import ModelHeader
+from nightpress.core.recipes.llama_cpp import by_converter
 
 CONSUMER = Path(__file__).parents[2] / "runners" / "llamacpp_runner.py"
 FILE_NAME = "model.gguf"
@@ -40,8 +42,12 @@ def save(model_dir: Path, out_dir: Path, header: ModelHeader, *, weights: str, p
 
     weights: the type of matrices, e.g. `q8_0`. A matrix that a pass has rounded keeps the pass's codes if a layout can hold them.
     pooling: of an embedder; one of POOLING in core/recipes/llama_cpp.py. Raises NightpressError: unsupported_architecture if llama.cpp has
-    no such tensor or tokenizer, numerical_failure if a number is too large for float16.
+    no such tensor or tokenizer, numerical_failure if a number is too large for float16. Families that llama.cpp's converter writes: the
+    errors of `convert`.
     """
+    if by_converter(header):
+        convert(model_dir, out_dir / FILE_NAME, header, _file_type(weights), weights=weights)
+        return
     family, source = GgufFamily(header), PressedWeights(model_dir)
     names = _names(family, source)
     with disk_errors():
@@ -105,17 +111,21 @@ def _describe(
     add_metadata(writer, model_dir, family.header)
     family.describe(writer, pooling=pooling)
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
-    writer.add_file_type(_file_type(source, weights))
+    writer.add_file_type(_file_type(_most_used(source) or weights))
     add_vocabulary(writer, model_dir, family.header)
 
 
-def _file_type(source: PressedWeights, weights: str) -> gguf.LlamaFileType:
-    """What programs show as the file's quantization: the type of most weights in blocks that a pass has left, or `weights`."""
+def _most_used(source: PressedWeights) -> str | None:
+    """The type of most weights in blocks that a pass has left; None: there are no such blocks."""
     counts: Counter[str] = Counter()
     for name in source:
         if (kind := source.block_type(name)) is not None:
             counts[kind.name] += math.prod(source.shape(name))
-    name = counts.most_common(1)[0][0] if counts else weights
+    return counts.most_common(1)[0][0] if counts else None
+
+
+def _file_type(name: str) -> gguf.LlamaFileType:
+    """What programs show as the quantization of a file whose matrices have the type of this name."""
     return gguf.LlamaFileType[_FILE_TYPES.get(name, f"MOSTLY_{name.upper()}")]
 
 
