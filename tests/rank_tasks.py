@@ -103,3 +103,10 @@ def asks_experts(chosen: list[list[int]], most: int, *, group: Group, tell: Any)
     seen: list[float] = []
     exchange.show_all(hidden, [group.rank], lambda _, rows: seen.extend(rows[:, 0].tolist()))
     return group.collect([*answers, (-1, seen)])
+
+
+def share_out_all(*, group: Group, tell: Any) -> None:
+    """Let this process treat every model as large: parameters are shared out block by block, frozen ones and the teacher's, too."""
+    from nightpress.core.compress.executors import sharded
+
+    sharded.SHARED_OUT_BYTES = sharded._REPLICATED = 0

@@ -340,9 +340,9 @@ def _memory(recipe: Recipe, costs: Sequence[Cost], gpus: int) -> int:
 
 
 def _another_process(recipe: Recipe, passes: Sequence[int]) -> int:
-    """Return the bytes of each process beside the first, at most: what the first holds while a pass by blocks runs."""
-    blocks = [held for options, held in zip(recipe.passes, passes, strict=True) if options.shared_out]
-    return RUNTIME_BYTES + _kept(recipe) + max(blocks) if blocks else 0
+    """Return the bytes of each process beside the first, at most: what the first holds in a pass."""
+    shared = [held for options, held in zip(recipe.passes, passes, strict=True) if options.shared_out]
+    return RUNTIME_BYTES + _kept(recipe) + max(shared) if shared else 0
 
 
 def _kept(recipe: Recipe) -> int:

@@ -74,13 +74,30 @@ class Examples:
 
 @dataclass(frozen=True)
 class Batch:
-    """Examples padded on the right."""
+    """Examples padded on the right: a whole batch, or the part of it that one of several processes computes."""
 
     ids: Tensor  #: int64 [B, S]
     mask: Tensor  #: int64 [B, S]
     labels: Tensor | None  #: int64 [B]
     numbers: Tensor  #: int64 [B] on the CPU, index of each example in the whole data set
-    types: Tensor | None = None  #: int64 [B, S], of pairs whose model reads types
+    types: Tensor | None  #: int64 [B, S], of pairs whose model reads types
+    whole: int  #: examples in the whole batch
+    first: int  #: index of the first example in the whole batch
+    seed: int  #: of the whole batch's random numbers
+    #: False: this process has no part of the batch. It computes an example of another one, which counts nothing.
+    counts: bool = True
+
+    @property
+    def share(self) -> float:
+        """This part's share of the whole batch's examples."""
+        return len(self.ids) / self.whole if self.counts else 0.0
+
+    def uniform(self) -> Tensor:
+        """Random numbers in [0, 1) for each token, float32 [B, S]. An example gets the same ones in a whole batch and in a part."""
+        device = self.ids.device
+        generator = torch.Generator(device).manual_seed(self.seed)
+        drawn = torch.rand(self.whole, self.ids.shape[1], generator=generator, device=device)
+        return drawn[self.first : self.first + len(self.ids)]
 
     @property
     def inputs(self) -> dict[str, Tensor]:
@@ -153,9 +170,17 @@ def batch_order(examples: Examples, batch: int, *, seed: int, epoch: int) -> lis
     return [batches[at] for at in random.permutation(count)]
 
 
-def collate(examples: Examples, chosen: NDArray[np.int64], device: torch.device) -> Batch:
-    """Make a batch of these examples on the device, padded to the longest of them."""
-    width = max(len(examples.ids[at]) for at in chosen)
+def collate(
+    examples: Examples, chosen: NDArray[np.int64], device: torch.device, *, seed: int = 0, part: slice | None = None
+) -> Batch:
+    """Make a batch of these examples on the device, padded to the longest of them.
+
+    seed: of the batch's random numbers. part: the examples of this process, padded as the whole batch is; None: all. It may be empty.
+    """
+    width, whole = max(len(examples.ids[at]) for at in chosen), len(chosen)
+    own = range(whole)[part or slice(None)]
+    first = own.start if own else 0
+    chosen = chosen[first : first + max(1, len(own))]
     all_inputs = np.zeros((3, len(chosen), width), np.int64)  # ids, mask and types, for one transfer
     all_inputs[0] = examples.pad_id
     for row, at in enumerate(chosen):
@@ -171,7 +196,8 @@ def collate(examples: Examples, chosen: NDArray[np.int64], device: torch.device)
     labels = None if examples.labels is None else put(examples.labels[chosen])
     ids, mask, types = put(all_inputs)
     numbers = torch.from_numpy(examples.numbers[chosen])
-    return Batch(ids, mask, labels, numbers, None if examples.types is None else types)
+    kinds = None if examples.types is None else types
+    return Batch(ids, mask, labels, numbers, kinds, whole, first, seed, counts=len(own) > 0)
 
 
 def _unusable(ref: str, what: str, hint: str) -> NightpressError:

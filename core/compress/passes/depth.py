@@ -2,14 +2,16 @@
 
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from nightpress.core.compress.context import PassContext
+from nightpress.core.compress.context import PassContext, over_ranks
 from nightpress.core.compress.data.examples import Batch, Examples, collate, read_examples
+from nightpress.core.compress.executors.objective import Aside, Objective
+from nightpress.core.compress.executors.parameters import hold_frozen
 from nightpress.core.compress.executors.train import TrainingResult, frozen_model, precision, train
 from nightpress.core.compress.model.exits import ExitModel, ExitPlan, save_heads
 from nightpress.core.compress.model.networks import cast_weights, embeddings_of, load_model, save_model
@@ -32,6 +34,12 @@ def early_exit(source: Path, target: Path, options: EarlyExit, context: PassCont
     """
     if context.header.is_decoder:
         return speculate(source, target, options, context)
+    work = (source, target, options)
+    return cast("PassRecord", over_ranks(_early_exit, *work, samples=options.train.batch, context=context))
+
+
+def _early_exit(source: Path, target: Path, options: EarlyExit, *, context: PassContext) -> PassRecord | None:
+    """Do the pass in this process. Only the first process of a group writes, and returns a record."""
     start = time.monotonic()
     torch.set_num_threads(context.threads)
     header = context.header
@@ -44,13 +52,15 @@ def early_exit(source: Path, target: Path, options: EarlyExit, context: PassCont
     if options.train.freeze_embeddings:
         for parameter in embeddings_of(model.model):
             parameter.requires_grad_(False)
-    teacher = cast_weights(load_model(source, header), precision(options.train, context.device)).to(context.device)
+    teacher = cast_weights(load_model(source, header), precision(options.train, context.device))
+    hold_frozen(teacher.requires_grad_(False).eval(), context.group, torch.device(context.device))
     if options.train.gradient_checkpointing:
         model.model.activation_checkpointing_enable()
     lesson = _HeadTraining(model, teacher, options)
-    lesson.to(context.device)
     recipe = f"early-exit {options.model_dump_json()} {header.model_dump_json()}"
     trained = train(lesson, examples, options.train, context, recipe=recipe, span=(0.0, 0.95))
+    if not context.group.first:
+        return None
 
     context.progress(0.95, "choosing the threshold")
     _, held = examples.split(options.train.validation, seed=context.seed)
@@ -86,20 +96,14 @@ def _read(source: Path, ref: str, options: EarlyExit, context: PassContext) -> E
     )
 
 
-class _HeadTraining(nn.Module):
-    """The training objective: every head learns the labels and the teacher's logits. With `thaw`, the model's own head learns them, too."""
-
-    teacher: Any
+class _HeadTraining(Objective):
+    """Every head learns the labels and the teacher's logits. With `thaw`, the model's own head learns them, too."""
 
     def __init__(self, model: ExitModel, teacher: Any, options: EarlyExit) -> None:
         super().__init__()
         self.exits = model
-        self.__dict__["teacher"] = teacher.eval()  # not a submodule: it is neither trained nor checkpointed
+        self._teacher = Aside(teacher)
         self._options = options
-
-    @property
-    def module(self) -> nn.Module:
-        return self
 
     def train(self, mode: bool = True) -> "_HeadTraining":
         """Keep a frozen model in evaluation mode, so that the heads train on the hidden states of inference."""
@@ -110,14 +114,14 @@ class _HeadTraining(nn.Module):
 
     def losses(self, batch: Batch) -> dict[str, Tensor]:
         with frozen_model(batch.ids.device):
-            answer = self.teacher(input_ids=batch.ids, attention_mask=batch.mask).logits
+            answer = self._teacher.held(input_ids=batch.ids, attention_mask=batch.mask).logits
         said = self.exits(batch.ids, batch.mask).logits
         parts = []
         for logits in said if self._options.thaw else said[:-1]:
             part = self._options.alpha * soft_cross_entropy(logits, answer, self._options.temperature)
             if batch.labels is not None and self._options.alpha < 1:
                 part = part + (1 - self._options.alpha) * nn.functional.cross_entropy(logits.float(), batch.labels)
-            parts.append(part)
+            parts.append(part * batch.share)
         found = {f"exit {block}": part for block, part in zip((*self.exits.blocks, "last"), parts, strict=False)}
         return {"loss": torch.stack(parts).mean(), **found}
 
@@ -126,7 +130,7 @@ class _HeadTraining(nn.Module):
         if batch.labels is not None:
             said = self.exits(batch.ids, batch.mask).logits
             for block, logits in zip((*self.exits.blocks, "last"), said, strict=True):
-                found[f"accuracy {block}"] = (logits.argmax(-1) == batch.labels).float().mean()
+                found[f"accuracy {block}"] = (logits.argmax(-1) == batch.labels).float().mean() * batch.share
         return found
 
 

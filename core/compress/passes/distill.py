@@ -2,25 +2,20 @@
 
 import contextlib
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from nightpress.core.compress.context import PassContext
+from nightpress.core.compress.context import PassContext, over_ranks
 from nightpress.core.compress.data.alterations import Alterations
-from nightpress.core.compress.data.examples import Batch, read_examples
+from nightpress.core.compress.data.examples import UNLABELLED, Batch, read_examples
 from nightpress.core.compress.data.tokenized import open_tokenizer, special_tokens
-from nightpress.core.compress.executors.train import (
-    Renewal,
-    TrainingResult,
-    frozen_model,
-    precision,
-    train,
-    validation_losses,
-)
+from nightpress.core.compress.executors.objective import Aside, Objective
+from nightpress.core.compress.executors.parameters import hold_frozen
+from nightpress.core.compress.executors.train import Renewal, TrainingResult, frozen_model, precision, train
 from nightpress.core.compress.model.networks import (
     cast_weights,
     embeddings_of,
@@ -32,10 +27,12 @@ from nightpress.core.compress.model.networks import (
 from nightpress.core.compress.passes.low_rank import add_low_rank, merge_low_rank
 from nightpress.core.compress.passes.registry import folder_pass
 from nightpress.core.compress.passes.teacher_cache import CachedLogits, cache_logits
+from nightpress.core.compress.ranks.group import ALONE, Group
 from nightpress.core.compress.solvers.distillation import (
     cosine_distance,
     hidden_error,
     label_error,
+    mean_square,
     number_error,
     pool,
     relation_divergence,
@@ -56,19 +53,28 @@ _MASKED = 0.15  #: share of the tokens that are masked for a masked language mod
 @folder_pass(Distill)
 def distill(source: Path, target: Path, options: Distill, context: PassContext) -> PassRecord:
     """Train a student on the source's outputs. `target` becomes the student's folder."""
+    return in_processes(_distill, source, target, options, context)
+
+
+def _distill(source: Path, target: Path, options: Distill, *, context: PassContext) -> PassRecord:
     start = time.monotonic()
     teacher = load_model(source, context.header)
     layer_map = options.student.layer_map(context.header)
     student = grow_student(teacher, options.student.changes(context.header), layer_map, seed=context.seed)
     taken = _taken_embeddings(student, teacher) if options.train.freeze_embeddings else []
     trained, extra = teach(student, teacher, taken, source, options, context)
-    save_model(student, source, target, context.header)
+    if context.group.first:
+        save_model(student, source, target, context.header)
     return record_of(options, context, student, teacher, trained, start, {"layer_map": list(layer_map), **extra})
 
 
 @folder_pass(Recover)
 def recover(source: Path, target: Path, options: Recover, context: PassContext) -> PassRecord:
     """Train the pruned model in `source` with the job's source model as the teacher. Weights that are exactly zero stay zero."""
+    return in_processes(_recover, source, target, options, context)
+
+
+def _recover(source: Path, target: Path, options: Recover, *, context: PassContext) -> PassRecord:
     start = time.monotonic()
     origin = context.origin or source
     teacher = load_model(origin, inspect_model(FolderFiles(origin)))
@@ -86,8 +92,17 @@ def recover(source: Path, target: Path, options: Recover, context: PassContext) 
     if merged is not None:
         merge_low_rank(student, merged)
     masks.apply()
-    save_model(student, source, target, context.header)
+    if context.group.first:
+        save_model(student, source, target, context.header)
     return record_of(options, context, student, teacher, trained, start, extra)
+
+
+def in_processes(
+    function: Callable[..., PassRecord], source: Path, target: Path, options: Teaching, context: PassContext
+) -> PassRecord:
+    """Call function(source, target, options, context=…) in all processes that share out the training's batches. Only the first writes."""
+    work = (source, target, options)
+    return cast("PassRecord", over_ranks(function, *work, samples=options.train.batch, context=context))
 
 
 def teach(
@@ -120,25 +135,33 @@ def teach(
     )
     for parameter in frozen:
         parameter.requires_grad_(False)
-    dtype = precision(options.train, context.device)
-    student.to(context.device)
-    cast_weights(teacher, dtype).to(context.device).requires_grad_(False).eval()
+    device = torch.device(context.device)
+    cast_weights(teacher, precision(options.train, context.device)).requires_grad_(False).eval()
+    cached_only = options.logits is not None and options.logits.cache  # then processes ask it for texts of their own
+    hold_frozen(teacher, ALONE if cached_only else context.group, device)
     if options.train.gradient_checkpointing:
         student.activation_checkpointing_enable()
     cached = None
-    if options.logits is not None and options.logits.cache:
+    if cached_only:
         inputs = _Inputs(source, header, fixed=True)
         cached = cache_logits(teacher, inputs.of, examples, options, context, span=(0.0, 0.2))
-    lesson = StudentTraining(student, teacher, options, source, header, cached, masks)
-    lesson.to(context.device)
-    recipe = f"{options.name} {options.model_dump_json()} {header.model_dump_json()}"
-    before = validation_losses(lesson, examples, options.train, context) if measured else {}
-    span = 0.2 if cached else 0.0, 1.0
-    renewed = _alterations(source, options.altered, context.seed) if options.altered else None
-    trained = train(lesson, examples, options.train, context, recipe=recipe, span=span, renewed=renewed)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(context.seed)
+        lesson = StudentTraining(student, teacher, options, source, header, cached, context.group)
+    trained = train(
+        lesson,
+        examples,
+        options.train,
+        context,
+        recipe=f"{options.name} {options.model_dump_json()} {header.model_dump_json()}",
+        span=(0.2 if cached else 0.0, 1.0),
+        zeros={} if masks is None else masks.of(lesson),
+        measured=measured,
+        renewed=_alterations(source, options.altered, context.seed) if options.altered else None,
+    )
     student.to("cpu")
     extra = {"examples": len(examples), "cached_logits": None if cached is None else cached.size}
-    return trained, extra | ({"loss_before": before["loss"]} if before else {})
+    return trained, extra | ({"loss_before": trained.before["loss"]} if trained.before else {})
 
 
 def _alterations(source: Path, share: float, seed: int) -> Renewal:
@@ -183,7 +206,7 @@ class _Inputs:
 
     def _draw(self, batch: Batch) -> Tensor:
         if not self.fixed:
-            return torch.rand(batch.ids.shape, device=batch.ids.device)
+            return batch.uniform()
         rows = []
         for number in batch.numbers.tolist():  # a text gets the same masked tokens in every batch
             generator = torch.Generator().manual_seed(number)
@@ -191,10 +214,8 @@ class _Inputs:
         return torch.stack(rows).to(batch.ids.device)
 
 
-class StudentTraining(nn.Module):
-    """The training objective: the student and its projections learn; the frozen teacher computes the targets."""
-
-    teacher: Any
+class StudentTraining(Objective):
+    """The student and its projections learn. The frozen teacher computes the targets."""
 
     def __init__(
         self,
@@ -204,11 +225,11 @@ class StudentTraining(nn.Module):
         source: Path,
         header: ModelHeader,
         cached: CachedLogits | None,
-        masks: "_Masks | None",
+        group: Group,
     ) -> None:
+        """group: the processes that each compute a part of a batch."""
         super().__init__()
-        self.student = student
-        self.__dict__["teacher"] = teacher  # not a submodule: it is neither trained nor checkpointed
+        self.student, self._teacher, self._group = student, Aside(teacher), group
         self._options, self._header, self._cached = options, header, cached
         self._inputs = _Inputs(source, header, fixed=cached is not None)
         self._pooling = header.pooling
@@ -219,44 +240,47 @@ class StudentTraining(nn.Module):
             self._hidden_map = options.hidden.layers or ends_of_spans(len(ours), len(theirs))
             widths = student.config.hidden_size, teacher.config.hidden_size
             self.projections = nn.ModuleList(nn.Linear(*widths, bias=False) for _ in ours if widths[0] != widths[1])
-        self._watched = None
+        self._watched: tuple[nn.Module, ...] = ()
+        self._taught = Aside[tuple[nn.Module, ...]](())
         if options.relations is not None:
-            last, taught = _blocks(student)[-1], _blocks(teacher)[options.relations.layer]
-            self._watched = _projections(last), _projections(taught)
-        if masks is not None:
-            masks.keep()
-
-    @property
-    def module(self) -> nn.Module:
-        return self
+            self._watched = _projections(_blocks(student)[-1])
+            self._taught = Aside(_projections(_blocks(teacher)[options.relations.layer]))
 
     def losses(self, batch: Batch) -> dict[str, Tensor]:
         read, where, labels = self._inputs.of(batch)
         options = self._options
         more = {"output_hidden_states": True} if options.hidden is not None else {}
-        with _watch(self._watched[0] if self._watched else ()) as our_vectors:
+        with _watch(self._watched) as our_vectors:
             ours = self.student(**read, **more)
         theirs: Any = None
-        with frozen_model(batch.ids.device), _watch(self._watched[1] if self._watched else ()) as their_vectors:
+        with frozen_model(batch.ids.device), _watch(self._taught.held) as their_vectors:
             if self._cached is None:
-                theirs = self.teacher(**read, **more)
+                theirs = self._teacher.held(**read, **more)
         found: dict[str, Tensor] = {}
         parts: list[Tensor] = []  # weighted terms of the loss
+        by_token = options.hidden is not None or options.relations is not None
+        tokens = self._group.share_of(batch.mask.sum() * batch.counts) if by_token else 1.0  # this part's share of them
+        alone = self._group.size == 1
         if options.logits is not None:
             logits = ours.logits if where is None else ours.logits[where]
-            if self._cached is None:
+            scored = batch.share if where is None else self._group.share_of(where.sum() * batch.counts)
+            if not alone and not len(logits):  # this process's texts have no scored position
+                found["logits"] = logits.sum()
+            elif self._cached is None:
                 answer = theirs.logits if where is None else theirs.logits[where]
-                found["logits"] = self._distance(logits, answer)
+                found["logits"] = self._distance(logits, answer, scored)
             else:
                 values, indices = self._cached.of(batch, where)
                 with_rest = values.shape[-1] > indices.shape[-1]
                 temperature = options.logits.temperature
                 ours_of_them = with_the_rest(logits, indices, temperature) if with_rest else logits.gather(-1, indices)
-                found["logits"] = self._distance(ours_of_them, values)
+                found["logits"] = self._distance(ours_of_them, values, scored)
+            found["logits"] = found["logits"] * scored
             parts.append(options.logits.weight * options.logits.alpha * found["logits"])
             if options.logits.alpha < 1:
                 assert labels is not None
-                found["labels"] = label_error(logits, labels)
+                labelled = self._group.share_of((labels != UNLABELLED).sum() * batch.counts)
+                found["labels"] = label_error(logits, labels) * labelled
                 parts.append(options.logits.weight * (1 - options.logits.alpha) * found["labels"])
         if options.hidden is not None:
             errors = []
@@ -264,32 +288,44 @@ class StudentTraining(nn.Module):
                 state: Tensor = ours.hidden_states[at + 1]
                 if len(self.projections):
                     state = self.projections[at](state)
-                errors.append(hidden_error(state, theirs.hidden_states[origin + 1], batch.mask))
-            found["hidden"] = torch.stack(errors).mean()
+                taught = theirs.hidden_states[origin + 1]
+                size = None if alone else self._group.mean(mean_square(taught, batch.mask), tokens)
+                errors.append(hidden_error(state, taught, batch.mask, size))
+            found["hidden"] = torch.stack(errors).mean() * tokens
             parts.append(options.hidden.weight * found["hidden"])
         if options.relations is not None:
             pairs = zip(our_vectors, their_vectors, strict=True)
             kinds = [relation_divergence(a, b, batch.mask, options.relations.heads) for a, b in pairs]
-            found["relations"] = torch.stack(kinds).mean()
+            found["relations"] = torch.stack(kinds).mean() * tokens
             parts.append(options.relations.weight * found["relations"])
         if options.cosine is not None:
             mine, its = (pool(output.last_hidden_state, batch.mask, self._pooling) for output in (ours, theirs))
-            found["cosine"] = cosine_distance(mine, its)
+            found["cosine"] = cosine_distance(mine, its) * batch.share
             parts.append(options.cosine.weight * found["cosine"])
         return {"loss": torch.stack(parts).sum(), **found}
 
-    def _distance(self, logits: Tensor, answer: Tensor) -> Tensor:
-        """How far the student's logits are from the teacher's, both [N, C] or the k largest of each. The numbers of a regression or reranker have no distribution."""
+    def _distance(self, logits: Tensor, answer: Tensor, share: Tensor | float) -> Tensor:
+        """How far the student's logits are from the teacher's, both [N, C] or the k largest of each. The numbers of a regression or reranker have no distribution.
+
+        share: of these rows among those of all processes.
+        """
         assert self._options.logits is not None
         if self._header.task == "classification" and self._header.head == "numbers":
-            return number_error(logits, answer)
+            return number_error(logits, answer, self._variance(answer, share))
         return soft_cross_entropy(logits, answer, self._options.logits.temperature)
+
+    def _variance(self, answer: Tensor, share: Tensor | float) -> Tensor | None:
+        """The variance of numbers [N, C] over the whole batch, the mean over C; None: N is the whole batch."""
+        if self._group.size == 1:
+            return None
+        mean = self._group.mean(answer.float().mean(0), share)
+        return self._group.mean((answer.float() - mean).square().mean(), share)
 
     def validate(self, batch: Batch) -> dict[str, Tensor]:
         found = self.losses(batch)
         if batch.labels is not None and self._header.task == "classification":
             logits = self.student(**batch.inputs).logits
-            found["accuracy"] = (logits.argmax(-1) == batch.labels).float().mean()
+            found["accuracy"] = (logits.argmax(-1) == batch.labels).float().mean() * batch.share
         return found
 
 
@@ -324,13 +360,11 @@ class _Masks:
         matrices = [module.weight for module in model.modules() if isinstance(module, nn.Linear)]
         self._zeros = [(matrix, matrix.detach() == 0) for matrix in matrices if bool((matrix == 0).any())]
 
-    def keep(self) -> None:
-        """Block the gradients of zero weights. Weight decay does not change a zero."""
-        for weight, zeros in self._zeros:
-            if weight.requires_grad:
-                weight.register_hook(  # type: ignore[no-untyped-call]
-                    lambda gradient, zeros=zeros: gradient.masked_fill(zeros.to(gradient.device), 0)
-                )
+    def of(self, module: nn.Module) -> dict[str, Tensor]:
+        """The masks of the matrices that learn, by their names in a module that has the model in it."""
+        zeros = {id(matrix): zero for matrix, zero in self._zeros}
+        named = {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
+        return {name: zeros[id(parameter)] for name, parameter in named.items() if id(parameter) in zeros}
 
     def apply(self) -> None:
         with torch.no_grad():

@@ -14,7 +14,7 @@ from nightpress.core.compress.executors.train import TrainingResult
 from nightpress.core.compress.grids.stored import dequantized, round_weight
 from nightpress.core.compress.model.checkpoint import TORCH_DTYPES
 from nightpress.core.compress.model.networks import embeddings_of, load_model, save_model
-from nightpress.core.compress.passes.distill import record_of, teach
+from nightpress.core.compress.passes.distill import in_processes, record_of, teach
 from nightpress.core.compress.passes.quantize import stream_rounded
 from nightpress.core.compress.passes.registry import folder_pass
 from nightpress.core.handoff.report import PassRecord
@@ -32,14 +32,10 @@ def qat(source: Path, target: Path, options: Qat, context: PassContext) -> PassR
     `target` becomes a compressed-tensors model, or with `leaves: float` a float model whose weights lie on the grid.
     """
     start = time.monotonic()
-    student, trained, extra = train_rounded(source, options, context)
-    rounded = take_out(student, settle=options.leaves_as == "float")
-    record = record_of(options, context, student, student, trained, start, {"layers": len(rounded), **extra})
     if options.leaves_as == "float":
-        save_model(student, source, target, context.header)
-        return record
+        return in_processes(_qat, source, target, options, context)
     floats = context.work_dir / "aware" / str(context.index)
-    save_model(student, source, floats, context.header)
+    record = in_processes(_qat, source, floats, options, context)
     seen = dataclasses.replace(context, header=inspect_model(FolderFiles(floats)))
     written = stream_rounded(floats, target, options, seen, {}, fast=False)
     shutil.rmtree(floats)
@@ -50,6 +46,16 @@ def qat(source: Path, target: Path, options: Qat, context: PassContext) -> PassR
             "seconds": time.monotonic() - start,
         }
     )
+
+
+def _qat(source: Path, target: Path, options: Qat, *, context: PassContext) -> PassRecord:
+    """Train, and save the float model."""
+    start = time.monotonic()
+    student, trained, extra = train_rounded(source, options, context)
+    rounded = take_out(student, settle=options.leaves_as == "float")
+    if context.group.first:
+        save_model(student, source, target, context.header)
+    return record_of(options, context, student, student, trained, start, {"layers": len(rounded), **extra})
 
 
 def train_rounded(source: Path, options: Qat, context: PassContext) -> tuple[Any, TrainingResult, dict[str, Any]]:

@@ -19,7 +19,7 @@ from nightpress.core.compress.grids.dequantized import StoredWeights, write_dequ
 from nightpress.core.compress.model.checkpoint import disk_errors, read_shards
 from nightpress.core.compress.model.networks import load_model
 from nightpress.core.compress.model.source import SourceTensors
-from nightpress.core.compress.passes.distill import record_of, teach
+from nightpress.core.compress.passes.distill import in_processes, record_of, teach
 from nightpress.core.compress.passes.low_rank import add_changes, write_adapter
 from nightpress.core.compress.passes.registry import folder_pass
 from nightpress.core.compress.passes.scaled_linear import ScaledLinear
@@ -35,6 +35,10 @@ ADAPTER = "adapter"  #: the folder of the LoRA adapter, in the model's folder
 @folder_pass(RecoverScales)
 def recover_scales(source: Path, target: Path, options: RecoverScales, context: PassContext) -> PassRecord:
     """Train the scales of the rounded model in `source`, with the job's source model as its teacher. `target` has the same codes."""
+    return in_processes(_recover_scales, source, target, options, context)
+
+
+def _recover_scales(source: Path, target: Path, options: RecoverScales, *, context: PassContext) -> PassRecord:
     start = time.monotonic()
     assert context.origin is not None, "the teacher can't be the rounded model"
     teacher = load_model(context.origin, inspect_model(FolderFiles(context.origin)))
@@ -53,7 +57,8 @@ def recover_scales(source: Path, target: Path, options: RecoverScales, context: 
     part = context if options.rank is None else context.part(0.0, 0.5)
     trained, extra = teach(student, teacher, [], source, options, part, measured=True)
     recovered = _keep_the_better(student, given, trained, extra)
-    write_recovered(source, target, changed(student, scaled, source))
+    if context.group.first:
+        write_recovered(source, target, changed(student, scaled, source))
     told = {"scaled_layers": len(scaled), **extra, **recovered}
     if options.rank is not None:
         told |= _adapter(student, teacher, source, target, options, context.part(0.5, 1.0, "adapter: "))
@@ -63,12 +68,15 @@ def recover_scales(source: Path, target: Path, options: RecoverScales, context: 
 def load_rounded(source: Path, context: PassContext) -> Any:
     """Load a rounded model with its dequantized weights, in float32."""
     floats = context.work_dir / "rounded" / str(context.index)
-    shutil.rmtree(floats, ignore_errors=True)
-    write_dequantized(source, floats)
-    try:
-        return load_model(floats, inspect_model(FolderFiles(floats)))
-    finally:
+    if context.group.first:
+        shutil.rmtree(floats, ignore_errors=True)
+        write_dequantized(source, floats)
+    context.group.collect(None)  # the others load what the first has written
+    model = load_model(floats, inspect_model(FolderFiles(floats)))
+    context.group.collect(None)
+    if context.group.first:
         shutil.rmtree(floats)
+    return model
 
 
 def put_in(model: Any, source: Path) -> dict[str, ScaledLinear]:
@@ -164,6 +172,7 @@ def _adapter(
     before, after = extra.get("loss_before"), trained.validation.get("loss")
     if before is not None and after is not None and after >= before:
         return {"adapter": None, "adapter_recovered": 0.0}
-    write_adapter(target / ADAPTER, added, options.rank, options.alpha)
+    if context.group.first:
+        write_adapter(target / ADAPTER, added, options.rank, options.alpha)
     recovered = None if not before or after is None else 1 - after / before
     return {"adapter": ADAPTER, "adapter_recovered": recovered}

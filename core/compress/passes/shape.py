@@ -28,6 +28,7 @@ from nightpress.core.compress.passes.distill import StudentTraining, teach
 from nightpress.core.compress.passes.latency_table import LatencyTable, latency_table
 from nightpress.core.compress.passes.registry import folder_pass
 from nightpress.core.compress.passes.shape_errors import Module, modules_of, moments, sensitivities
+from nightpress.core.compress.ranks.group import ALONE
 from nightpress.core.compress.solvers.knapsack import choose
 from nightpress.core.compress.solvers.structures import Removal, removal
 from nightpress.core.compress.solvers.units import Known, columns_of, compensated
@@ -143,7 +144,7 @@ def _shape(
     ]
     context.progress(0.0, f"measuring the inputs of {len(modules)} modules")
     known = moments(student, modules, chosen, options, device)
-    lesson = StudentTraining(student, teacher, options.resolved(context.header), source, context.header, None, None)
+    lesson = StudentTraining(student, teacher, options.resolved(context.header), source, context.header, None, ALONE)
     weights = sensitivities(lesson, student, modules, known, chosen, options, context)
     removals = []
     for at, module in enumerate(modules):

@@ -35,10 +35,10 @@ def modules_of(path: str, blocks: int, anatomy: Anatomy) -> Iterator[Module]:
             yield Module(block, inner, f"{path}.{block}.{inner.output}", anatomy.unit(inner))
 
 
-def _batches(examples: Examples, options: ShapeToSpeed, device: torch.device) -> Iterator[Batch]:
+def _batches(examples: Examples, options: ShapeToSpeed, device: torch.device, *, seed: int = 0) -> Iterator[Batch]:
     order = np.argsort([len(row) for row in examples.ids], kind="stable")
     for start in range(0, len(order), options.train.batch):
-        yield collate(examples, order[start : start + options.train.batch], device)
+        yield collate(examples, order[start : start + options.train.batch], device, seed=seed)
 
 
 def moments(
@@ -86,10 +86,7 @@ def sensitivities(
     def loss() -> float:
         total, texts = 0.0, 0
         with torch.no_grad():
-            for batch in _batches(examples, options, device):
-                torch.default_generator.manual_seed(
-                    context.seed
-                )  # a masked language model hides the same words each time
+            for batch in _batches(examples, options, device, seed=context.seed):  # the same words are masked each time
                 total += float(lesson.losses(batch)["loss"]) * len(batch.ids)
                 texts += len(batch.ids)
         return total / texts

@@ -1,7 +1,9 @@
 """A teacher's logits, computed once and kept on disk. Of a vocabulary's logits, only the largest are kept, and the others' sum."""
 
 import hashlib
-from collections.abc import Callable, Iterator
+from bisect import bisect_right
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,7 +33,8 @@ class CachedLogits:
     If there are more than k classes, a last value stands for the others together, as in `with_the_rest`.
     """
 
-    file: Path
+    files: Sequence[Path]  #: of neighbouring texts, in their order
+    firsts: Sequence[int]  #: of each file, the number of its first text
     starts: Tensor  #: int64 [N + 1], index of each text's first position; the last value is the number of positions
     size: int  #: bytes
 
@@ -39,12 +42,15 @@ class CachedLogits:
         """Return (values float32 [M, k or k + 1], indices int64 [M, k]): for the batch's scored positions, in their order, on its device."""
         del where
         values, indices = [], []
-        with safe_open(self.file, framework="pt") as file:
-            all_values, all_indices = file.get_slice("values"), file.get_slice("indices")
+        with ExitStack() as stack:
+            opened = [stack.enter_context(safe_open(file, framework="pt")) for file in self.files]
+            slices = [(file.get_slice("values"), file.get_slice("indices")) for file in opened]
             for number in batch.numbers.tolist():
-                rows = slice(int(self.starts[number]), int(self.starts[number + 1]))
-                values.append(all_values[rows])
-                indices.append(all_indices[rows])
+                at = bisect_right(self.firsts, number) - 1
+                start, end = (int(self.starts[text] - self.starts[self.firsts[at]]) for text in (number, number + 1))
+                all_values, all_indices = slices[at]
+                values.append(all_values[start:end])
+                indices.append(all_indices[start:end])
         device = batch.ids.device
         return torch.cat(values).to(device).float(), torch.cat(indices).to(device).long()
 
@@ -60,6 +66,8 @@ def cache_logits(
 ) -> CachedLogits:
     """Run the teacher over all examples and write its largest logits, or use the file that an earlier attempt wrote.
 
+    Of several processes, each takes neighbouring examples and writes a file of its own.
+
     span: start and end of this step within the pass's progress. Raises NightpressError(invalid_recipe) if the file would be larger than
     `cache_bytes`; then nothing is written.
     """
@@ -72,14 +80,11 @@ def cache_logits(
     )
     top, temperature = min(options.logits.cache_top, classes), options.logits.temperature
     counts: list[int] = []
-    for chosen in _in_batches(examples, options.train.batch):
+    for chosen in _in_batches(slice(0, len(examples)), options.train.batch):
         _, where, _ = inputs(collate(examples, chosen, torch.device("cpu")))
         counts += [1] * len(chosen) if where is None else where.sum(1).tolist()
     starts = torch.tensor([0, *counts]).cumsum(0)
-    rows = int(starts[-1])
-    width = top + (top < classes)
-    infos = [tensor_info("values", "F32", (rows, width)), tensor_info("indices", "I32", (rows, top))]
-    size = sum(info.size for info in infos)
+    size = int(starts[-1]) * 4 * (top + top + (top < classes))
     if size > options.logits.cache_bytes:
         raise NightpressError(
             ErrorCode.INVALID_RECIPE,
@@ -88,32 +93,41 @@ def cache_logits(
         )
     # A pass has one teacher: its own source, or the job's source. The key has the pass's index: another pass may have another teacher.
     key = hashlib.sha256(examples.digest() + f"{context.index} {top} {temperature} {device.type}".encode())
-    file = context.work_dir / "answers" / f"{key.hexdigest()[:16]}.safetensors"
+    name, group = key.hexdigest()[:16], context.group
+    parts = [group.share_of_rank(rank, len(examples)) for rank in range(group.size)]
+    names = [name] if group.size == 1 else [f"{name}-{rank + 1}-of-{group.size}" for rank in range(group.size)]
+    files = [context.work_dir / "answers" / f"{part}.safetensors" for part in names]
+    own, file = parts[group.rank], files[group.rank]
     if not file.is_file():
         file.parent.mkdir(parents=True, exist_ok=True)
+        rows = int(starts[own.stop] - starts[own.start])
+        width = top + (top < classes)
+        infos = [tensor_info("values", "F32", (rows, width)), tensor_info("indices", "I32", (rows, top))]
         with ShardWriter(file, infos, {"format": "pt"}) as shard, torch.no_grad():
-            for chosen in _in_batches(examples, options.train.batch):
+            for chosen in _in_batches(own, options.train.batch):
                 start = int(chosen[0])
                 read, where, _ = inputs(collate(examples, chosen, device))
                 logits = teacher(**read).logits
                 scored = (logits if where is None else logits[where]).float()
                 best = scored.topk(top, dim=-1)
                 values = with_the_rest(scored, best.indices, temperature) if top < classes else best.values
-                at = int(starts[start]) * 4
+                at = int(starts[start] - starts[own.start]) * 4
                 shard.write("values", at * width, _bytes(values))
                 shard.write("indices", at * top, _bytes(best.indices.int()))
-                done = start / len(examples)
                 context.progress(
-                    span[0] + (span[1] - span[0]) * done, f"asking the teacher, {start:,} of {len(examples):,}"
+                    span[0] + (span[1] - span[0]) * (start - own.start) / (own.stop - own.start),
+                    f"asking the teacher, {start - own.start:,} of {own.stop - own.start:,}",
                 )
             shard.commit()
-    context.checkpoint(file.relative_to(context.work_dir).as_posix(), 1)
-    return CachedLogits(file, starts, size)
+    group.collect(None)
+    for written in files:
+        context.checkpoint(written.relative_to(context.work_dir).as_posix(), 1)
+    return CachedLogits(files, [part.start for part in parts], starts, size)
 
 
-def _in_batches(examples: Examples, batch: int) -> Iterator[NDArray[np.int64]]:
-    for start in range(0, len(examples), batch):
-        yield np.arange(start, min(start + batch, len(examples)))
+def _in_batches(texts: slice, batch: int) -> Iterator[NDArray[np.int64]]:
+    for start in range(texts.start, texts.stop, batch):
+        yield np.arange(start, min(start + batch, texts.stop))
 
 
 def _bytes(tensor: Tensor) -> memoryview:

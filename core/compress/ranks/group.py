@@ -34,9 +34,10 @@ class Group:
 
         turn: number of a division; those who get one item fewer are others each time.
         """
-        return self._share((self.rank - turn) % self.size, count)
+        return self.share_of_rank((self.rank - turn) % self.size, count)
 
-    def _share(self, rank: int, count: int) -> slice:
+    def share_of_rank(self, rank: int, count: int) -> slice:
+        """The part of `count` items that `share(count)` gives to a process."""
         return slice(rank * count // self.size, (rank + 1) * count // self.size)
 
     def portion(self, costs: Sequence[float]) -> list[list[int]]:
@@ -69,6 +70,20 @@ class Group:
         found = torch.tensor(count)  # on the CPU: a GPU would have to be waited for
         self.sum(found)
         return int(found)
+
+    def mean(self, part: Tensor, share: Tensor | float) -> Tensor:
+        """The mean over all processes of a value that each has for its part. share: this process's share, 0 to 1; all shares add up to 1."""
+        whole = part * share
+        self.sum(whole)
+        return whole
+
+    def share_of(self, count: Tensor) -> Tensor | float:
+        """This process's share of the sum of all processes' counts. count: 0-dimensional."""
+        if self.size == 1:
+            return 1.0
+        whole = count.float()
+        self.sum(whole)
+        return count / whole.clamp(min=1)
 
     def collect(self, value: Item) -> list[Item]:
         """The values of all processes, by rank. They are pickled: for small values."""
@@ -110,7 +125,7 @@ class Group:
         whole = part.new_empty(count, *part.shape[1:])
         whole[self.share(count)] = part
         for rank in range(self.size):
-            self.hand_round(whole[self._share(rank, count)], rank)
+            self.hand_round(whole[self.share_of_rank(rank, count)], rank)
         return whole
 
     def merge(self, own: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:
@@ -139,6 +154,17 @@ class Group:
 _SHORT = {torch.float16, torch.bfloat16}  #: gloo does not reduce all of these
 
 ALONE = Group()
+
+
+@contextmanager
+def exchanging() -> Iterator[None]:
+    """Tell errors of the others apart from this process's own, where a library exchanges tensors beside its other work."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not isinstance(error, dist.DistError) and "gloo/transport" not in str(error):
+            raise
+        raise PeerError(str(error)) from error
 
 
 @contextmanager

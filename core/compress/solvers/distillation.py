@@ -33,22 +33,38 @@ def label_error(logits: Tensor, labels: Tensor) -> Tensor:
     return total / (labels != -100).sum().clamp(min=1)
 
 
-def number_error(student: Tensor, teacher: Tensor) -> Tensor:
-    """Mean squared error of numbers [N, C] relative to the variance of the teacher's over the batch."""
+def number_error(student: Tensor, teacher: Tensor, over: Tensor | None = None) -> Tensor:
+    """Mean squared error of numbers [N, C] relative to the variance of the teacher's, the mean over C.
+
+    over: the variance, where these are a part of a batch; None: it is taken here.
+    """
     theirs = teacher.float()
-    return F.mse_loss(student.float(), theirs) / theirs.var(dim=0, unbiased=False).mean().clamp(min=1e-6)
+    variance = theirs.var(dim=0, unbiased=False).mean() if over is None else over
+    return F.mse_loss(student.float(), theirs) / variance.clamp(min=1e-6)
 
 
-def hidden_error(student: Tensor, teacher: Tensor, mask: Tensor) -> Tensor:
+def hidden_error(student: Tensor, teacher: Tensor, mask: Tensor, over: Tensor | None = None) -> Tensor:
     """Mean squared error of hidden states [B, S, H] over the positions of mask [B, S], relative to the teacher's mean square.
 
     The error is relative because deep blocks have larger hidden states, which would otherwise dominate the loss.
+    over: the mean square, where these are a part of a batch; None: it is taken here.
     """
-    real = mask[:, :, None].to(
-        torch.float32
-    )  # multiplied, not selected: a GPU would have to wait for the number of positions
-    theirs = teacher.float() * real
-    return (student.float() * real - theirs).square().sum() / theirs.square().sum().clamp(min=1e-12)
+    theirs, count = _real(teacher, mask)
+    ours, _ = _real(student, mask)
+    size = theirs.square().sum() / count if over is None else over
+    return (ours - theirs).square().sum() / count / size.clamp(min=1e-12)
+
+
+def mean_square(hidden: Tensor, mask: Tensor) -> Tensor:
+    """The mean square of hidden states [B, S, H] over the positions of mask [B, S]: 0-dimensional, float32."""
+    real, count = _real(hidden, mask)
+    return real.square().sum() / count
+
+
+def _real(hidden: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Hidden states in float32 with zeros at padding, and how many numbers are no padding. Multiplied, not selected: a GPU would have to wait for their number."""
+    where = mask[:, :, None].float()
+    return hidden.float() * where, (where.sum() * hidden.shape[-1]).clamp(min=1)
 
 
 def relation_divergence(student: Tensor, teacher: Tensor, mask: Tensor, heads: int) -> Tensor:

@@ -28,6 +28,7 @@ class EarlyExit(PassOptions):
 
     needs: ClassVar[Need] = "training"
     scope: ClassVar[Scope] = "train"
+    spreads: ClassVar[bool] = True
     exports: ClassVar[frozenset[ExportFormat]] = frozenset({"onnx", "safetensors"})
     last: ClassVar[bool] = True
     early_exits: ClassVar[bool] = True

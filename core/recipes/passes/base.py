@@ -44,7 +44,7 @@ class PassOptions(BaseModel):
     #: Script in core/compress/runners that loads the result; empty: that of the export's format.
     runner: ClassVar[str] = ""
     spreads: ClassVar[bool] = (
-        False  #: whether several processes, one for each GPU, share out its work on calibration text
+        False  #: whether several processes, one for each GPU, share out its work on calibration text or in training
     )
     renumbers: ClassVar[bool] = False  #: whether tokens get other ids
     early_exits: ClassVar[bool] = False  #: whether the model gets heads behind its blocks, which its graph needs too
@@ -60,7 +60,7 @@ class PassOptions(BaseModel):
     @property
     def shared_out(self) -> bool:
         """Whether the processes of a job on several GPUs share out its work, with these options; else it runs in one of them."""
-        return self.spreads and self.wants == "calibration"
+        return self.spreads and self.wants in {"calibration", "training"}
 
     @property
     def name(self) -> str:

@@ -105,6 +105,7 @@ class Teaching(PassOptions):
 
     needs: ClassVar[Need] = "training"
     scope: ClassVar[Scope] = "train"
+    spreads: ClassVar[bool] = True
     exports: ClassVar[frozenset[ExportFormat]] = frozenset({"safetensors", "compressed-tensors", "onnx", "openvino"})
 
     train: Training = Training()

@@ -33,6 +33,8 @@ class ShapeToSpeed(Teaching):
     Layers get different widths. A config can't express that, so only graphs can carry the result.
     """
 
+    spreads: ClassVar[bool] = False
+
     pass_: Literal["shape-to-speed"] = Field("shape-to-speed", alias="pass")
     exports: ClassVar[frozenset[ExportFormat]] = frozenset({"onnx", "openvino"})
 

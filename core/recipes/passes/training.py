@@ -13,6 +13,8 @@ from nightpress.core.recipes.linears import invalid
 _EPOCHS = 3
 _PROSE_ROWS = 2000  #: approximate number of windows of 128 tokens in the built-in prose
 _STATE_COPIES = 5  #: copies of the trained weights in float32: weights, gradients, two moments, the best weights so far
+#: Bytes of trained weights in float32 from which on several processes hold a part each, block by block. Smaller models are whole in a batch.
+SHARED_OUT_BYTES = 256 * 1024**2
 _PASSES = 3  #: cost of a training step in forward passes: a backward pass costs about two
 
 
@@ -93,5 +95,14 @@ class Training(BaseModel):
         width = int(header.config.get("hidden_size") or header.config.get("dim") or 768)
         layers = int(header.config.get("num_hidden_layers") or header.config.get("n_layers") or 12)
         activations = 4 * self.batch * self.length * width * (2 if self.gradient_checkpointing else 16) * layers
-        memory = 4 * header.parameters * (1 + _STATE_COPIES * trained) + activations
-        return Cost(int(memory), 0.0, work, gpu_bytes=int(memory), host_bytes=4 * header.parameters)
+        states = 4 * header.parameters * _STATE_COPIES * trained
+        memory = 4 * header.parameters + states + activations
+        large = 4 * header.parameters * trained >= SHARED_OUT_BYTES
+        return Cost(
+            int(memory),
+            0.0,
+            work,
+            gpu_bytes=int(memory),
+            host_bytes=8 * header.parameters,  # the model and its teacher, as they are loaded
+            gpu_bytes_on=(lambda gpus: int(memory - (states + activations) * (1 - 1 / gpus))) if large else None,
+        )
