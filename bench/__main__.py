@@ -68,6 +68,9 @@ BENCHES = {
     "semi_structured": Bench("torch's 2:4 matrix product, beside the dense one.", 1, "a GPU"),
     "structure": Bench("The code itself: arrows against the floors, circles of files, repeated lines.", 0.5),
     "static_search": Bench("The `static-int8` pass alone, on encoders that you have.", 3, "arguments"),
+    "train_gpu": Bench(
+        "Distillation of a decoder of a billion parameters: steps a second on one GPU and on two.", 2, "a GPU"
+    ),
     "train": Bench("Distilled, pruned and early-exit classifiers: accuracy and latency.", 9, "arguments"),
     "shape_to_speed": Bench(
         "Encoders at several times their speed, beside distillation to fewer layers; trained on a GPU.",
