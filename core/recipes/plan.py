@@ -9,6 +9,8 @@ from nightpress.core.recipes import measuring
 from nightpress.core.recipes.calibration import BUILTIN_DATA, MIXTURE
 from nightpress.core.recipes.checks import check_exports, check_model, check_order
 from nightpress.core.recipes.costs import (
+    CONSUMER_BYTES,
+    GPU_CONSUMER_BYTES,
     GPU_RATE,
     GPU_RUNTIME_BYTES,
     GPU_START_S,
@@ -146,7 +148,7 @@ def _warnings(recipe: Recipe, header: ModelHeader | None) -> Iterable[str]:
     if header is not None and header.brought is not None and not header.brought.weights:
         yield f"config.json says that the model is quantized ({header.brought.method or 'without a method'}), but its weights are floats: the `quantization_config` is left over, and passed over."
     if recipe.wants_several_gpus and not any(options.shared_out for options in recipe.passes):
-        yield f"`gpus: {recipe.gpus}`: no pass of the recipe shares out its work, so one GPU is as fast."
+        yield f"`gpus: {recipe.gpus}`: no pass of the recipe shares out its work, so more than one GPU only speeds up the evaluation."
     if recipe.target == "auto" and header is None:
         yield "`target: auto` looks at the model: name one to see the passes and exports."
     for index, options in enumerate(recipe.passes):
@@ -340,9 +342,10 @@ def _memory(recipe: Recipe, costs: Sequence[Cost], gpus: int) -> int:
 
 
 def _another_process(recipe: Recipe, passes: Sequence[int]) -> int:
-    """Return the bytes of each process beside the first, at most: what the first holds in a pass."""
+    """Return the bytes of each process beside the first, at most: what the first holds in a pass, or a consumer that runs examples."""
     shared = [held for options, held in zip(recipe.passes, passes, strict=True) if options.shared_out]
-    return RUNTIME_BYTES + _kept(recipe) + max(shared) if shared else 0
+    pressing = RUNTIME_BYTES + _kept(recipe) + max(shared) if shared else 0
+    return max(pressing, CONSUMER_BYTES + GPU_CONSUMER_BYTES)
 
 
 def _kept(recipe: Recipe) -> int:

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +52,9 @@ def prepared(folder: Path, evaluate: list[dict[str, Any]], data: dict[str, list[
     return quality.prepare(recipe, header, folder, files, threads=1)
 
 
-def observe(folder: Path, trial: Any, scratch: Path, name: str, reference: Observed | None = None) -> Observed:
+def observe(
+    folder: Path, trial: Any, scratch: Path, name: str, reference: Observed | None = None, *, parts: int = 1
+) -> Observed:
     return run_consumer(
         safetensors.CONSUMER,
         folder,
@@ -59,6 +62,7 @@ def observe(folder: Path, trial: Any, scratch: Path, name: str, reference: Obser
         name=name,
         scratch=scratch,
         reference=reference.outputs_file if reference else None,
+        parts=parts,
     )
 
 
@@ -97,6 +101,7 @@ class Language:
             {"metric": "generation", "data": "prompts", "samples": 3, "length": 16, "new_tokens": 8},
             {"metric": "multiple-choice", "data": "chosen", "length": 32},
         ]
+        self.folder, self.noisy_folder = tmp / "source", tmp / "noisy"
         self.trial = prepared(tmp / "source", evaluate, {"prompts": PROMPTS, "chosen": CHOSEN}, tmp)
         self.source = observe(tmp / "source", self.trial, tmp / "scratch", "source")
         self.artifact = observe(tmp / "noisy", self.trial, tmp / "scratch", "noisy", self.source)
@@ -321,3 +326,24 @@ def test_timing_that_takes_long_goes_on_telling(bert_tiny: Path, tmp_path: Path)
     timing = [fraction for fraction, what in told if what == "timing 16 × 128"]
     assert len(timing) >= 2
     assert timing == sorted(set(timing))
+
+
+def test_processes_that_share_out_the_examples_give_the_figures_of_one(language: Language, tmp_path: Path):
+    """Each has whole batches, which compute the same in any process. Some have no part of a small set."""
+    sets = tuple(replace(examples, alone=True) for examples in language.trial.task.sets)
+    trial = replace(language.trial, task=replace(language.trial.task, sets=sets))
+    found = {}
+    for parts in (1, 3):
+        scratch = tmp_path / f"{parts}"
+        source = observe(language.folder, trial, scratch, "source", parts=parts)
+        artifact = observe(language.noisy_folder, trial, scratch, "artifact", source, parts=parts)
+        for seen in (source, artifact):
+            with np.load(seen.outputs_file) as archive:
+                assert set(archive.files) == set(seen.outputs)
+        found[parts] = source.outputs, artifact.outputs, quality.measurements(trial, source, artifact)
+    for one, three in zip(found[1][:2], found[3][:2], strict=True):
+        assert one.keys() == three.keys()
+        assert all(np.array_equal(one[name], three[name]) for name in one)
+    assert found[1][2] == found[3][2]
+    assert len(found[1][2]) > 4
+    assert len(list((tmp_path / "3").glob("source-part*.npz"))) == 2

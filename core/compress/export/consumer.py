@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 from nightpress.core.compress.export import nursery
 from nightpress.core.compress.export.consumer_environment import Device, consumer_environment, runner_environment
 from nightpress.core.compress.export.consumer_faults import check_finite, failed
+from nightpress.core.compress.export.parts import join_outputs, variables_of_others
 from nightpress.core.compress.export.task import Task, TimedGeneration, TimedServing, TimedShape
 from nightpress.core.compress.model.checkpoint import disk_errors
 from nightpress.core.processor import bfloat16_held_down
@@ -93,10 +94,12 @@ class Consumer:
         progress: Callable[[float, str], None] = lambda _fraction, _text: None,
         python: Path | None = None,
         variables: Mapping[str, str] | None = None,
+        part: tuple[int, int] = (0, 1),
     ) -> None:
         """Start the process. name: the artifact's name, or `source`. stem: the stem of its files in `scratch`; None: the name.
 
         python: the interpreter of another environment; None: this one. variables: further environment variables.
+        part: number of the process's part of the examples, and how many parts there are.
 
         device: cuda only for the runner of transformers. reference: the outputs of the source, for the artifact to be compared with.
         probes: layers to be asked one by one, and the factor of each; see probes.py. renumber: of a model whose vocabulary was cut.
@@ -126,6 +129,7 @@ class Consumer:
                         "folder": folder.name,
                         "device": device,
                         "probes": dict(probes or {}),
+                        "part": part,
                         "float32": bfloat16_held_down(),
                         **task.request(),
                         **{key: None if file is None else str(file.resolve()) for key, file in files.items()},
@@ -139,7 +143,7 @@ class Consumer:
                 request.resolve(),
                 cwd=folder.parent,
                 errors=self._errors,
-                environment=runner_environment(device, task.threads, scratch),
+                environment=runner_environment(device, task.threads, scratch) | dict(variables or {}),
             )
         else:
             self._process = subprocess.Popen(
@@ -235,31 +239,33 @@ def run_consumer(
     probes: Mapping[str, float] | None = None,
     renumber: Path | None = None,
     stem: str | None = None,
+    parts: int = 1,
     beside: Beside = lambda _peak: None,
     uncompressed: Beside = lambda _peak: None,
     progress: Callable[[float, str], None] = lambda _fraction, _text: None,
 ) -> Observed:
     """Load `folder` in a fresh process and run the task there.
 
+    parts: processes that share out the examples, each with the whole model, on GPUs each on its own. Only the first is timed.
     beside, uncompressed: return the loaded consumers of the source, and of the uncompressed model in the same runtime, to take turns with.
     The artifact is timed without those that are None. Raises the errors of `Consumer.run`.
     """
     timed = len(task.shapes) + len(task.writings)
     share = len(task.sets) / max(1, len(task.sets) + timed)  # the part of the progress that is for the sets
-    with Consumer(
-        runner,
-        folder,
-        task,
-        name=name,
-        scratch=scratch,
-        device=device,
-        reference=reference,
-        probes=probes,
-        renumber=renumber,
-        stem=stem,
-        progress=lambda fraction, text: progress(share * fraction, text),
+    load = partial(
+        Consumer, runner, folder, name=name, scratch=scratch, device=device, reference=reference, renumber=renumber
+    )
+    with load(
+        task, probes=probes, stem=stem, part=(0, parts), progress=lambda done, text: progress(share * done, text)
     ) as consumer:
-        seen = consumer.run()
+        with contextlib.ExitStack() as stack:
+            helpers = []
+            for at, variables in enumerate(variables_of_others(parts, device), start=1):
+                own = load(task.only_examples, stem=f"{stem or name}-part{at}", part=(at, parts), variables=variables)
+                helpers.append(stack.enter_context(own))
+            seen = consumer.run()
+            if helpers:
+                seen = _joined(seen, [helper.run() for helper in helpers])
         others = [start(consumer.peak_memory) if timed else None for start in (beside, uncompressed)]
         models = [consumer, *(other for other in others if other is not None)]
         ours, *theirs = _take_turns(task, models, lambda fraction, text: progress(share + (1 - share) * fraction, text))
@@ -270,9 +276,16 @@ def run_consumer(
             beside=theirs.pop(0) if others[0] is not None else None,
             uncompressed=theirs.pop(0) if others[1] is not None else None,
             peak_memory=consumer.peak_memory,
-            peak_gpu=consumer.peak_gpu,
+            peak_gpu=max(filter(None, (seen.peak_gpu, consumer.peak_gpu)), default=None),
             seconds=consumer.seconds,
         )
+
+
+def _joined(first: Observed, others: Sequence[Observed]) -> Observed:
+    """What several processes observed, each for its part of the examples."""
+    seen = (first, *others)
+    outputs = join_outputs(first.outputs_file, [part.outputs for part in seen])
+    return replace(first, outputs=outputs, peak_gpu=max(part.peak_gpu or 0 for part in seen) or None)
 
 
 def _take_turns(

@@ -109,7 +109,7 @@ class Ranks:
         self._folder.mkdir(parents=True, exist_ok=True)
         meeting = self._folder / f"meeting-{os.getpid()}-{self._started}"
         meeting.unlink(missing_ok=True)
-        visible = _visible(self.size) if self.device == "cuda" else [""] * self.size
+        visible = visible_gpus(self.size) if self.device == "cuda" else [""] * self.size
         for number in range(self.size):
             ours, theirs = Pipe()
             with theirs:
@@ -207,8 +207,8 @@ def can_meet() -> bool:
         return False
 
 
-def _visible(size: int) -> Sequence[str]:
-    """CUDA_VISIBLE_DEVICES of each rank: one of the GPUs that this process sees."""
+def visible_gpus(size: int) -> Sequence[str]:
+    """CUDA_VISIBLE_DEVICES of each of `size` processes: one of the GPUs that this process sees."""
     named = os.environ.get("CUDA_VISIBLE_DEVICES")
     if named is None:
         return [str(number) for number in range(size)]

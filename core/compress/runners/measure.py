@@ -2,20 +2,14 @@
 
 A runner is a script `<consumer>_runner.py` beside this file. Its function `load(request)` returns up to five values:
 
-1. `forward(ids, mask, types)`: takes two int64 arrays [B, S], and for pairs of texts a third one with the type of each token; for images, float32 pixels [B, C, H, W] and a mask [B, 1]; for sound, float32
-   features [B, bands, frames] and a mask [B, 1]. An encoder-decoder's also takes `decoder`, the decoder's tokens [B, T], as a keyword. Returns the model's first
-   output as a float32 array. If the model has a cache, `forward.continued` computes the same in two steps through the cache. If another
-   process runs the model, `forward.peak_memory` is that process's peak in bytes. `forward.loaded_as`, if there is one, says how the model
-   was loaded: device, name of the processor or GPU, dtype, dispatched. `forward.wrote` is a text that the model wrote. On a GPU, `forward` is a `transformers_runner.OnGpu`, which also
-   computes what is kept of the logits there, and `forward.peak_gpu` is the peak of the GPU's memory in bytes.
+1. `forward(ids, mask, types)`: takes two int64 arrays [B, S], and for pairs of texts a third one with the type of each token; for images, float32 pixels [B, C, H, W] and a mask [B, 1]; for sound, float32 features [B, bands, frames] and a mask [B, 1]. An encoder-decoder's also takes `decoder`, the decoder's tokens [B, T], as a keyword. Returns the model's first output as a float32 array. If the model has a cache, `forward.continued` computes the same in two steps through the cache. If another process runs the model, `forward.peak_memory` is that process's peak in bytes. `forward.loaded_as`, if there is one, says how the model was loaded: device, name of the processor or GPU, dtype, dispatched. `forward.wrote` is a text that the model wrote. On a GPU, `forward` is a `transformers_runner.OnGpu`, which also computes what is kept of the logits there, and `forward.peak_gpu` is the peak of the GPU's memory in bytes.
 2. `versions`: library → version.
 3. `snippet`: the code that loaded the folder. The runner executes this text, so a report shows exactly the code that ran.
 4. `generate(ids, new_tokens)`: continues a prompt [S] greedily and returns a list of token ids. Only the source's runner needs it.
-5. `waits(ids, tokens, cached)`: decodes `tokens` tokens for prompts [B, S]. Returns the milliseconds before each token, and the tokens
-   [B, tokens]. Only transformers is called with `cached` false.
+5. `waits(ids, tokens, cached)`: decodes `tokens` tokens for prompts [B, S]. Returns the milliseconds before each token, and the tokens [B, tokens]. Only transformers is called with `cached` false.
 
 The working directory contains the folder. The request is a JSON file: folder, task, pooling, threads, device (cpu or cuda), longest (tokens of a text), float32
-(whether the runtime must not choose bfloat16), prefix (first tokens of an encoder-decoder's decoder), probes (layers to be asked one by one, see `_run_probes`), renumber (see renumbered.py, or null), inputs (.npz), outputs (.npz), answer (.json), reference (.npz or null) and sets. Each set
+(whether the runtime must not choose bfloat16), prefix (first tokens of an encoder-decoder's decoder), probes (layers to be asked one by one, see `_run_probes`), renumber (see renumbered.py, or null), part (number of this process's part of the examples, and how many there are), inputs (.npz), outputs (.npz), answer (.json), reference (.npz or null) and sets. Each set
 has a name, a kind (`pooled`, `logits`, `last`, `steps`, `tokens`, `generated` or, for vLLM, `written`) and `rows`, the size of a batch. Its arrays in `inputs` are named
 `<name>.ids` and so on.
 
@@ -32,7 +26,7 @@ import resource
 import sys
 import threading
 import time
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -119,14 +113,27 @@ def run_sets(
     """The model's outputs for every set, by name. inputs, reference: arrays by name; reference None: this model is the source."""
     outputs: dict[str, Array] = {}
     for at, wanted in enumerate(request["sets"]):
-        _say(at / len(request["sets"]), wanted["name"])
+        name = wanted["name"]
+        _say(at / len(request["sets"]), name)
+        own = own_examples(len(inputs[f"{name}.ids"]), wanted["rows"], request.get("part", (0, 1)))
+        if own.start == own.stop:
+            continue
+        arrays = {key: inputs[key][own] for key in inputs if key.startswith(f"{name}.")}
         if wanted["kind"] == "generated":
             from generated import continuations  # type: ignore[import-not-found]
 
-            outputs |= continuations(forward, generate, wanted, inputs, reference)
+            written = None if reference is None else {f"{name}.tokens": reference[f"{name}.tokens"][own]}
+            outputs |= continuations(forward, generate, wanted, arrays, written)
         else:
-            outputs |= _run_set(forward, wanted, inputs, reference, request)
+            first = int(np.count_nonzero(inputs[f"{name}.compared"][: own.start])) if wanted["kind"] == "tokens" else 0
+            outputs |= _run_set(forward, wanted, arrays, reference, request, first)
     return outputs
+
+
+def own_examples(count: int, rows: int, part: Sequence[int]) -> slice:
+    """The examples of a process that has a part of them: neighbouring whole batches. part: number of the part, and how many there are."""
+    batches, (number, of) = -(-count // rows), part
+    return slice(min(count, number * batches // of * rows), min(count, (number + 1) * batches // of * rows))
 
 
 def probe_vectors(columns: int) -> Array:
@@ -195,8 +202,9 @@ def _say(fraction: float, text: str) -> None:
 
 
 def _run_set(
-    forward: Forward, wanted: dict[str, Any], inputs: Any, reference: Any, request: Request
+    forward: Forward, wanted: dict[str, Any], inputs: Any, reference: Any, request: Request, first: int
 ) -> dict[str, Array]:
+    """The outputs for a set's examples. first: number of compared positions in examples that other processes have before these."""
     name, kind = wanted["name"], wanted["kind"]
     ids, mask = inputs[f"{name}.ids"], inputs[f"{name}.mask"]
     parts: list[dict[str, Array]] = []
@@ -238,8 +246,10 @@ def _run_set(
             if not known.all():
                 logp, theirs = logp[:, known], theirs[:, known]
                 theirs = theirs - _log_sum_exp(theirs)[:, None]
+            mean = theirs.mean(axis=0, dtype=np.float64)  # of all examples
+            theirs = theirs[first : first + len(logp)]
             merged["kl"] = (np.exp(theirs) * (theirs - logp)).sum(axis=1, dtype=np.float64)
-            merged["products"] = centred_products(logp, theirs)
+            merged["products"] = centred_products(logp, theirs, mean)
     return {f"{name}.{key}": value for key, value in merged.items()}
 
 
@@ -286,12 +296,12 @@ def _pool(hidden: Array, mask: Array, mode: str) -> Array:
     return pooled
 
 
-def centred_products(ours: Array, theirs: Array) -> Array:
+def centred_products(ours: Array, theirs: Array, mean: Array | None = None) -> Array:
     """For each row: ours · theirs, |ours|² and |theirs|², after the mean row of theirs is subtracted from both. [N, H] each → [N, 3].
 
-    The mean row does not tell the rows apart. Without it, a model that gives the same output for every row gets no credit.
+    mean: the mean row [H], where these are some of the rows. The mean row does not tell the rows apart. Without it, a model that gives the same output for every row gets no credit.
     """
-    mean = theirs.mean(axis=0, dtype=np.float64)
+    mean = theirs.mean(axis=0, dtype=np.float64) if mean is None else mean
     found = np.empty((len(ours), 3))
     for at, (mine, base) in enumerate(zip(ours, theirs, strict=True)):  # row by row, because distributions are wide
         a, b = mine - mean, base - mean

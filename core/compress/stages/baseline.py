@@ -57,21 +57,24 @@ class Baseline:
 
     def _measure(self) -> Observed:
         job, task = self._job, self._trial.source_task
-        if self._may_take_turns(self.device):
+        parts = job.parts_of(None, job.source)
+        by_turns = self._may_take_turns(self.device)
+        if by_turns and parts == 1:
             with contextlib.ExitStack() as ends:
                 consumer = ends.enter_context(self._start(task.only_examples))
                 observed = consumer.run()
                 if self._may_stay(observed, loaded=True):
                     self._staying = consumer
                     job.held.push(ends.pop_all())
-        else:  # the process that runs the examples is also timed
+        else:  # the process that runs the examples is also timed, unless another one will be beside the artifacts
             observed = run_consumer(
                 safetensors.CONSUMER,
                 job.source,
-                task,
+                task.only_examples if by_turns else task,
                 name="source",
                 scratch=job.scratch,
                 device=self.device,
+                parts=parts,
                 progress=job.clock.span(0.03, 0.3),
             )
         if job.spec.keep_source:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from nightpress.core.compress import environment
 from nightpress.core.compress.context import Judge, PassContext
 from nightpress.core.compress.export.consumer_environment import Device
 from nightpress.core.compress.ranks.launch import Ranks
@@ -20,6 +21,8 @@ from nightpress.core.handoff.spec import DATA_DIR, MEASURED_DIR, OUT_DIR, SOURCE
 from nightpress.core.recipes.exports import Export
 from nightpress.core.recipes.header import ModelHeader
 from nightpress.core.recipes.passes import PassOptions, catalog
+
+_FITS = 0.6  #: share of a GPU's memory that a model's files may have, for the model to be run on each GPU by itself
 
 
 class PressJob:
@@ -76,6 +79,12 @@ class PressJob:
     def device_of(self, export: Export | None) -> Device:
         """Where this artifact is measured; None: the source."""
         return "cuda" if self.spec.device == "cuda" and self.recipe.measured_on_gpu(export) else "cpu"
+
+    def parts_of(self, export: Export | None, folder: Path) -> int:
+        """How many processes share out the examples of a model, each on a GPU of its own: one on the processor, and where one GPU is too small."""
+        if self.spec.processes == 1 or self.device_of(export) == "cpu":
+            return 1
+        return self.spec.processes if folder_bytes(folder) < _FITS * (environment.gpu_memory() or 0) else 1
 
     def checkpoint(self, index: int, path: str, step: int) -> None:
         """Report a complete file below work/, from which a later attempt can resume."""

@@ -96,6 +96,7 @@ class CandidateJudge:
             stem="candidate",
             scratch=self._scratch,
             device=device,
+            parts=1 if device == "cpu" else self._job.parts_of(None, folder),
             reference=baseline.observed.outputs_file,
         )
         candidate = self._subject("candidate", self._evaluations, observed)

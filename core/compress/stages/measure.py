@@ -79,6 +79,7 @@ def _measure(
             name=name,
             scratch=job.scratch,
             device=device,
+            parts=job.parts_of(artifact.export, artifact.folder),
             reference=baseline.observed.outputs_file,
             probes=packed,
             renumber=state.renumber_file(job.scratch),

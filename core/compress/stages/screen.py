@@ -23,6 +23,7 @@ def run(job: PressJob, state: State) -> None:
         name="screening",
         scratch=job.scratch,
         device=job.device_of(None),
+        parts=job.parts_of(None, state.folder),
         renumber=state.renumber_file(job.scratch),
         reference=state.baseline.observed.outputs_file,
         progress=job.clock.span(0.5, 0.52),
