@@ -142,7 +142,10 @@ def main() -> int:
         "--device", choices=("cuda", "cpu"), default="cuda", help="cpu: processes that exchange by gloo"
     )
     options = parser.parse_args()
-    os.environ["PYTHONPATH"] = str(Path(__file__).parents[1])
+    # The processes import this module, too.
+    os.environ["PYTHONPATH"] = os.pathsep.join(
+        filter(None, [str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH")])
+    )
     with tempfile.TemporaryDirectory() as folder:
         figures = measure(options, options.device, Path(folder))
     return finish("train_gpu", figures, parser, options)
