@@ -15,7 +15,6 @@ ENCODERS = frozenset({"bert"})
 #: Decoders whose files llama.cpp's own converter writes → the activation functions for which llama.cpp's graph was written. For each, a
 #: tiny model with random weights was converted, and llama.cpp answered as transformers does (tests/integration/test_gguf_converted.py).
 CONVERTED: Mapping[str, tuple[str, ...]] = {
-    "apertus": ("xielu",),
     "arcee": ("relu2",),
     "bloom": (),
     "cohere": ("silu",),
