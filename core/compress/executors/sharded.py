@@ -73,7 +73,7 @@ class ShardedParameters(Parameters):
 
 
 def share_out(module: Objective, group: Group, device: torch.device) -> ShardedParameters:
-    """Share out a copy of a module, see `parameters.hold`."""
+    """Share out a copy of a module, see `holding.hold`."""
     trained = _copy(module)
     learned = sum(parameter.nbytes for parameter in trained.parameters() if parameter.requires_grad)
     _shard(trained, group, device, by_block=learned >= SHARED_OUT_BYTES)
@@ -87,7 +87,7 @@ def share_out(module: Objective, group: Group, device: torch.device) -> ShardedP
 
 
 def share_out_frozen(model: Any, group: Group, device: torch.device) -> None:
-    """Put a model that does not learn on the device, see `parameters.hold_frozen`."""
+    """Put a model that does not learn on the device, see `holding.hold_frozen`."""
     if isinstance(model, FSDPModule):
         return
     if sum(parameter.nbytes for parameter in model.parameters()) > _REPLICATED:

@@ -22,8 +22,8 @@ from torch import Tensor
 
 from nightpress.core.compress.context import PassContext
 from nightpress.core.compress.data.examples import Batch, Examples, batch_order, collate
+from nightpress.core.compress.executors.holding import hold
 from nightpress.core.compress.executors.objective import Objective
-from nightpress.core.compress.executors.parameters import hold
 from nightpress.core.compress.executors.reproducible import backward, reproducible
 from nightpress.core.compress.executors.training_state import TrainingState, read_checkpoint, write_checkpoint
 from nightpress.core.compress.model.networks import embeddings_of

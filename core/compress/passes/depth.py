@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from nightpress.core.compress.context import PassContext, over_ranks
 from nightpress.core.compress.data.examples import Batch, Examples, collate, read_examples
+from nightpress.core.compress.executors.holding import hold_frozen
 from nightpress.core.compress.executors.objective import Aside, Objective
-from nightpress.core.compress.executors.parameters import hold_frozen
 from nightpress.core.compress.executors.train import TrainingResult, frozen_model, precision, train
 from nightpress.core.compress.model.exits import ExitModel, ExitPlan, save_heads
 from nightpress.core.compress.model.networks import cast_weights, embeddings_of, load_model, save_model

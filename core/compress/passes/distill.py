@@ -13,8 +13,8 @@ from nightpress.core.compress.context import PassContext, over_ranks
 from nightpress.core.compress.data.alterations import Alterations
 from nightpress.core.compress.data.examples import UNLABELLED, Batch, read_examples
 from nightpress.core.compress.data.tokenized import open_tokenizer, special_tokens
+from nightpress.core.compress.executors.holding import hold_frozen
 from nightpress.core.compress.executors.objective import Aside, Objective
-from nightpress.core.compress.executors.parameters import hold_frozen
 from nightpress.core.compress.executors.train import Renewal, TrainingResult, frozen_model, precision, train
 from nightpress.core.compress.model.networks import (
     cast_weights,
