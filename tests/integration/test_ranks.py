@@ -105,7 +105,7 @@ def test_a_survey_of_four_processes_finds_the_same_influence_and_saliency(models
     "options",
     [
         {"pass": "channels", "share": 0.25, "multiple": 8, "importance": "taylor"},
-        {"pass": "heads", "share": 0.5, "importance": "activation", "across": "global", "compensate": True},
+        {"pass": "heads", "share": 0.5, "importance": "activation", "across": "global"},
         {"pass": "layers", "count": 1, "importance": "taylor"},
     ],
     ids=lambda options: f"{options['pass']}",
@@ -123,8 +123,8 @@ def test_structured_passes_of_two_processes_remove_the_same_units(
     found, alone = record.summary, expected.summary
     assert found.pop("importance", []) == pytest.approx(alone.pop("importance", []), rel=1e-4)
     assert found == alone
-    # A few texts barely determine what compensates for the removed heads, so that rounding errors of sums count for more.
-    assert distance(load(out), load(by_itself)) < (10 * SAME if options.get("compensate") else SAME)
+    # A few texts barely determine what compensates for removed channels and heads, so that rounding errors of sums count for more.
+    assert distance(load(out), load(by_itself)) < (SAME if options["pass"] == "layers" else 10 * SAME)
 
 
 def test_what_processes_exchange(two: Ranks):
