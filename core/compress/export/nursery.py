@@ -120,14 +120,13 @@ def start(runner: Path, request: Path, *, cwd: Path, errors: IO[bytes], environm
     Another nursery is begun if there is none with these variables. Those with others end, unless their forks still run. errors: where the
     standard error goes.
     """
+    file_limit, _ = resource.getrlimit(resource.RLIMIT_FSIZE)  # the nursery may be older than it
     message = {
         "runner": str(runner),
         "request": str(request),
         "cwd": str(cwd),
         "env": {name: environment.get(name) for name in _OF_A_FORK},
-        "file_limit": resource.getrlimit(resource.RLIMIT_FSIZE)[
-            0
-        ],  # the nursery may be older than this process's limit
+        "file_limit": file_limit,
     }
     with _lock:
         return _serving(environment, errors).start(message, errors)
