@@ -16,6 +16,7 @@ from nightpress.core.compress.data.tokenized import open_tokenizer, special_toke
 from nightpress.core.compress.executors.holding import hold_frozen
 from nightpress.core.compress.executors.objective import Aside, Objective
 from nightpress.core.compress.executors.train import Renewal, TrainingResult, frozen_model, precision, train
+from nightpress.core.compress.model.kept_zeros import KeptZeros
 from nightpress.core.compress.model.networks import (
     cast_weights,
     embeddings_of,
@@ -85,7 +86,7 @@ def _recover(source: Path, target: Path, options: Recover, *, context: PassConte
             f"`recover`: the pruned model reads {student.config.vocab_size} tokens, its source {teacher.config.vocab_size}.",
             hint="Take out the pass that changed the vocabulary.",
         )
-    masks = _Masks(student)
+    masks = KeptZeros(student)
     merged = add_low_rank(student, options.lora, seed=context.seed) if options.lora else None
     frozen = embeddings_of(student) if options.train.freeze_embeddings else []
     trained, extra = teach(student, teacher, frozen, source, options, context, masks=None if merged else masks)
@@ -112,7 +113,7 @@ def teach(
     source: Path,
     options: Teaching,
     context: PassContext,
-    masks: "_Masks | None" = None,
+    masks: KeptZeros | None = None,
     *,
     measured: bool = False,
 ) -> tuple[TrainingResult, dict[str, Any]]:
@@ -351,25 +352,6 @@ def _projections(block: nn.Module) -> tuple[nn.Module, ...]:
         name.rsplit(".", 1)[-1]: module for name, module in block.named_modules() if isinstance(module, nn.Linear)
     }
     return tuple(next(layer for name, layer in layers.items() if name in names) for names in _PROJECTIONS)
-
-
-class _Masks:
-    """Remembers where a model's matrices are zero, and keeps these weights at zero."""
-
-    def __init__(self, model: Any) -> None:
-        matrices = [module.weight for module in model.modules() if isinstance(module, nn.Linear)]
-        self._zeros = [(matrix, matrix.detach() == 0) for matrix in matrices if bool((matrix == 0).any())]
-
-    def of(self, module: nn.Module) -> dict[str, Tensor]:
-        """The masks of the matrices that learn, by their names in a module that has the model in it."""
-        zeros = {id(matrix): zero for matrix, zero in self._zeros}
-        named = {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
-        return {name: zeros[id(parameter)] for name, parameter in named.items() if id(parameter) in zeros}
-
-    def apply(self) -> None:
-        with torch.no_grad():
-            for weight, zeros in self._zeros:
-                weight.masked_fill_(zeros.to(weight.device), 0)
 
 
 def _taken_embeddings(student: Any, teacher: Any) -> list[nn.Parameter]:
