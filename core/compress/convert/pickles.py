@@ -14,6 +14,7 @@ from nightpress.core.errors import ErrorCode, NightpressError
 SUFFIXES = frozenset({".bin", ".pt", ".pth", ".ckpt"})
 #: What trainers save beside a model.
 _NOT_WEIGHTS = ("optimizer", "scheduler", "scaler", "training_args", "rng_state")
+_ADAPTER = "adapter_model"  #: what the name of an adapter's weights begins with
 #: Keys below which a checkpoint of a trainer has its weights.
 _INSIDE = ("state_dict", "model_state_dict", "model", "module")
 #: Words in the name of a table of embeddings: of two names for the same tensor, that of the table stays.
@@ -26,14 +27,14 @@ def pickled_weights(names: list[str]) -> list[str]:
 
 
 def unpickle(source: Path, target: Path) -> None:
-    """Write a safetensors file to `target` for each checkpoint in `source`, and the index. One checkpoint is in memory at a time.
+    """Write a safetensors file to `target` for each checkpoint in `source`, and the index of a model. One checkpoint is in memory at a time.
 
     Raises NightpressError(unsupported_format) for a file that holds more than tensors, or none.
     """
     names = pickled_weights([path.name for path in source.iterdir()])
     for number, name in enumerate(names, start=1):
         tensors = _distinct(_state(source / name))
-        if name.startswith("adapter_model"):
+        if name.startswith(_ADAPTER):
             written = "adapter_model.safetensors"
         else:
             written = "model.safetensors" if len(names) == 1 else f"model-{number:05}-of-{len(names):05}.safetensors"
@@ -44,7 +45,8 @@ def unpickle(source: Path, target: Path) -> None:
             for key, tensor in tensors.items():
                 writer.write(key, 0, tensor_bytes(tensor.contiguous()))
             writer.commit()
-    write_index(target)
+    if not any(name.startswith(_ADAPTER) for name in names):  # an index says that a folder has a model's own weights
+        write_index(target)
 
 
 def _state(path: Path) -> dict[str, Tensor]:
