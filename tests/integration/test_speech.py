@@ -172,9 +172,10 @@ def test_a_whole_job_measures_what_a_whisper_writes(short: Path, tmp_path: Path)
     found = {figure.name: figure.value for figure in artifact.measurements}
     assert found["centred_cosine"] > 0.95
     assert found["prefix_match"] > 0.5
-    # Six products of the encoder's block, ten of each of the decoder's, and the head. Some of them may stay in float.
+    # Six products of the encoder's block, ten of each of the decoder's, and the head. Some of them may stay in float: more where the
+    # processor has no instructions for int8, because weights have 7 bits there.
     assert len([layer for layer in report.passes[0].layers if "embed" not in layer.name]) == 27
-    assert report.passes[0].summary["matrices"] >= 13
+    assert report.passes[0].summary["matrices"] >= 7
     assert run_usage(artifact, job / "out").endswith("\n")
 
 
