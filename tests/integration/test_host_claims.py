@@ -139,13 +139,16 @@ def test_a_killed_workers_gpus_come_back_with_its_lease(store: JobStore, engine:
 # Large jobs ----------------------------------------------------------------------------------------------------------
 
 
-def test_a_host_holds_gpus_back_for_the_oldest_large_job_of_the_highest_priority(store: JobStore):
+def test_a_host_holds_gpus_back_for_the_oldest_large_job_of_the_highest_priority(store: JobStore, engine: Engine):
     running = [on_gpus(store) for _ in range(3)]
     taken = [take(store, host(count=4)) for _ in running]
     older = on_gpus(store)
     large = on_gpus(store, 4)
     younger = on_gpus(store)
     urgent = on_gpus(store, priority=1)
+    # SQLite's clock has milliseconds, in which two jobs may be submitted.
+    age(engine, older, 2, "created_at")
+    age(engine, large, 1, "created_at")
     assert take(store, host(count=4)).job.id == urgent, "a higher priority goes first"
     finish(store, taken[0])
     assert take(store, host(count=4)).job.id == older
