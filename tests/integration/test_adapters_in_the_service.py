@@ -21,7 +21,7 @@ from tests.command import run
 from tests.every_family import save_family
 from tests.face import RECIPE, Face
 from tests.folders import load_tensors
-from tests.hub import Hub, serve_hub
+from tests.hub import Hub
 from tests.registry import TENANT, World, refusal, stored
 from tests.service import Service, eventually
 
@@ -39,13 +39,6 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
         train(base, folder / name / "adapter", seed=seed)
         shutil.move(folder / name / "adapter", folder / f"{name}-adapter")
     return folder
-
-
-@pytest.fixture
-def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    with serve_hub() as hub:
-        yield hub
 
 
 @pytest.fixture

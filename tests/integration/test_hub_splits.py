@@ -20,7 +20,7 @@ from nightpress.core.sources.parquet import Projector
 from nightpress.core.sources.splits import files_of_split
 from nightpress.core.sources.thrift import read_struct, write_struct
 from nightpress.core.wire.models import DataSetCreate, DataSetView
-from tests.hub import Hub, serve_hub
+from tests.hub import Hub
 from tests.registry import TENANT, World, refusal
 from tests.service import eventually
 
@@ -37,13 +37,6 @@ def parquet(columns: Mapping[str, Any], **options: Any) -> bytes:
 
 def heavy(count: int = 400) -> list[bytes]:
     return [HEAVY[at * 1000 : (at + 1) * 1000] for at in range(count)]
-
-
-@pytest.fixture
-def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    with serve_hub() as hub:
-        yield hub
 
 
 @pytest.fixture

@@ -4,7 +4,6 @@ import contextlib
 import os
 import pickle
 import signal
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -31,12 +30,7 @@ from tests.rank_tasks import exchanges, fails, influence_of, waits
 from tests.service import running
 from tests.training import classifier, run_pass
 
-
-@pytest.fixture(scope="module", autouse=True)
-def tests_can_be_imported() -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONPATH", str(Path(__file__).parents[2]))
-        yield
+pytestmark = pytest.mark.usefixtures("tests_can_be_imported", "one_thread")
 
 
 @pytest.fixture(scope="module")
@@ -48,30 +42,10 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def two(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ranks]:
-    with Ranks(2, tmp_path_factory.mktemp("two")) as ranks:
-        yield ranks
-
-
-@pytest.fixture(scope="module")
-def four(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ranks]:
-    with Ranks(4, tmp_path_factory.mktemp("four")) as ranks:
-        yield ranks
-
-
-@pytest.fixture(scope="module")
 def classifier_model(bert_tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("classifier") / "model"
     classifier(bert_tiny, folder)
     return folder
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def _press(models: Path, family: str, name: str, folder: Path, ranks: Ranks | None, **extra: Any) -> dict[str, Tensor]:

@@ -67,19 +67,7 @@ _BY_BLOCK = (
 _EXPORTS = {"early-exit": "onnx", "qat": "compressed-tensors"}
 
 
-@pytest.fixture(scope="module", autouse=True)
-def tests_can_be_imported() -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONPATH", str(Path(__file__).parents[2]))
-        yield
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("tests_can_be_imported", "one_thread")
 
 
 @pytest.fixture(scope="module")
@@ -123,12 +111,6 @@ def _change(file: Path, how: Callable[[Tensor], Tensor]) -> None:
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return rows(tmp_path_factory.mktemp("data") / "rows.jsonl", 48)
-
-
-@pytest.fixture(scope="module")
-def two(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ranks]:
-    with Ranks(2, tmp_path_factory.mktemp("two")) as ranks:
-        yield ranks
 
 
 @pytest.fixture(scope="module")

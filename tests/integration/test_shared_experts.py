@@ -2,7 +2,6 @@
 
 import os
 import signal
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +24,7 @@ ON_THE_BORDER = {"gptq with unstructured zeros": 100 * SAME}
 TEXTS = padded([24, 3, 24, 17, 9, 24, 1, 24, 20])
 
 
-@pytest.fixture(scope="module", autouse=True)
-def tests_can_be_imported() -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONPATH", str(Path(__file__).parents[2]))
-        yield
+pytestmark = pytest.mark.usefixtures("tests_can_be_imported", "one_thread")
 
 
 @pytest.fixture(scope="module")
@@ -37,32 +32,6 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("model")
     save_model(MIXTURE, folder)
     return folder
-
-
-@pytest.fixture(scope="module")
-def two(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ranks]:
-    with Ranks(2, tmp_path_factory.mktemp("two")) as ranks:
-        yield ranks
-
-
-@pytest.fixture(scope="module")
-def three(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ranks]:
-    with Ranks(3, tmp_path_factory.mktemp("three")) as ranks:
-        yield ranks
-
-
-@pytest.fixture(scope="module")
-def four(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ranks]:
-    with Ranks(4, tmp_path_factory.mktemp("four")) as ranks:
-        yield ranks
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def _same(source: Path, family: str, name: str, work: Path, ranks: Ranks, samples: dict[str, Tensor]) -> Any:

@@ -16,7 +16,7 @@ from nightpress.core.service.tables.registry import models
 from nightpress.core.settings import Settings
 from nightpress.core.sources.address import parse_address
 from nightpress.core.wire.models import DataSetCreate, DataSetView, ModelCreate
-from tests.hub import Hub, serve_hub
+from tests.hub import Hub
 from tests.patience import slowness
 from tests.registry import TENANT, World, refusal
 from tests.servers import S3
@@ -29,13 +29,6 @@ TRAINERS = {
     ".gitattributes": b"x",
     "onnx/model.onnx": b"y",
 }
-
-
-@pytest.fixture
-def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    with serve_hub() as hub:
-        yield hub
 
 
 @pytest.fixture
