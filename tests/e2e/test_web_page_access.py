@@ -1,6 +1,7 @@
 """The web page in a real browser: signing in, keys, the quotas of tenants, webhooks and deliveries."""
 
 import datetime as dt
+import re
 
 from playwright.sync_api import expect
 
@@ -130,14 +131,18 @@ def test_a_webhook_is_made_tried_looked_into_rotated_switched_off_and_deleted(br
         page.wait_for_selector("tr:has-text('webhook.test') .badge:has-text('delivered')")
         assert all(verify(secret, headers, body) for headers, body in receiver.got)
 
+        # The buttons act on the last change, even if the page can read nothing for now.
+        reads = re.compile("/v1/webhooks/")
+        page.route(reads, lambda route: route.abort() if route.request.method == "GET" else route.continue_())
         page.click("button:has-text('Rotate the secret')")
         page.click("dialog button[value=yes]")
         renewed = page.wait_for_selector("dialog pre").inner_text()
         page.click("dialog button:has-text('I have it')")
         assert renewed.startswith("whsec_")
         assert renewed != secret
-        page.click("button:has-text('Switch off')")
+        page.click("button:has-text('Switch off')")  # based on the version that the rotation made
         page.wait_for_selector("dd .badge:has-text('disabled')")
+        page.unroute(reads)
         page.click("button:has-text('Edit')")
         page.get_by_label("a job succeeded").uncheck()
         page.click("form button:has-text('Save')")

@@ -77,10 +77,7 @@ function pairs(name, value) {
 }
 
 async function answer(response) {
-  const data = response.status === 204 ? null : await response.json();
-  const etag = response.headers.get("etag");
-  if (data !== null && etag !== null && typeof data === "object") Object.defineProperty(data, "etag", { value: etag });
-  return data;
+  return response.status === 204 ? null : response.json();
 }
 
 export async function get(path, query, signal) {
@@ -92,8 +89,9 @@ export async function post(path, body = undefined, headers = {}) {
   return answer(await send("POST", path, { body, headers: { "Idempotency-Key": crypto.randomUUID?.() ?? String(Math.random()), ...headers } }));
 }
 
-export async function change(method, path, body, etag) {
-  return answer(await send(method, path, { body, headers: etag ? { "If-Match": etag } : {} }));
+/** Change what has this version. If somebody has changed it since, the server refuses. */
+export async function change(method, path, body, version) {
+  return answer(await send(method, path, { body, headers: version ? { "If-Match": `"v${version}"` } : {} }));
 }
 
 export async function text(path) {

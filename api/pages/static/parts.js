@@ -102,7 +102,7 @@ export function confirmed(question, yes, { tone = "bad" } = {}) {
 }
 
 /** Show a secret, which can't be shown again. */
-export function shownOnce(title, why, secret, then) {
+export function shownOnce(title, why, secret, then = () => {}) {
   const dialog = h("dialog", { "aria-labelledby": "made" },
     h("h2", { id: "made" }, title), h("p", {}, why), copyable(secret),
     h("form", { method: "dialog" }, h("button", { class: "primary" }, "I have it")));

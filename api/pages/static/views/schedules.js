@@ -51,11 +51,11 @@ function actions(schedule, done) {
     button("Run now", async () => {
       await post(`${path}/trigger`);
       announce(`${schedule.name} fires now`);
-      done();
+      await done();
     }, { tone: "small", label: `Run ${schedule.name} now` }),
     schedule.suspended
-      ? button("Resume", async () => { await post(`${path}/resume`); done(); }, { tone: "small", label: `Resume ${schedule.name}` })
-      : button("Suspend", async () => { await post(`${path}/suspend`); done(); }, { tone: "small", label: `Suspend ${schedule.name}` }));
+      ? button("Resume", async () => { await post(`${path}/resume`); await done(); }, { tone: "small", label: `Resume ${schedule.name}` })
+      : button("Suspend", async () => { await post(`${path}/suspend`); await done(); }, { tone: "small", label: `Suspend ${schedule.name}` }));
 }
 
 export async function schedule(main, { signal, go }, id) {
@@ -65,38 +65,44 @@ export async function schedule(main, { signal, go }, id) {
   const editing = h("div");
   const runs = h("div");
   fill(main, head, notice, editing, h("section", { "aria-labelledby": "runs" }, h("h2", { id: "runs" }, "Fires"), runs));
-  let drawn = "";
-  await poll(signal, 4, async () => {
+  let drawn = { version: 0 };
+  await poll(signal, 4, refresh, (error) => fill(notice, trouble(error)));
+
+  async function refresh() {
     const [schedule, page] = await Promise.all([get(path, {}, signal), get(`${path}/runs`, { limit: 50 }, signal)]);
     fill(notice);
-    if (JSON.stringify(schedule) !== drawn) {
-      drawn = JSON.stringify(schedule);
-      document.title = `${schedule.name} · Nightpress`;
-      fill(head, h("p", { class: "crumbs" }, h("a", { href: "#/schedules" }, "Schedules"), " / ", h("code", {}, schedule.id)),
-        heading(schedule.name, actions(schedule, () => {}),
-          button("Edit", async () => fill(editing, await form(signal, go, schedule)), { tone: "small" }),
-          button("Delete", async () => {
-            if (!(await confirmed(`Delete the schedule “${schedule.name}”?`, "Delete it"))) return;
-            await change("DELETE", path, undefined, schedule.etag);
-            go("#/schedules");
-          }, { tone: "small bad" })),
-        facts([
-          ["State", badge(schedule.suspended ? "suspended" : "active")],
-          ["When", h("span", {}, h("code", {}, schedule.cron), " ", schedule.timezone)],
-          ["Next", schedule.upcoming.length ? schedule.upcoming.slice(0, 3).map((at) => h("div", {}, h("time", { datetime: at }, `${moment(at)} (${age(at)})`))) : null],
-          ["Presses", pressed(schedule)],
-          ["Cost", money(schedule.cost)],
-          ["Fetched from", schedule.source ? h("code", {}, schedule.source) : null],
-          ["If the last job still runs", words(schedule.overlap)],
-          ["Missed fires", schedule.catch_up === "none" ? "left out" : schedule.catch_up === "latest" ? "the latest is made up for" : "all are made up for"],
-          ["Only if something changed", schedule.only_if_changed ? "yes" : "no"],
-        ]));
-    }
+    show(schedule);
     fill(runs, page.items.length === 0 ? empty("It has not fired yet.") : table("Fires, newest first", RUNS, page.items.map((run) => row(RUNS, [
       h("time", { datetime: run.scheduled_for }, moment(run.scheduled_for)),
       h("span", {}, badge(run.state), run.reason ? ` ${words(run.reason)}` : "", run.error ? h("small", {}, run.error.message) : null),
       run.job_id ? h("span", {}, h("a", { href: `#/jobs/${run.job_id}` }, run.job_id), " ", run.job_state ? badge(run.job_verdict ?? run.job_state) : null) : run.study_id ? h("span", {}, h("a", { href: `#/studies/${run.study_id}` }, run.study_id), " ", run.study_state ? badge(run.study_verdict ?? run.study_state) : null) : "–", run.cause]))));
-  }, (error) => fill(notice, trouble(error)));
+  }
+
+  /** Draw what has changed, but for an answer that is older than what is shown. The buttons name the version that they change. */
+  function show(schedule) {
+    if (schedule.version < drawn.version || JSON.stringify(schedule) === JSON.stringify(drawn)) return;
+    drawn = schedule;
+    document.title = `${schedule.name} · Nightpress`;
+    fill(head, h("p", { class: "crumbs" }, h("a", { href: "#/schedules" }, "Schedules"), " / ", h("code", {}, schedule.id)),
+      heading(schedule.name, actions(schedule, refresh),
+        button("Edit", async () => fill(editing, await form(signal, go, schedule)), { tone: "small" }),
+        button("Delete", async () => {
+          if (!(await confirmed(`Delete the schedule “${schedule.name}”?`, "Delete it"))) return;
+          await change("DELETE", path, undefined, schedule.version);
+          go("#/schedules");
+        }, { tone: "small bad" })),
+      facts([
+        ["State", badge(schedule.suspended ? "suspended" : "active")],
+        ["When", h("span", {}, h("code", {}, schedule.cron), " ", schedule.timezone)],
+        ["Next", schedule.upcoming.length ? schedule.upcoming.slice(0, 3).map((at) => h("div", {}, h("time", { datetime: at }, `${moment(at)} (${age(at)})`))) : null],
+        ["Presses", pressed(schedule)],
+        ["Cost", money(schedule.cost)],
+        ["Fetched from", schedule.source ? h("code", {}, schedule.source) : null],
+        ["If the last job still runs", words(schedule.overlap)],
+        ["Missed fires", schedule.catch_up === "none" ? "left out" : schedule.catch_up === "latest" ? "the latest is made up for" : "all are made up for"],
+        ["Only if something changed", schedule.only_if_changed ? "yes" : "no"],
+      ]));
+  }
 }
 
 /** The form of a new schedule, or of an existing one: `If-Match` then refuses an edit of an older version. */
@@ -130,7 +136,7 @@ async function form(signal, go, existing = null) {
     const wanted = { name: name.value.trim(), cron: cron.value.trim(), timezone: zone.value.trim(), overlap: overlap.value, catch_up: catchUp.value, only_if_changed: onlyIfChanged.checked, source: source.value.trim() || null, ...(study ? { study: { ...study, model: model.value.trim() } } : { job: { ...job, model: model.value.trim(), recipe: recipe.value || job.recipe } }) };
     try {
       const saved = existing
-        ? await change("PATCH", `/v1/schedules/${existing.id}`, wanted, existing.etag)
+        ? await change("PATCH", `/v1/schedules/${existing.id}`, wanted, existing.version)
         : await post("/v1/schedules", wanted);
       element.remove();
       go(`#/schedules/${saved.id}`);

@@ -69,7 +69,7 @@ function form(tenant, saved) {
     event.preventDefault();
     const wanted = Object.fromEntries(QUOTAS.map(([name], at) => [name, inputs[at].value === "" ? null : Number(inputs[at].value)]));
     try {
-      await change("PATCH", `/v1/admin/tenants/${encodeURIComponent(tenant.id)}`, wanted, tenant.etag);
+      await change("PATCH", `/v1/admin/tenants/${encodeURIComponent(tenant.id)}`, wanted, tenant.version);
       element.remove();
       announce("Saved");
       await saved();

@@ -50,21 +50,25 @@ export async function webhook(main, { signal, query, go }, id) {
   const opened = h("div", { tabindex: "-1" });
   const body = h("tbody");
   fill(main, head, notice, editing, h("section", { "aria-labelledby": "messages" }, h("h2", { id: "messages" }, "Messages"), messages, pages), opened);
-  let drawn = "";
+  let drawn = { version: 0 };
   await poll(signal, 3, refresh, (error) => fill(notice, trouble(error)));
 
   async function refresh() {
     const [hook, page] = await Promise.all([get(path, {}, signal), get(`${path}/deliveries`, { cursor: query.get("cursor"), limit: 50 }, signal)]);
     fill(notice);
-    if (JSON.stringify(hook) !== drawn) {
-      drawn = JSON.stringify(hook);
-      document.title = `${hook.url} · Nightpress`;
-      fill(head, title(hook));
-    }
+    show(hook);
     if (page.items.length === 0) fill(messages, empty("Nothing was sent yet.", h("p", {}, "Send a test to see whether it arrives.")));
     else if (body.parentNode === null || !messages.contains(body)) fill(messages, table("Messages, newest first", DELIVERIES, [], body));
     keyed(body, page.items, (message) => message.id, draw);
     fill(pages, page.next_cursor ? h("a", { href: `#/webhooks/${id}?cursor=${encodeURIComponent(page.next_cursor)}` }, "Older") : null);
+  }
+
+  /** Draw what has changed, but for an answer that is older than what is shown. The buttons name the version that they change. */
+  function show(hook) {
+    if (hook.version < drawn.version || JSON.stringify(hook) === JSON.stringify(drawn)) return;
+    drawn = hook;
+    document.title = `${hook.url} · Nightpress`;
+    fill(head, title(hook));
   }
 
   function title(hook) {
@@ -77,18 +81,19 @@ export async function webhook(main, { signal, query, go }, id) {
           await refresh();
         }, { tone: "small" }),
         button(hook.enabled ? "Switch off" : "Switch on", async () => {
-          await change("PATCH", path, { enabled: !hook.enabled }, hook.etag);
+          show(await change("PATCH", path, { enabled: !hook.enabled }, hook.version));
           announce(hook.enabled ? "It is switched off" : "It is switched on");
-          await refresh();
         }, { tone: "small" }),
-        button("Edit", async () => fill(editing, form(go, hook, refresh)), { tone: "small" }),
+        button("Edit", async () => fill(editing, form(go, hook, show)), { tone: "small" }),
         hook.kind !== "standard" ? null : button("Rotate the secret", async () => {
           if (!(await confirmed("Make a new secret? For a day, messages are signed with the old secret too.", "Make it", { tone: "primary" }))) return;
-          shownOnce("The new secret", KEEP_IT, (await post(`${path}/rotate`, {})).secret, () => refresh().catch((error) => fill(notice, trouble(error))));
+          const renewed = await post(`${path}/rotate`, {});
+          show(renewed.webhook);
+          shownOnce("The new secret", KEEP_IT, renewed.secret);
         }, { tone: "small" }),
         button("Delete", async () => {
           if (!(await confirmed(`Delete the webhook to ${hook.url}? Messages that wait are not sent.`, "Delete it"))) return;
-          await change("DELETE", path, undefined, hook.etag);
+          await change("DELETE", path, undefined, hook.version);
           go("#/webhooks");
         }, { tone: "small bad" })),
       facts([["State", state(hook)], ["Kind", KINDS.find(([name]) => name === hook.kind)?.[1]], ["Text", hook.template || null], ["Events", told(hook)], ["Made", moment(hook.created_at)], ["By the key", hook.created_by ? h("code", {}, hook.created_by) : null]]),
@@ -141,9 +146,8 @@ function form(go, existing = null, saved = null) {
     const wanted = { ...((existing?.kind ?? kind.value) === "standard" ? {} : { template: words.value.trim() }), url: url.value.trim(), events: events.filter((box) => box.checked).map((box) => box.value) };
     try {
       if (existing) {
-        await change("PATCH", `/v1/webhooks/${existing.id}`, wanted, existing.etag);
+        saved(await change("PATCH", `/v1/webhooks/${existing.id}`, wanted, existing.version));
         element.remove();
-        await saved();
       } else {
         const made = await post("/v1/webhooks", { kind: kind.value, ...wanted });
         element.remove();
