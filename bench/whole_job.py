@@ -68,7 +68,7 @@ def measure(
 
     It leaves the source's outputs in `root`. If an earlier job has left them there, this one reads them.
     """
-    child = ChildProcess(root, threads=_THREADS, network=True, gpu=True)
+    child = ChildProcess(root, threads=_THREADS, network=True)
     kept, work = root / KEPT_FILE, child.job_dir / WORK_DIR
     try:
         sets = {"words": words(root / "words.txt", recipe.calibration.samples * recipe.calibration.length)}

@@ -393,4 +393,4 @@ BEHAVIOURS = {
 
 if __name__ == "__main__":
     name = sys.argv[1].split(":")[0]
-    main(sys.argv[2:], load=lambda: BEHAVIOURS[name])
+    main(sys.argv[2:], load=lambda _: BEHAVIOURS[name])

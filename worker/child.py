@@ -1,7 +1,7 @@
 """The child: two processes for one job. The inner process compresses, inside the sandbox; the outer process only watches it.
 
-`python -m nightpress.worker.child --frames FD JOB_DIR` starts in advance: the inner process builds the sandbox around itself, imports the
-compression core, and waits. A line of JSON on the outer process's standard input starts the job. Every further byte there means that the
+`python -m nightpress.worker.child --frames FD JOB_DIR` starts in advance: the inner process builds the sandbox around itself, imports
+torch and transformers, leaves a fork of itself that will start what loads models, imports the compression core, and waits. A line of JSON on the outer process's standard input starts the job. Every further byte there means that the
 supervisor still holds the job's lease. If no byte comes for longer than the line allows, or the stream ends, the outer process kills
 everything that the child started. The supervisor sees only the outer process, which ends with the same status or signal as the inner one.
 """
@@ -35,12 +35,18 @@ FRAMES_FD = 3
 Press = Callable[[Path, Callable[[Frame], None]], Manifest]
 
 
-def _load_pipeline() -> Press:
-    """Import the compression core with its libraries.
+def _load_pipeline(job_dir: Path) -> Press:
+    """Import the libraries, leave a fork that has nothing else, and import the compression core.
 
-    The import makes half a million objects, and none of them is garbage: the collector would take a third of the time to find that out.
+    The imports make a million objects, and none of them is garbage: the collector would take a third of the time to find that out.
     """
     gc.disable()
+    from nightpress.core.compress.export import nursery
+    from nightpress.core.compress.export.consumer_environment import runner_environment
+    from nightpress.core.compress.runners.nursery import import_libraries
+
+    import_libraries()
+    nursery.fork_off(runner_environment("cuda", int(os.environ["OMP_NUM_THREADS"]), job_dir / MEASURED_DIR))
     from nightpress.core.compress import pipeline
 
     gc.freeze()
@@ -48,22 +54,11 @@ def _load_pipeline() -> Press:
     return pipeline.run
 
 
-def _begin_runners(job_dir: Path) -> None:
-    """Begin to import what loads models to measure them, while this process waits for its job. Otherwise the job begins it."""
-    from nightpress.core.compress.export import nursery
-    from nightpress.core.compress.export.consumer_environment import runner_environment
-
-    scratch = job_dir / MEASURED_DIR
-    scratch.mkdir(parents=True, exist_ok=True)
-    nursery.begin(runner_environment("cuda", int(os.environ["OMP_NUM_THREADS"]), scratch))
-
-
-def main(argv: list[str] | None = None, *, load: Callable[[], Press] = _load_pipeline) -> NoReturn:
+def main(argv: list[str] | None = None, *, load: Callable[[Path], Press] = _load_pipeline) -> NoReturn:
     """Start the inner process, which imports the core, waits for the start, runs the job and ends. Watch it until it ends."""
     parser = argparse.ArgumentParser(prog="python -m nightpress.worker.child")
     parser.add_argument("--frames", type=int, default=FRAMES_FD, help="file descriptor the frames go to")
     parser.add_argument("--keep-network", action="store_true", help="don't cut this child off from the network")
-    parser.add_argument("--gpu", action="store_true", help="its job may run on a GPU: prepare what measures there, too")
     parser.add_argument("job_dir", type=Path)
     options = parser.parse_args(argv)
     if options.frames != FRAMES_FD:
@@ -80,9 +75,7 @@ def main(argv: list[str] | None = None, *, load: Callable[[], Press] = _load_pip
         faulthandler.enable()
         if walls.down:
             print(f"From this job, this is {walls}", file=sys.stderr)  # noqa: T201
-        press = load()
-        if options.gpu:
-            _begin_runners(options.job_dir)
+        press = load(options.job_dir)
         if not os.read(begun, 1):
             os._exit(0)  # a spare that was never used
         try:

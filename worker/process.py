@@ -31,33 +31,38 @@ def _anonymous(pid: int) -> int:
     return found
 
 
-def _forks(processes: Sequence[psutil.Process]) -> dict[int, list[psutil.Process]]:
-    """PID of a process → those of its children that are forks of it: they run its program, with pages that both hold."""
+def _families(processes: Sequence[psutil.Process]) -> dict[int, list[psutil.Process]]:
+    """PID of a process → all that come of it by forks alone: they run its program, with pages that they all hold."""
+    first: dict[int, int] = {}  # of each process, by PIDs: who its family comes of
     found: dict[int, list[psutil.Process]] = {}
-    for process in processes:
+    for process in processes:  # parents before their children
+        first[process.pid] = process.pid
         with contextlib.suppress(psutil.Error):
             parent = process.parent()
-            if parent is not None and process.cmdline() == parent.cmdline():
-                found.setdefault(parent.pid, []).append(process)
+            if parent is not None and parent.pid in first and process.cmdline() == parent.cmdline():
+                first[process.pid] = first[parent.pid]
+                found.setdefault(first[parent.pid], []).append(process)
     return found
 
 
-def _counted_twice(parent: int, forks: Sequence[psutil.Process], held: Mapping[int, int]) -> int:
-    """Bytes of anonymous memory that forks of a process have in common with it. `held` counts them for each of them.
+def _counted_twice(first: int, forks: Sequence[psutil.Process], held: Mapping[int, int]) -> int:
+    """Bytes of anonymous memory that are counted again in the forks that come of a process. `held` counts all of each of them.
 
-    A young fork is about to run its own program, and has all of its parent's pages until then. Of an older one, the kernel tells what
-    the parent shares: `Pss_Anon` divides each page by the number of those that hold it.
+    A young fork is about to run its own program, and has all of its parent's pages until then. Of the older ones, the kernel tells what
+    one shares: `Pss_Anon` divides each page by the number of those that hold it. The smallest is asked, for it is asked page by page.
     """
     now = time.time()
-    young = [fork for fork in forks if now - fork.create_time() < _FORKED_S]
-    found = sum(min(held[fork.pid], held[parent]) for fork in young)
-    if older := len(forks) - len(young):
+    young = [fork.pid for fork in forks if now - fork.create_time() < _FORKED_S]
+    found = sum(min(held[pid], held[first]) for pid in young)
+    if older := [fork.pid for fork in forks if fork.pid not in young]:
+        smallest = min((first, *older), key=lambda pid: held[pid])
         with contextlib.suppress(OSError, KeyError):
             rollup = dict(
-                line.split(":", 1) for line in Path(f"/proc/{parent}/smaps_rollup").read_text().splitlines()[1:]
+                line.split(":", 1) for line in Path(f"/proc/{smallest}/smaps_rollup").read_text().splitlines()[1:]
             )
             own, divided = (int(rollup[name].split()[0]) * 1024 for name in ("Anonymous", "Pss_Anon"))
-            found += (own - divided) * (len(forks) + 1) * older // len(forks)
+            family = len(forks) + 1
+            found += (own - divided) * family * len(older) // len(forks)
     return found
 
 
@@ -72,9 +77,7 @@ class ChildProcess:
         network: bool,
         command: Sequence[str] = CHILD_COMMAND,
         vllm_python: Path | None = None,
-        gpu: bool = False,
     ) -> None:
-        """gpu: its job may run on a GPU."""
         self.job_dir = root.resolve() / new_id("run")
         self._begun = False
         self._seen: set[psutil.Process] = set()
@@ -87,7 +90,7 @@ class ChildProcess:
             self.chatter, chatter_end = os.pipe()
             undo.callback(os.close, self.chatter)
             its_ends.callback(os.close, chatter_end)
-            flags = [flag for flag, given in (("--keep-network", network), ("--gpu", gpu)) if given]
+            flags = ["--keep-network"] if network else []
             options = ["--frames", str(frames_end), *flags, str(self.job_dir)]
             self._process = subprocess.Popen(
                 [*command, *options],
@@ -138,8 +141,7 @@ class ChildProcess:
         """
         descendants = self._descendants()
         held = {process.pid: _anonymous(process.pid) for process in descendants}
-        # The inner process of the child is a fork, too, of a small one; its parent is not among the descendants.
-        twice = sum(_counted_twice(pid, forks, held) for pid, forks in _forks(descendants).items() if pid in held)
+        twice = sum(_counted_twice(pid, forks, held) for pid, forks in _families(descendants).items())
         return self._shared_memory() + _anonymous(self.pid) + sum(held.values()) - twice
 
     def _shared_memory(self) -> int:

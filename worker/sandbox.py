@@ -21,7 +21,7 @@ import resource
 import shutil
 from pathlib import Path
 
-from nightpress.core.handoff.spec import DATA_DIR, OUT_DIR, SOURCE_DIR, SPEC_FILE, WORK_DIR
+from nightpress.core.handoff.spec import DATA_DIR, MEASURED_DIR, OUT_DIR, SOURCE_DIR, SPEC_FILE, WORK_DIR
 from nightpress.worker import kernel, view
 from nightpress.worker.view import TMP_DIR
 
@@ -50,24 +50,31 @@ def child_environment(job_dir: Path, threads: int, vllm_python: Path | None = No
     env = {name: os.environ[name] for name in _PASSED_ON if name in os.environ}
     if vllm_python is not None:
         env[view.VLLM_PYTHON] = str(vllm_python.absolute())
-    return env | {
-        "HOME": str(job_dir / TMP_DIR),
-        "TMPDIR": str(job_dir / TMP_DIR),
-        "USER": "nightpress",  # torch reads the user's name, and the user may not exist in the namespace
-        "PYTHONPATH": str(view.project()),
-        "PYTHONDONTWRITEBYTECODE": "1",
-        "PYTHONUNBUFFERED": "1",
-        "HF_HUB_OFFLINE": "1",
-        "TRANSFORMERS_OFFLINE": "1",
-        "HF_HUB_DISABLE_TELEMETRY": "1",
-        "ORT_DISABLE_TELEMETRY": "1",
-        "TOKENIZERS_PARALLELISM": "false",
-        "CUDA_DEVICE_ORDER": "PCI_BUS_ID",  # so that the indices in CUDA_VISIBLE_DEVICES are those of worker/gpus.py
-        "OMP_NUM_THREADS": count,
-        "GOMP_SPINCOUNT": "3000",  # a worker often shares its processors: see core/compress/export/consumer.py
-        "MKL_NUM_THREADS": count,
-        "OPENBLAS_NUM_THREADS": count,
-    }
+    return (
+        env
+        | {
+            "HOME": str(job_dir / TMP_DIR),
+            "TMPDIR": str(job_dir / TMP_DIR),
+            "USER": "nightpress",  # torch reads the user's name, and the user may not exist in the namespace
+            "PYTHONPATH": str(view.project()),
+            "PYTHONDONTWRITEBYTECODE": "1",
+            "PYTHONUNBUFFERED": "1",
+            "HF_MODULES_CACHE": str(
+                job_dir / MEASURED_DIR / "modules"
+            ),  # read at the import, for who loads models as well
+            "HF_HUB_OFFLINE": "1",
+            "TRANSFORMERS_OFFLINE": "1",
+            "HF_HUB_DISABLE_TELEMETRY": "1",
+            "ORT_DISABLE_TELEMETRY": "1",
+            "TOKENIZERS_PARALLELISM": "false",
+            "PYTORCH_NVML_BASED_CUDA_CHECK": "1",  # looking for GPUs must not start CUDA before the child has forked what loads models
+            "CUDA_DEVICE_ORDER": "PCI_BUS_ID",  # so that the indices in CUDA_VISIBLE_DEVICES are those of worker/gpus.py
+            "OMP_NUM_THREADS": count,
+            "GOMP_SPINCOUNT": "3000",  # a worker often shares its processors: see core/compress/export/consumer.py
+            "MKL_NUM_THREADS": count,
+            "OPENBLAS_NUM_THREADS": count,
+        }
+    )
 
 
 def limit_resources() -> None:

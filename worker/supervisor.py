@@ -114,7 +114,6 @@ class Supervisor:
             network=network,
             command=self._child_command,
             vllm_python=self.settings.vllm_python,
-            gpu=self.settings.worker_queue == "gpu",
         )
 
     def take_child(self, threads: int) -> ChildProcess:

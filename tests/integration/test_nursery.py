@@ -29,7 +29,7 @@ print(json.dumps({
     "temporary": tempfile.gettempdir(), "word": os.environ.get("WORD"),
     "ours": [name for name in sys.modules if name.startswith("nightpress")], "libraries": "transformers.modeling_utils" in sys.modules,
     "open": sorted(os.listdir("/proc/self/fd")), "gpus": os.environ.get("CUDA_VISIBLE_DEVICES"),
-    "longest_file": resource.getrlimit(resource.RLIMIT_FSIZE)[0],
+    "strange": "/strange" in sys.path or "PYTHONPATH" in os.environ, "longest_file": resource.getrlimit(resource.RLIMIT_FSIZE)[0],
 }), flush=True)
 for line in sys.stdin:
     if line.startswith("fail"):
@@ -48,6 +48,24 @@ environment = {"TMPDIR": sys.argv[1], "PATH": "/usr/bin"}
 forks = [nursery.start(here / "runner.py", here, cwd=here, errors=tempfile.TemporaryFile(), environment=environment) for _ in "12"]
 print(*(fork.stdout.readline().decode().strip() for fork in forks), sep="\\n", flush=True)
 sys.stdin.read()
+"""
+
+FORKS_ITSELF = """
+import json, os, sys, tempfile
+from pathlib import Path
+from nightpress.core.compress.export import nursery
+from nightpress.core.compress.runners.nursery import import_libraries
+here = Path(sys.argv[1])
+tempfile.gettempdir()
+environment = {"TMPDIR": sys.argv[1], "PATH": "/usr/bin", "WORD": "the nursery's"}
+import_libraries()
+nursery.fork_off(environment)
+import nightpress.core.compress.pipeline
+fork = nursery.start(here / "runner.py", here, cwd=here, errors=tempfile.TemporaryFile(), environment=environment)
+seen = json.loads(fork.stdout.readline())
+print(json.dumps(seen | {"starter": os.getpid(), "parent": int(Path(f"/proc/{seen['nursery']}/stat").read_text().split()[3])}))
+fork.stdin.close()
+assert fork.wait() == 0
 """
 
 
@@ -162,6 +180,18 @@ def test_what_libraries_set_in_a_job_reaches_no_consumer(tmp_path: Path, monkeyp
     assert inside["WORD"] == "before"
     assert "CUDA_MODULE_LOADING" not in inside
     assert runner_environment("cuda", 1, tmp_path)["WORD"] == "in the job"
+
+
+def test_a_process_that_imported_the_libraries_can_fork_its_nursery(runner: Path):
+    """So does each job. Nothing of ours, none of its variables and none of its open files are in a runner."""
+    variables = {**os.environ, "PYTHONPATH": os.pathsep.join(["/strange", *sys.path]), "WORD": "the starter's"}
+    command = [sys.executable, "-c", FORKS_ITSELF, str(runner.parent)]
+    said = subprocess.run(command, env=variables, stdout=subprocess.PIPE, check=True).stdout
+    seen = json.loads(said.splitlines()[-1])
+    assert seen["parent"] == seen["starter"], "it is a fork, and no program of its own"
+    assert (seen["name"], seen["ours"], seen["libraries"]) == ("__main__", [], True)
+    assert (seen["word"], seen["temporary"], seen["strange"]) == ("the nursery's", str(runner.parent), False)
+    assert len(seen["open"]) == 4, "the descriptor that lists them is the fourth"
 
 
 def test_nothing_outlives_a_starter_that_is_killed(runner: Path):

@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import psutil
@@ -38,22 +39,29 @@ def test_a_beat_before_the_job_begins_does_not_confuse_the_child(tmp_path: Path)
         child.remove()
 
 
-def test_the_spare_child_of_a_gpu_imports_what_measures_there_before_its_job(tmp_path: Path) -> None:
-    child = ChildProcess(tmp_path, threads=1, network=True, gpu=True)
+def test_a_spare_child_has_what_loads_models_ready_and_counts_their_libraries_once(tmp_path: Path) -> None:
+    """The inner process imports the libraries, and forks a nursery from which runners are forked."""
+    child = ChildProcess(tmp_path, threads=1, network=True)
 
-    def nurseries() -> list[psutil.Process]:
+    def forks() -> list[psutil.Process]:
+        """The nursery, once the inner process has forked it."""
         with contextlib.suppress(psutil.Error):
-            found = psutil.Process(child.pid).children(recursive=True)
-            return [process for process in found if any("nursery.py" in word for word in process.cmdline())]
+            inner = [process for process in psutil.Process(child.pid).children() if process.children()]
+            return [process for parent in inner for process in parent.children()]
         return []
 
     try:
-        eventually(nurseries, within=60)
-        left = nurseries()
+        eventually(forks, within=60)
+        (nursery,) = forks()
+        inner = psutil.Process(nursery.pid).parent()
+        assert inner is not None
+        eventually(lambda: time.time() - nursery.create_time() > 3, within=60)
+        libraries, all_of_inner = nursery.memory_info().rss, inner.memory_info().rss
+        assert child.anonymous_memory() < all_of_inner + libraries / 2
     finally:
         child.kill()
         child.remove()
-    assert not running([process.pid for process in left]), "it ends with the child"
+    eventually(lambda: not running([nursery.pid]), within=5)
 
 
 def test_a_child_that_nobody_hears_ends_with_all_it_started(tmp_path: Path) -> None:

@@ -29,9 +29,7 @@ def variables_as_now() -> Iterator[None]:
 
 def runner_environment(device: Device, threads: int, scratch: Path) -> dict[str, str]:
     """Those of a runner of transformers, and of the process that it is forked from. A process that CUDA runs in can't be forked."""
-    # On a GPU, the libraries may look for GPUs while they are imported; through NVML they do it without CUDA.
-    chosen = {"CUDA_VISIBLE_DEVICES": ""} if device == "cpu" else {"PYTORCH_NVML_BASED_CUDA_CHECK": "1"}
-    return consumer_environment(threads, scratch) | chosen
+    return consumer_environment(threads, scratch) | ({"CUDA_VISIBLE_DEVICES": ""} if device == "cpu" else {})
 
 
 def consumer_environment(threads: int, scratch: Path) -> dict[str, str]:
@@ -43,6 +41,8 @@ def consumer_environment(threads: int, scratch: Path) -> dict[str, str]:
         # torch became ten times slower. If they don't spin at all, a quiet machine is a third slower. This number avoids both.
         "GOMP_SPINCOUNT": "3000",
         "TOKENIZERS_PARALLELISM": "false",
+        # The libraries may look for GPUs while they are imported; through NVML they do it without CUDA, which could not be used in a fork.
+        "PYTORCH_NVML_BASED_CUDA_CHECK": "1",
         "HF_MODULES_CACHE": str((scratch / "modules").resolve()),  # where transformers copies a folder's own code
         "HF_HUB_OFFLINE": "1",
         "TRANSFORMERS_OFFLINE": "1",

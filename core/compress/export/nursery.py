@@ -1,7 +1,6 @@
 """The process that runners of transformers are forked from, as their starter sees it. See runners/nursery.py.
 
-A process has one, begun with its first runner or by `begin`; a job that measures on both devices has one for each at a time. It ends with
-its starter.
+A process has one, begun with its first runner or by `begin`, or forked from itself by `fork_off`. It ends with its starter.
 """
 
 import atexit
@@ -15,12 +14,14 @@ import subprocess
 import sys
 import tempfile
 import threading
+import traceback
 from collections.abc import Mapping
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, NoReturn, Protocol
+
+from nightpress.core.compress.runners import nursery as program
 
 RUNNERS = frozenset({"transformers_runner.py"})
-_PROGRAM = Path(__file__).parents[1] / "runners" / "nursery.py"
 #: Variables that each fork sets for itself. The libraries read the others when they are imported, so these must be the nursery's own. Of
 #: HF_MODULES_CACHE the libraries keep the first value, and all forks can share that folder. CUDA reads which GPUs it may use when it starts.
 _OF_A_FORK = ("TMPDIR", "HF_MODULES_CACHE", "CUDA_VISIBLE_DEVICES")
@@ -53,22 +54,43 @@ class Fork:
                 self._end.shutdown(socket.SHUT_WR)  # the nursery kills it, and still tells its status
 
 
+class _Process(Protocol):
+    """What is used of `subprocess.Popen`."""
+
+    def poll(self) -> int | None: ...
+    def wait(self) -> int: ...
+
+
+class _Forked:
+    """A fork of this process."""
+
+    def __init__(self, pid: int) -> None:
+        self._pid = pid
+        self._status: int | None = None
+
+    def poll(self) -> int | None:
+        return self._reap(os.WNOHANG)
+
+    def wait(self) -> int:
+        status = self._reap(0)
+        assert status is not None
+        return status
+
+    def _reap(self, options: int) -> int | None:
+        if self._status is None:
+            pid, status = os.waitpid(self._pid, options)
+            self._status = os.waitstatus_to_exitcode(status) if pid else None
+        return self._status
+
+
 class _Nursery:
     """The process, the socket that it is asked by, and the forks that it has started."""
 
-    def __init__(self, environment: Mapping[str, str], errors: IO[bytes]) -> None:
+    def __init__(self, environment: Mapping[str, str], process: _Process, asking: socket.socket) -> None:
         self.environment = environment
+        self._process = process
+        self._asking = asking
         self._forks: list[Fork] = []
-        self._asking, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        with theirs:
-            self._process = subprocess.Popen(
-                [sys.executable, "-I", "-B", str(_PROGRAM), str(theirs.fileno())],
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,
-                stderr=errors,
-                pass_fds=(theirs.fileno(),),
-                env=dict(environment),
-            )
 
     def serves(self, environment: Mapping[str, str]) -> bool:
         """Whether its forks have this environment, but for what each sets for itself."""
@@ -98,6 +120,44 @@ class _Nursery:
         self._process.wait()
 
 
+def _started(environment: Mapping[str, str], errors: IO[bytes]) -> _Nursery:
+    """A nursery that is a program of its own."""
+    asking, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with theirs:
+        process = subprocess.Popen(
+            [sys.executable, "-I", "-B", str(program.__file__), str(theirs.fileno())],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=errors,
+            pass_fds=(theirs.fileno(),),
+            env=dict(environment),
+        )
+    return _Nursery(environment, process, asking)
+
+
+def _become(environment: Mapping[str, str], asked: socket.socket) -> NoReturn:
+    """Be a nursery, in a fork of its starter: without the starter's files and variables, and without what it has of ours."""
+    try:
+        with Path(os.devnull).open("r+b") as nothing:
+            os.dup2(nothing.fileno(), 0)
+            os.dup2(nothing.fileno(), 1)
+        os.dup2(asked.fileno(), 3)
+        os.closerange(4, os.sysconf("SC_OPEN_MAX"))
+        asked.detach()
+        ours = os.environ.get("PYTHONPATH", "").split(os.pathsep)
+        sys.path[:] = [folder for folder in sys.path if folder not in ours]
+        os.environ.clear()
+        os.environ.update(environment)
+        tempfile.tempdir = None  # it is looked for again
+        for name in [name for name in sys.modules if name.partition(".")[0] == "nightpress"]:
+            del sys.modules[name]
+        program.serve(3)
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        os._exit(1)
+
+
 _lock = threading.Lock()
 _nurseries: list[_Nursery] = []
 
@@ -112,6 +172,21 @@ def begin(environment: Mapping[str, str]) -> None:
     """Begin to import the libraries, for runners with this environment that will be started later."""
     with _lock, tempfile.TemporaryFile() as unread:
         _serving(environment, unread)
+
+
+def fork_off(environment: Mapping[str, str]) -> None:
+    """Have a fork of this process, which has imported the libraries and nothing of the compression core, start runners with this environment.
+
+    So a job imports the libraries once, for itself and for all who load models.
+    """
+    assert not [name for name in sys.modules if name.startswith("nightpress.core.compress.pipeline")]
+    asking, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with theirs:
+        pid = os.fork()
+        if not pid:
+            _become(environment, theirs)
+    with _lock:
+        _nurseries.append(_Nursery(environment, _Forked(pid), asking))
 
 
 def start(runner: Path, request: Path, *, cwd: Path, errors: IO[bytes], environment: Mapping[str, str]) -> Fork:
@@ -136,7 +211,7 @@ def _serving(environment: Mapping[str, str], errors: IO[bytes]) -> _Nursery:
     """The nursery for this environment. If it is a new one, the others end, unless their forks still run."""
     found = next((nursery for nursery in _nurseries if nursery.serves(environment)), None)
     if found is None:
-        found = _Nursery(environment, errors)
+        found = _started(environment, errors)
         for other in [nursery for nursery in _nurseries if nursery.idle()]:
             other.end()
             _nurseries.remove(other)

@@ -1,6 +1,7 @@
-"""Starts runners of transformers as forks of one process: `python -I -B nursery.py FD`. Importing transformers takes seconds each time.
+"""Starts runners of transformers as forks of one process. Importing transformers takes seconds each time.
 
-This process imports the libraries and does nothing else, so a fork of it is as fresh as a new interpreter after its imports. CUDA can't be
+This process is `python -I -B nursery.py FD`, or a job's process forks it before it imports anything of the compression core
+(export/nursery.py). It has imported the libraries and does nothing else, so a fork of it is as fresh as a new interpreter after its imports. CUDA can't be
 used in a fork of a process that it has run in; if an import has started it, a runner for a GPU becomes a new interpreter. FD is a
 socket of whole messages. Each message is JSON (`runner`, `request`, `cwd`, `env` and `file_limit`) and carries four file descriptors: the
 fork's standard input, output and error, and a socket for its end. Its status is written there, as of `subprocess.Popen.returncode`. If the other
@@ -25,14 +26,10 @@ _LONGEST = 1 << 16  #: bytes of a message
 _SENT = 4  #: file descriptors of a message
 
 
-def main() -> None:
-    # From Python 3.12 on, a fork warns if there are other threads. The libraries' threads wait for work, and a fork starts its own.
-    warnings.filterwarnings("ignore", ".*multi-threaded", DeprecationWarning)
-    gc.disable()  # as in measure.py: the libraries' objects are no garbage
-    _import_libraries()
-    gc.freeze()  # so that a collection in a fork copies none of their pages
+def serve(descriptor: int) -> NoReturn:
+    """Start what is asked for at this socket, until its other side is closed."""
     waiting = selectors.DefaultSelector()
-    asked = socket.socket(fileno=int(sys.argv[1]))
+    asked = socket.socket(fileno=descriptor)
     waiting.register(asked, selectors.EVENT_READ)
     while True:
         for ready, _ in waiting.select():
@@ -45,12 +42,18 @@ def main() -> None:
                 _attend(ready.data, waiting)
 
 
-def _import_libraries() -> None:
+def import_libraries() -> None:
+    """Import what loads models, without collecting garbage: the libraries' million objects are none."""
+    # From Python 3.12 on, a fork warns if there are other threads. The libraries' threads wait for work, and a fork starts its own.
+    warnings.filterwarnings("ignore", ".*multi-threaded", DeprecationWarning)
+    gc.disable()
     import torch  # noqa: F401
     import transformers.activations
     import transformers.modeling_layers
     import transformers.modeling_utils
     import transformers.models.auto.modeling_auto  # noqa: F401
+
+    gc.freeze()  # so that a collection in a fork copies none of their pages
 
 
 class _Fork:
@@ -140,4 +143,5 @@ def _attend(fork: _Fork, waiting: selectors.BaseSelector) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    import_libraries()
+    serve(int(sys.argv[1]))
