@@ -1,15 +1,15 @@
 """The table of what tenants have spent. The cost of an attempt stands in `job_attempts.cost_micros`."""
 
-from sqlalchemy import BigInteger, CheckConstraint, Column, String, Table
+import sqlalchemy as sa
 
 from nightpress.core.database import metadata
 
 #: Money in millionths of the currency. Written in the transaction that writes the attempts' costs.
-spending = Table(
+spending = sa.Table(
     "spending",
     metadata,
-    Column("tenant_id", String(64), primary_key=True),
-    Column("day", String(10), primary_key=True),  #: e.g. 2026-11-29, in UTC, when the attempts ended
-    Column("micros", BigInteger, nullable=False),
-    CheckConstraint("micros >= 0", name="micros"),
+    sa.Column("tenant_id", sa.String(64), primary_key=True),
+    sa.Column("day", sa.String(10), primary_key=True),  #: e.g. 2026-11-29, in UTC, when the attempts ended
+    sa.Column("micros", sa.BigInteger, nullable=False),
+    sa.CheckConstraint("micros >= 0", name="micros"),
 )
