@@ -3,7 +3,8 @@
 import asyncio
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
-from typing import Protocol, TypeVar
+from dataclasses import dataclass
+from typing import Generic, Protocol, TypeVar
 
 from fastapi import Request
 from starlette.responses import Response, StreamingResponse
@@ -13,7 +14,8 @@ from nightpress.core.errors import ErrorCode, NightpressError
 from nightpress.core.numbers import whole_number
 from nightpress.core.service.jobs.positions import Position
 from nightpress.core.service.jobs.records import Event, LogLine
-from nightpress.core.wire.jobs import TERMINAL_STATES
+from nightpress.core.wire.base import View
+from nightpress.core.wire.jobs import TERMINAL_STATES, EventView, LogView
 
 MEDIA_TYPE = "text/event-stream"
 HEARTBEAT_S = 15.0  #: seconds between comment lines: they keep proxies open, and detect disconnected readers
@@ -21,8 +23,26 @@ LONGEST_S = 600.0  #: seconds until the stream ends; the reader reconnects with 
 _PAGE = 200
 _HEADERS = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
 
-
 Line = TypeVar("Line", Event, LogLine)
+
+
+@dataclass(frozen=True)
+class LineKind(Generic[Line]):
+    """A kind of numbered lines, and how answers show them."""
+
+    view: type[View]  #: a line in JSON
+    name: Callable[[Line], str]  #: the name of a line's SSE message
+    newest: Callable[[Position], int]  #: the number of the newest line at a position
+
+    def shown(self, line: Line) -> View:
+        return self.view.model_validate(line, from_attributes=True)
+
+    def message(self, line: Line) -> str:
+        return f"id: {line.seq}\nevent: {self.name(line)}\ndata: {self.shown(line).model_dump_json()}\n\n"
+
+
+EVENTS: LineKind[Event] = LineKind(EventView, lambda event: event.kind, lambda position: position.event_seq)
+LOGS: LineKind[LogLine] = LineKind(LogView, lambda _line: "log", lambda position: position.log_seq)
 
 
 class Subject(Protocol):
@@ -59,32 +79,27 @@ async def stream(
     request: Request,
     services: Services,
     subject: Subject,
+    kind: LineKind[Line],
+    read: Callable[..., Sequence[Line]],
     *,
     after: int,
-    read: Callable[..., Sequence[Line]],
-    newest: Callable[[Position], int],
-    frame: Callable[[Line], str],
 ) -> Response:
     """The response with every line after number `after`, including lines that come later. It ends when the subject has ended and all is sent.
 
-    read: reads lines from SQL. newest: the number of the newest line at a position. frame: the SSE message of a line.
-    If the subject has ended and nothing is left to send, the answer is 204: then an EventSource does not reconnect.
+    `read` reads lines from SQL. If the subject has ended and nothing is left to send, the answer is 204: then an EventSource does not reconnect.
     """
     request.scope["nightpress.stream"] = True
     if subject.state in TERMINAL_STATES and not await services.call(read, subject.id, after=after, limit=1):
         return Response(status_code=204)
-    return StreamingResponse(
-        _frames(services, subject, after, read, newest, frame), headers=_HEADERS, media_type=MEDIA_TYPE
-    )
+    return StreamingResponse(_frames(services, subject, kind, read, after), headers=_HEADERS, media_type=MEDIA_TYPE)
 
 
 async def _frames(
     services: Services,
     subject: Subject,
-    after: int,
+    kind: LineKind[Line],
     read: Callable[..., Sequence[Line]],
-    newest: Callable[[Position], int],
-    frame: Callable[[Line], str],
+    after: int,
 ) -> AsyncIterator[str]:
     ends_at = time.monotonic() + LONGEST_S
     ended = subject.state in TERMINAL_STATES
@@ -93,11 +108,11 @@ async def _frames(
         unread = True
         while True:
             while unread:
-                lines = await services.call(read, subject.id, after=after, limit=_PAGE)
-                if lines:
-                    after = lines[-1].seq
-                    yield "".join(frame(line) for line in lines)
-                unread = len(lines) == _PAGE
+                found = await services.call(read, subject.id, after=after, limit=_PAGE)
+                if found:
+                    after = found[-1].seq
+                    yield "".join(map(kind.message, found))
+                unread = len(found) == _PAGE
             if ended or services.tail.closed or time.monotonic() >= ends_at:
                 return
             try:
@@ -108,4 +123,4 @@ async def _frames(
             if watch.position is not None:
                 # The last line is written in the transaction that ends the subject, so the next read sees it.
                 ended = watch.position.state in TERMINAL_STATES
-                unread = newest(watch.position) > after
+                unread = kind.newest(watch.position) > after

@@ -1,8 +1,8 @@
 """Studies: searches for the best form of a model that keeps some gates."""
 
-from typing import Annotated, Any
+from typing import Annotated
 
-from fastapi import APIRouter, Body, Query, Request
+from fastapi import APIRouter, Body, Request
 from starlette.responses import Response
 
 from nightpress.api import sse
@@ -10,8 +10,8 @@ from nightpress.api.deps import Cursor, JobsReader, JobsWriter, Limit, ServicesD
 from nightpress.api.once import OnceRoute
 from nightpress.api.problems import documented
 from nightpress.api.routes import answer
+from nightpress.api.routes.lines import After, Lines, documented_lines, page_or_stream
 from nightpress.core.errors import ErrorCode
-from nightpress.core.service.jobs.records import Event
 from nightpress.core.wire.base import Page
 from nightpress.core.wire.jobs import EventView
 from nightpress.core.wire.studies import StudyCreate, StudyReport, StudyView, TrialView
@@ -53,14 +53,6 @@ _REFUSALS = (
     ErrorCode.CONFLICT,
     ErrorCode.QUOTA_EXCEEDED,
 )
-_STREAM: dict[int | str, dict[str, Any]] = {
-    200: {
-        "description": "With `Accept: text/event-stream`: an SSE message for each event, with its `seq` as the id, until the study has ended. "
-        "`Last-Event-ID` resumes.",
-        "content": {sse.MEDIA_TYPE: {"schema": {"type": "string"}}},
-    },
-    204: {"description": "To a request for a stream: the study has ended and the reader has received everything."},
-}
 
 
 @router.post(
@@ -143,32 +135,16 @@ async def study_trackers(study_id: str, caller: JobsReader, services: ServicesDe
     "/{study_id}/events",
     response_model=Page[EventView],
     summary="List or follow a study's events",
-    responses={**_STREAM, **documented(ErrorCode.NOT_FOUND, ErrorCode.INVALID_REQUEST)},
+    responses=documented_lines("study"),
 )
 async def study_events(
     request: Request,
     study_id: str,
     caller: JobsReader,
     services: ServicesDep,
-    after: Annotated[int, Query(ge=0, le=10**15, description="Only events whose `seq` is greater.")] = 0,
-    limit: Annotated[int, Query(ge=1, le=1000)] = 500,
+    after: After = 0,
+    limit: Lines = 500,
 ) -> Response:
     store = services.resources.studies.store
     study = await services.call(store.get, caller.tenant_id, study_id)
-    if sse.wants_stream(request):
-        return await sse.stream(
-            request,
-            services,
-            study,
-            after=sse.resume_point(request, after),
-            read=store.events,
-            newest=lambda position: position.event_seq,
-            frame=lambda event: f"id: {event.seq}\nevent: {event.kind}\ndata: {_view(event).model_dump_json()}\n\n",
-        )
-    events = await services.call(store.events, study_id, after=after, limit=limit)
-    following = str(events[-1].seq) if len(events) == limit else None
-    return answer(Page[EventView](items=[_view(event) for event in events], next_cursor=following))
-
-
-def _view(event: Event) -> EventView:
-    return EventView.model_validate(event, from_attributes=True)
+    return await page_or_stream(request, services, study, sse.EVENTS, store.events, after=after, limit=limit)
