@@ -3,11 +3,18 @@
 import re
 from typing import Annotated
 
-from fastapi import Header
+from fastapi import Depends, Header
+from starlette.responses import Response
 
+from nightpress.api.routes import answer
 from nightpress.core.errors import ErrorCode, NightpressError
+from nightpress.core.wire.access import TenantView
+from nightpress.core.wire.deliveries import CredentialView, ModelDestinationsView
+from nightpress.core.wire.schedules import ScheduleView
+from nightpress.core.wire.webhooks import WebhookView
 
-IfMatch = Annotated[
+Versioned = CredentialView | ModelDestinationsView | ScheduleView | TenantView | WebhookView
+_IfMatch = Annotated[
     str | None,
     Header(
         max_length=64,
@@ -16,12 +23,12 @@ IfMatch = Annotated[
 ]
 
 
-def etag_of(version: int) -> str:
-    """The ETag of a version."""
-    return f'"v{version}"'
+def answer_version(view: Versioned, *, status: int = 200, headers: dict[str, str] | None = None) -> Response:
+    """A response with a resource, and its version as the ETag."""
+    return answer(view, status=status, headers={"ETag": f'"v{view.version}"', **(headers or {})})
 
 
-def version_of(if_match: str | None) -> int | None:
+def version_of(if_match: _IfMatch = None) -> int | None:
     """The version that If-Match names; None for any version. Raises NightpressError(precondition_failed) for another ETag."""
     if if_match is None or if_match.strip() == "*":
         return None
@@ -33,3 +40,6 @@ def version_of(if_match: str | None) -> int | None:
             hint="Send the ETag as you received it.",
         )
     return int(found[1])
+
+
+Version = Annotated[int | None, Depends(version_of)]  #: the version that the caller's edit is based on

@@ -8,7 +8,7 @@ from starlette.responses import Response
 from nightpress.api.deps import Admin, Cursor, Limit, ServicesDep
 from nightpress.api.problems import documented
 from nightpress.api.routes import answer
-from nightpress.api.versions import IfMatch, etag_of, version_of
+from nightpress.api.versions import Version, answer_version
 from nightpress.core.errors import ErrorCode
 from nightpress.core.wire.access import AuditView, QuotaChange, TenantId, TenantView
 from nightpress.core.wire.base import Page
@@ -31,7 +31,7 @@ async def list_tenants(_caller: Admin, services: ServicesDep, cursor: Cursor = N
     responses=documented(ErrorCode.NOT_FOUND, ErrorCode.INVALID_REQUEST),
 )
 async def get_tenant(tenant_id: Tenant, _caller: Admin, services: ServicesDep) -> Response:
-    return _with_etag(await services.call(services.resources.quotas.view, tenant_id))
+    return answer_version(await services.call(services.resources.quotas.view, tenant_id))
 
 
 @router.patch(
@@ -42,10 +42,9 @@ async def get_tenant(tenant_id: Tenant, _caller: Admin, services: ServicesDep) -
     responses=documented(ErrorCode.INVALID_REQUEST, ErrorCode.PRECONDITION_FAILED),
 )
 async def change_tenant(
-    tenant_id: Tenant, _caller: Admin, services: ServicesDep, body: QuotaChange, if_match: IfMatch = None
+    tenant_id: Tenant, _caller: Admin, services: ServicesDep, body: QuotaChange, version: Version
 ) -> Response:
-    version = version_of(if_match)
-    return _with_etag(await services.call(services.resources.quotas.change, tenant_id, body, version=version))
+    return answer_version(await services.call(services.resources.quotas.change, tenant_id, body, version=version))
 
 
 @router.get("/audit", response_model=Page[AuditView], summary="List what keys have changed, newest first")
@@ -60,7 +59,3 @@ async def list_audit(
         services.resources.audit.page, tenant_id=tenant_id, cursor=cursor, limit=limit
     )
     return answer(Page[AuditView](items=items, next_cursor=following))
-
-
-def _with_etag(tenant: TenantView) -> Response:
-    return answer(tenant, headers={"ETag": etag_of(tenant.version)})

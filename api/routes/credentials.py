@@ -9,7 +9,7 @@ from nightpress.api.deps import Cursor, DeliveriesReader, DeliveriesWriter, Limi
 from nightpress.api.once import OnceRoute
 from nightpress.api.problems import documented
 from nightpress.api.routes import answer
-from nightpress.api.versions import IfMatch, etag_of, version_of
+from nightpress.api.versions import Version, answer_version
 from nightpress.core.errors import ErrorCode
 from nightpress.core.wire.base import Page
 from nightpress.core.wire.deliveries import CredentialCreate, CredentialRotate, CredentialView
@@ -49,7 +49,7 @@ async def create_credential(
     caller: DeliveriesWriter, services: ServicesDep, body: Annotated[CredentialCreate, Body(openapi_examples=_EXAMPLES)]
 ) -> Response:
     made = await services.call(services.resources.credentials.create, caller.tenant_id, body, key_id=caller.key_id)
-    return _with_etag(made, status=201)
+    return answer_version(made, status=201)
 
 
 @router.get("", response_model=Page[CredentialView], summary="List credentials, without their secrets, newest first")
@@ -69,7 +69,7 @@ async def list_credentials(
     responses=documented(ErrorCode.NOT_FOUND),
 )
 async def get_credential(credential_id: str, caller: DeliveriesReader, services: ServicesDep) -> Response:
-    return _with_etag(await services.call(services.resources.credentials.get, caller.tenant_id, credential_id))
+    return answer_version(await services.call(services.resources.credentials.get, caller.tenant_id, credential_id))
 
 
 @router.post(
@@ -82,7 +82,7 @@ async def rotate_credential(
     credential_id: str, caller: DeliveriesWriter, services: ServicesDep, body: CredentialRotate
 ) -> Response:
     rotate = services.resources.credentials.rotate
-    return _with_etag(await services.call(rotate, caller.tenant_id, credential_id, body.secrets))
+    return answer_version(await services.call(rotate, caller.tenant_id, credential_id, body.secrets))
 
 
 @router.delete(
@@ -93,12 +93,7 @@ async def rotate_credential(
     responses=documented(ErrorCode.NOT_FOUND, ErrorCode.PRECONDITION_FAILED),
 )
 async def delete_credential(
-    credential_id: str, caller: DeliveriesWriter, services: ServicesDep, if_match: IfMatch = None
+    credential_id: str, caller: DeliveriesWriter, services: ServicesDep, version: Version
 ) -> Response:
-    version = version_of(if_match)
     await services.call(services.resources.credentials.delete, caller.tenant_id, credential_id, version=version)
     return Response(status_code=204)
-
-
-def _with_etag(view: CredentialView, *, status: int = 200) -> Response:
-    return answer(view, status=status, headers={"ETag": etag_of(view.version)})

@@ -5,8 +5,7 @@ from starlette.responses import Response
 
 from nightpress.api.deps import DeliveriesReader, DeliveriesWriter, ServicesDep
 from nightpress.api.problems import documented
-from nightpress.api.routes import answer
-from nightpress.api.versions import IfMatch, etag_of, version_of
+from nightpress.api.versions import Version, answer_version
 from nightpress.core.errors import ErrorCode
 from nightpress.core.wire.deliveries import ModelDestinations, ModelDestinationsView
 
@@ -21,7 +20,7 @@ router = APIRouter(prefix="/v1/models/{reference}/destinations", tags=["deliveri
 )
 async def get_destinations(reference: str, caller: DeliveriesReader, services: ServicesDep) -> Response:
     name = (await services.call(services.resources.models.get, caller.tenant_id, reference)).name
-    return _with_etag(await services.call(services.resources.model_destinations.get, caller.tenant_id, name))
+    return answer_version(await services.call(services.resources.model_destinations.get, caller.tenant_id, name))
 
 
 @router.put(
@@ -34,16 +33,11 @@ async def get_destinations(reference: str, caller: DeliveriesReader, services: S
     ),
 )
 async def set_destinations(
-    reference: str, caller: DeliveriesWriter, services: ServicesDep, body: ModelDestinations, if_match: IfMatch = None
+    reference: str, caller: DeliveriesWriter, services: ServicesDep, body: ModelDestinations, version: Version
 ) -> Response:
-    version = version_of(if_match)
     name = (await services.call(services.resources.models.get, caller.tenant_id, reference)).name
     store = services.resources.model_destinations
     now = await services.call(
         store.set, caller.tenant_id, name, body.destinations, version=version, key_id=caller.key_id
     )
-    return _with_etag(now)
-
-
-def _with_etag(view: ModelDestinationsView) -> Response:
-    return answer(view, headers={"ETag": etag_of(view.version)})
+    return answer_version(now)

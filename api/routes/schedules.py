@@ -10,7 +10,7 @@ from nightpress.api.deps import Cursor, JobsReader, JobsWriter, Limit, Services,
 from nightpress.api.once import OnceRoute
 from nightpress.api.problems import documented
 from nightpress.api.routes import answer
-from nightpress.api.versions import IfMatch, etag_of, version_of
+from nightpress.api.versions import Version, answer_version
 from nightpress.core.errors import ErrorCode
 from nightpress.core.wire.base import Page
 from nightpress.core.wire.costs import CostView
@@ -64,7 +64,7 @@ async def create_schedule(
     caller: JobsWriter, services: ServicesDep, body: Annotated[ScheduleCreate, Body(openapi_examples=_EXAMPLES)]
 ) -> Response:
     schedule = await services.call(services.resources.schedules.create, caller.tenant_id, body, key_id=caller.key_id)
-    return _with_etag(schedule, status=201)
+    return answer_version(schedule, status=201, headers={"Location": f"/v1/schedules/{schedule.id}"})
 
 
 @router.get("", response_model=Page[ScheduleView], summary="List schedules, newest first")
@@ -86,7 +86,7 @@ async def list_schedules(
 async def get_schedule(reference: str, caller: JobsReader, services: ServicesDep) -> Response:
     schedule = await services.call(services.resources.schedules.store.get, caller.tenant_id, reference)
     (shown,) = await _with_costs(services, [schedule])
-    return _with_etag(shown)
+    return answer_version(shown)
 
 
 @router.patch(
@@ -97,10 +97,9 @@ async def get_schedule(reference: str, caller: JobsReader, services: ServicesDep
     responses=documented(ErrorCode.NOT_FOUND, ErrorCode.PRECONDITION_FAILED, *_REFUSALS),
 )
 async def edit_schedule(
-    reference: str, caller: JobsWriter, services: ServicesDep, body: ScheduleUpdate, if_match: IfMatch = None
+    reference: str, caller: JobsWriter, services: ServicesDep, body: ScheduleUpdate, version: Version
 ) -> Response:
-    version = version_of(if_match)
-    return _with_etag(
+    return answer_version(
         await services.call(services.resources.schedules.edit, caller.tenant_id, reference, body, version=version)
     )
 
@@ -112,10 +111,7 @@ async def edit_schedule(
     summary="Delete a schedule with its history; its jobs stay",
     responses=documented(ErrorCode.NOT_FOUND, ErrorCode.PRECONDITION_FAILED),
 )
-async def delete_schedule(
-    reference: str, caller: JobsWriter, services: ServicesDep, if_match: IfMatch = None
-) -> Response:
-    version = version_of(if_match)
+async def delete_schedule(reference: str, caller: JobsWriter, services: ServicesDep, version: Version) -> Response:
     await services.call(services.resources.schedules.delete, caller.tenant_id, reference, version=version)
     return Response(status_code=204)
 
@@ -128,7 +124,7 @@ async def delete_schedule(
 )
 async def suspend_schedule(reference: str, caller: JobsWriter, services: ServicesDep) -> Response:
     change = ScheduleUpdate(suspended=True)
-    return _with_etag(await services.call(services.resources.schedules.edit, caller.tenant_id, reference, change))
+    return answer_version(await services.call(services.resources.schedules.edit, caller.tenant_id, reference, change))
 
 
 @router.post(
@@ -139,7 +135,7 @@ async def suspend_schedule(reference: str, caller: JobsWriter, services: Service
 )
 async def resume_schedule(reference: str, caller: JobsWriter, services: ServicesDep) -> Response:
     change = ScheduleUpdate(suspended=False)
-    return _with_etag(await services.call(services.resources.schedules.edit, caller.tenant_id, reference, change))
+    return answer_version(await services.call(services.resources.schedules.edit, caller.tenant_id, reference, change))
 
 
 @router.post(
@@ -179,10 +175,3 @@ async def _with_costs(services: Services, schedules: Sequence[ScheduleView]) -> 
         schedule.model_copy(update={"cost": CostView(amount=costs[schedule.id], currency=ledger.prices.currency)})
         for schedule in schedules
     ]
-
-
-def _with_etag(schedule: ScheduleView, *, status: int = 200) -> Response:
-    headers = {"ETag": etag_of(schedule.version)}
-    if status == 201:
-        headers["Location"] = f"/v1/schedules/{schedule.id}"
-    return answer(schedule, status=status, headers=headers)

@@ -9,7 +9,7 @@ from nightpress.api.deps import Cursor, Limit, ServicesDep, WebhooksReader, Webh
 from nightpress.api.once import OnceRoute
 from nightpress.api.problems import documented
 from nightpress.api.routes import answer
-from nightpress.api.versions import IfMatch, etag_of, version_of
+from nightpress.api.versions import Version, answer_version
 from nightpress.core.errors import ErrorCode
 from nightpress.core.wire.base import Page
 from nightpress.core.wire.webhooks import (
@@ -80,7 +80,7 @@ async def list_webhooks(
     "/{webhook_id}", response_model=WebhookView, summary="Get a webhook", responses=documented(ErrorCode.NOT_FOUND)
 )
 async def get_webhook(webhook_id: str, caller: WebhooksReader, services: ServicesDep) -> Response:
-    return _with_etag(await services.call(services.resources.webhooks.get, caller.tenant_id, webhook_id))
+    return answer_version(await services.call(services.resources.webhooks.get, caller.tenant_id, webhook_id))
 
 
 @router.patch(
@@ -92,10 +92,9 @@ async def get_webhook(webhook_id: str, caller: WebhooksReader, services: Service
     ),
 )
 async def edit_webhook(
-    webhook_id: str, caller: WebhooksWriter, services: ServicesDep, body: WebhookUpdate, if_match: IfMatch = None
+    webhook_id: str, caller: WebhooksWriter, services: ServicesDep, body: WebhookUpdate, version: Version
 ) -> Response:
-    version = version_of(if_match)
-    return _with_etag(
+    return answer_version(
         await services.transfer(services.resources.webhooks.edit, caller.tenant_id, webhook_id, body, version=version)
     )
 
@@ -107,10 +106,7 @@ async def edit_webhook(
     summary="Delete a webhook and its deliveries",
     responses=documented(ErrorCode.NOT_FOUND, ErrorCode.PRECONDITION_FAILED),
 )
-async def delete_webhook(
-    webhook_id: str, caller: WebhooksWriter, services: ServicesDep, if_match: IfMatch = None
-) -> Response:
-    version = version_of(if_match)
+async def delete_webhook(webhook_id: str, caller: WebhooksWriter, services: ServicesDep, version: Version) -> Response:
     await services.call(services.resources.webhooks.delete, caller.tenant_id, webhook_id, version=version)
     return Response(status_code=204)
 
@@ -175,7 +171,3 @@ async def get_delivery(webhook_id: str, delivery_id: str, caller: WebhooksReader
 async def redeliver(webhook_id: str, delivery_id: str, caller: WebhooksWriter, services: ServicesDep) -> Response:
     sent = await services.call(services.resources.webhooks.redeliver, caller.tenant_id, webhook_id, delivery_id)
     return answer(sent, status=202)
-
-
-def _with_etag(webhook: WebhookView) -> Response:
-    return answer(webhook, headers={"ETag": etag_of(webhook.version)})
