@@ -5,13 +5,12 @@ from typing import Annotated
 from fastapi import APIRouter, Body
 from starlette.responses import Response
 
-from nightpress.api.deps import Cursor, Limit, ModelsReader, ModelsWriter, ServicesDep
+from nightpress.api.deps import ModelsWriter, ServicesDep
 from nightpress.api.once import OnceRoute
 from nightpress.api.problems import documented
 from nightpress.api.routes import answer
-from nightpress.api.routes.uploads import add_upload_routes
+from nightpress.api.routes.registered import add_registered_routes
 from nightpress.core.errors import ErrorCode
-from nightpress.core.wire.base import Page
 from nightpress.core.wire.models import DataSetCreate, DataSetView
 
 router = APIRouter(prefix="/v1/datasets", tags=["data sets"], route_class=OnceRoute)
@@ -67,24 +66,4 @@ async def create_data_set(
     return answer(data_set, status=201, headers={"Location": f"/v1/datasets/{data_set.id}"})
 
 
-@router.get("", response_model=Page[DataSetView], summary="List data sets, newest first")
-async def list_data_sets(
-    caller: ModelsReader, services: ServicesDep, cursor: Cursor = None, limit: Limit = 50
-) -> Response:
-    items, next_cursor = await services.call(
-        services.resources.datasets.page, caller.tenant_id, cursor=cursor, limit=limit
-    )
-    return answer(Page[DataSetView](items=items, next_cursor=next_cursor))
-
-
-@router.get(
-    "/{reference}",
-    response_model=DataSetView,
-    summary="Get a data set by id or name",
-    responses=documented(ErrorCode.NOT_FOUND),
-)
-async def get_data_set(reference: str, caller: ModelsReader, services: ServicesDep) -> Response:
-    return answer(await services.call(services.resources.datasets.get, caller.tenant_id, reference))
-
-
-add_upload_routes(router, lambda services: services.resources.datasets, DataSetView, "data set")
+add_registered_routes(router, lambda services: services.resources.datasets, DataSetView, "data set")

@@ -5,11 +5,11 @@ from typing import Annotated
 from fastapi import APIRouter, Body
 from starlette.responses import Response
 
-from nightpress.api.deps import Cursor, Limit, ModelsReader, ModelsWriter, ServicesDep
+from nightpress.api.deps import ModelsReader, ModelsWriter, ServicesDep
 from nightpress.api.once import OnceRoute
 from nightpress.api.problems import documented
 from nightpress.api.routes import answer
-from nightpress.api.routes.uploads import add_upload_routes
+from nightpress.api.routes.registered import add_registered_routes
 from nightpress.core.errors import ErrorCode
 from nightpress.core.recipes.possible import Possibility
 from nightpress.core.wire.base import Page
@@ -72,26 +72,6 @@ async def create_model(
     return answer(model, status=201, headers={"Location": f"/v1/models/{model.id}"})
 
 
-@router.get("", response_model=Page[ModelView], summary="List models, newest first")
-async def list_models(
-    caller: ModelsReader, services: ServicesDep, cursor: Cursor = None, limit: Limit = 50
-) -> Response:
-    items, next_cursor = await services.call(
-        services.resources.models.page, caller.tenant_id, cursor=cursor, limit=limit
-    )
-    return answer(Page[ModelView](items=items, next_cursor=next_cursor))
-
-
-@router.get(
-    "/{reference}",
-    response_model=ModelView,
-    summary="Get a model by id or name",
-    responses=documented(ErrorCode.NOT_FOUND),
-)
-async def get_model(reference: str, caller: ModelsReader, services: ServicesDep) -> Response:
-    return answer(await services.call(services.resources.models.get, caller.tenant_id, reference))
-
-
 @router.get(
     "/{reference}/possible",
     response_model=Page[Possibility],
@@ -103,4 +83,4 @@ async def get_possible(reference: str, caller: ModelsReader, services: ServicesD
     return answer(Page[Possibility](items=list(found)))
 
 
-add_upload_routes(router, lambda services: services.resources.models, ModelView, "model")
+add_registered_routes(router, lambda services: services.resources.models, ModelView, "model")

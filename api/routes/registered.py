@@ -1,14 +1,14 @@
-"""Uploads: the routes that receive the files of a model or a data set, the same for both."""
+"""The routes that models and data sets share: list, get, upload and delete."""
 
 import asyncio
-from collections.abc import Callable, Iterator
-from typing import Annotated, Protocol
+from collections.abc import Callable, Iterator, Sequence
+from typing import Annotated, Any, Protocol
 
 from fastapi import APIRouter, Path, Query, Request
 from pydantic import BaseModel
 from starlette.responses import Response
 
-from nightpress.api.deps import ModelsWriter, Services, ServicesDep
+from nightpress.api.deps import Cursor, Limit, ModelsReader, ModelsWriter, Services, ServicesDep
 from nightpress.api.problems import documented
 from nightpress.api.routes import answer
 from nightpress.core.errors import ErrorCode, NightpressError
@@ -19,8 +19,14 @@ from nightpress.core.wire.models import DataSetView, ModelView, UploadFile
 _PIECE = 1024**2  #: bytes that are passed to the store's thread at a time
 
 
-class UploadRegistry(Protocol):
-    """The part of the registries of models and data sets that the routes use. `reference`: an id or a name."""
+class Registry(Protocol):
+    """What the registries of models and data sets share. `reference`: an id or a name."""
+
+    def page(
+        self, tenant_id: str, *, cursor: str | None, limit: int
+    ) -> tuple[Sequence[ModelView | DataSetView], str | None]: ...
+
+    def get(self, tenant_id: str, reference: str) -> ModelView | DataSetView: ...
 
     def uploads(self, tenant_id: str, reference: str) -> list[UploadFile]: ...
 
@@ -33,11 +39,31 @@ class UploadRegistry(Protocol):
     def delete(self, tenant_id: str, reference: str) -> None: ...
 
 
-def add_upload_routes(
-    router: APIRouter, registry: Callable[[Services], UploadRegistry], view: type[BaseModel], what: str
+def add_registered_routes(
+    router: APIRouter, registry: Callable[[Services], Registry], view: type[BaseModel], what: str
 ) -> None:
-    """Add `uploads`, `parts`, `complete` and DELETE below `/{reference}` to a router. `what`: "model" or "data set"."""
+    """Add the shared routes to a router. `what`: "model" or "data set"."""
     noun = what.replace(" ", "_")
+
+    @router.get(
+        "",
+        name=f"list_{noun}s",
+        response_model=Page[view],  # type: ignore[valid-type]  # known only here
+        summary=f"List {what}s, newest first",
+    )
+    async def page(caller: ModelsReader, services: ServicesDep, cursor: Cursor = None, limit: Limit = 50) -> Response:
+        items, following = await services.call(registry(services).page, caller.tenant_id, cursor=cursor, limit=limit)
+        return answer(Page[Any](items=items, next_cursor=following))
+
+    @router.get(
+        "/{reference}",
+        name=f"get_{noun}",
+        response_model=view,
+        summary=f"Get a {what} by id or name",
+        responses=documented(ErrorCode.NOT_FOUND),
+    )
+    async def get(reference: str, caller: ModelsReader, services: ServicesDep) -> Response:
+        return answer(await services.call(registry(services).get, caller.tenant_id, reference))
 
     @router.get(
         "/{reference}/uploads",
