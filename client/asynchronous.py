@@ -3,8 +3,9 @@
 from types import TracebackType
 from typing import Self, TypeVar
 
+import httpx
+
 from nightpress.client.calls import Call
-from nightpress.client.discovery import options_from
 from nightpress.client.drivers import EventLoop
 from nightpress.client.resources import BaseClient
 
@@ -22,18 +23,11 @@ class AsyncClient(BaseClient[EventLoop]):
     ...     job = await nightpress.jobs.wait(job.id)
     """
 
-    def __init__(
-        self,
-        api_url: str | None = None,
-        api_key: str | None = None,
-        *,
-        profile: str | None = None,
-        timeout_s: float = 30.0,
-        retries: int = 3,
-    ) -> None:
-        super().__init__(EventLoop(options_from(api_url, api_key, profile, timeout_s=timeout_s, retries=retries)))
-        self.options = self._driver.options
-        self.http = self._driver.http
+    _open = EventLoop
+
+    @property
+    def http(self) -> httpx.AsyncClient:
+        return self._driver.http
 
     async def send(self, call: Call[Answer]) -> Answer:
         """Send a call of `client.calls` or `client.access`, with retries. Raises ApiError or UnreachableError."""

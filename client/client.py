@@ -3,8 +3,9 @@
 from types import TracebackType
 from typing import Self, TypeVar
 
+import httpx
+
 from nightpress.client.calls import Call
-from nightpress.client.discovery import options_from
 from nightpress.client.drivers import Blocking
 from nightpress.client.resources import BaseClient
 
@@ -25,18 +26,11 @@ class Client(BaseClient[Blocking]):
     ...     nightpress.jobs.download(job.id, Path("pressed"))
     """
 
-    def __init__(
-        self,
-        api_url: str | None = None,
-        api_key: str | None = None,
-        *,
-        profile: str | None = None,
-        timeout_s: float = 30.0,
-        retries: int = 3,
-    ) -> None:
-        super().__init__(Blocking(options_from(api_url, api_key, profile, timeout_s=timeout_s, retries=retries)))
-        self.options = self._driver.options
-        self.http = self._driver.http
+    _open = Blocking
+
+    @property
+    def http(self) -> httpx.Client:
+        return self._driver.http
 
     def send(self, call: Call[Answer]) -> Answer:
         """Send a call of `client.calls` or `client.access`, with retries. Raises ApiError or UnreachableError."""

@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from nightpress.client import access, calls, delivery_calls, schedule_calls
+from nightpress.client.discovery import options_from
 from nightpress.client.drivers import Blocking
 from nightpress.client.errors import ApiError, UnreachableError
 from nightpress.client.events import EVENTS, LOGS
@@ -14,6 +15,7 @@ from nightpress.client.registered import DataSets, Models
 from nightpress.client.studies import Studies
 from nightpress.client.tailing import follow_lines, past_lines
 from nightpress.client.transfers import UNWATCHED, Meter, Transfers, choose_artifacts, target_of, url_of
+from nightpress.client.transport import Options
 from nightpress.client.waiting import Pace
 from nightpress.core.errors import ErrorCode
 from nightpress.core.handoff.manifest import ATTESTATION_FILE
@@ -227,7 +229,19 @@ class BaseClient(Resource[Driver]):
     costs = ask(access.get_spending)
     sign_in_provider = ask(access.sign_in_provider)
 
-    def __init__(self, driver: Driver) -> None:
+    _open: Callable[[Options], Driver]  #: makes the driver
+
+    def __init__(
+        self,
+        api_url: str | None = None,
+        api_key: str | None = None,
+        *,
+        profile: str | None = None,
+        timeout_s: float = 30.0,
+        retries: int = 3,
+    ) -> None:
+        self.options = options_from(api_url, api_key, profile, timeout_s=timeout_s, retries=retries)
+        driver = self._open(self.options)
         super().__init__(driver)
         self.models = Models(driver)
         self.data_sets = DataSets(driver)
