@@ -15,7 +15,8 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from nightpress.core.artifacts.storage import OnBytes, wrong_checksum
+from nightpress.core.artifacts.checks import wrong_checksum
+from nightpress.core.artifacts.storage import OnBytes
 from nightpress.core.disk import full_disk
 
 _CHUNK = 1024**2

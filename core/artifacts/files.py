@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
-from nightpress.core.artifacts.storage import wrong_checksum
+from nightpress.core.artifacts.checks import wrong_checksum
 from nightpress.core.disk import full_disk
 from nightpress.core.errors import ErrorCode, NightpressError
 

@@ -13,17 +13,9 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import BinaryIO
 
+from nightpress.core.artifacts.checks import exactly, missing_object, valid_key, wrong_checksum
 from nightpress.core.artifacts.files import OWN, storage_errors, write_atomically
-from nightpress.core.artifacts.storage import (
-    PRESIGN_S,
-    ObjectInfo,
-    OnBytes,
-    SignedRequest,
-    exactly,
-    missing_object,
-    valid_key,
-    wrong_checksum,
-)
+from nightpress.core.artifacts.storage import PRESIGN_S, ObjectInfo, OnBytes, SignedRequest
 from nightpress.core.errors import ErrorCode, NightpressError
 from nightpress.core.ids import new_id
 from nightpress.core.numbers import whole_number

@@ -14,18 +14,10 @@ from urllib.parse import quote, urlsplit
 
 from botocore.exceptions import BotoCoreError, ClientError
 
+from nightpress.core.artifacts.checks import exactly, missing_object, valid_key, wrong_checksum
 from nightpress.core.artifacts.files import storage_errors, write_atomically
 from nightpress.core.artifacts.s3connection import GONE, THREADS, connect, error_code, s3_errors, unavailable
-from nightpress.core.artifacts.storage import (
-    PRESIGN_S,
-    ObjectInfo,
-    OnBytes,
-    SignedRequest,
-    exactly,
-    missing_object,
-    valid_key,
-    wrong_checksum,
-)
+from nightpress.core.artifacts.storage import PRESIGN_S, ObjectInfo, OnBytes, SignedRequest
 from nightpress.core.errors import ErrorCode, NightpressError
 from nightpress.core.settings import Settings
 

@@ -8,7 +8,7 @@ import boto3
 from botocore.config import Config
 from botocore.exceptions import BotoCoreError, ClientError, NoCredentialsError, PartialCredentialsError
 
-from nightpress.core.artifacts.storage import missing_object
+from nightpress.core.artifacts.checks import missing_object
 from nightpress.core.errors import ErrorCode, NightpressError
 from nightpress.core.settings import Settings
 

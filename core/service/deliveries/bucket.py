@@ -9,9 +9,9 @@ from typing import Any
 from botocore.exceptions import BotoCoreError, ClientError
 from pydantic import SecretStr
 
+from nightpress.core.artifacts.checks import wrong_checksum
 from nightpress.core.artifacts.s3 import in_order, part_size_of
 from nightpress.core.artifacts.s3connection import GONE, connect, error_code
-from nightpress.core.artifacts.storage import wrong_checksum
 from nightpress.core.errors import NightpressError
 from nightpress.core.handoff.manifest import ATTESTATION_FILE
 from nightpress.core.service.deliveries.addresses import BucketAddress
