@@ -10,12 +10,12 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from nightpress.core.compress.executors.rewrite import tensor_bytes
 from nightpress.core.compress.model.checkpoint import (
     INDEX_FILE,
     ShardWriter,
     read_shard,
     read_shards,
+    tensor_bytes,
     tensor_info,
     write_index,
 )

@@ -87,7 +87,7 @@ class GgufSource:
         config = self.config()
         names = {name: self._name(name) for name in self._tensors()}
         infos = [self._info(name, names[name]) for name in names]
-        with ShardWriter(target / "model.safetensors", infos, {"format": "pt"}) as writer:
+        with ShardWriter(target / "model.safetensors", infos) as writer:
             for info, tensor in zip(infos, self._tensors().values(), strict=True):
                 order = self._order(info.name, config)
                 rows = int(np.prod(info.shape[:-1]))

@@ -7,8 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nightpress.core.compress.executors.rewrite import tensor_bytes
-from nightpress.core.compress.model.checkpoint import SAFETENSORS_DTYPES, ShardWriter, tensor_info, write_index
+from nightpress.core.compress.model.checkpoint import SAFETENSORS_DTYPES, tensor_info, write_index, write_tensors
 from nightpress.core.errors import ErrorCode, NightpressError
 
 SUFFIXES = frozenset({".bin", ".pt", ".pth", ".ckpt"})
@@ -41,10 +40,7 @@ def unpickle(source: Path, target: Path) -> None:
         infos = [
             tensor_info(key, SAFETENSORS_DTYPES[tensor.dtype], tuple(tensor.shape)) for key, tensor in tensors.items()
         ]
-        with ShardWriter(target / written, infos, {"format": "pt"}) as writer:
-            for key, tensor in tensors.items():
-                writer.write(key, 0, tensor_bytes(tensor.contiguous()))
-            writer.commit()
+        write_tensors(target / written, infos, tensors.items())
     if not any(name.startswith(_ADAPTER) for name in names):  # an index says that a folder has a model's own weights
         write_index(target)
 

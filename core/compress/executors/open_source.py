@@ -8,7 +8,6 @@ from pathlib import Path
 
 from torch import Tensor
 
-from nightpress.core.compress.executors.rewrite import tensor_bytes
 from nightpress.core.compress.grids.stored_weights import decode_rows, row_step
 from nightpress.core.compress.model.checkpoint import (
     TORCH_DTYPES,
@@ -16,6 +15,7 @@ from nightpress.core.compress.model.checkpoint import (
     ShardWriter,
     disk_errors,
     read_shards,
+    tensor_bytes,
     tensor_info,
     write_file,
     write_index,

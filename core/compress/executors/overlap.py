@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 
 from nightpress.core.compress.context import PassContext
-from nightpress.core.compress.executors.rewrite import Effect, Rewrite, becomes, tensor_bytes
+from nightpress.core.compress.executors.rewrite import Effect, Rewrite, becomes
 from nightpress.core.compress.grids.workspace import Workspace
-from nightpress.core.compress.model.checkpoint import TORCH_DTYPES, Shard, ShardWriter, StoredTensor
+from nightpress.core.compress.model.checkpoint import TORCH_DTYPES, Shard, ShardWriter, StoredTensor, tensor_bytes
 from nightpress.core.errors import ErrorCode, NightpressError
 from nightpress.core.recipes.header import TensorInfo
 

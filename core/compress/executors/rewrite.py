@@ -4,7 +4,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
-import torch
 from torch import Tensor
 
 from nightpress.core.compress.grids.workspace import Workspace
@@ -49,8 +48,3 @@ class Rewrite(Protocol):
 def becomes(info: TensorInfo, rewrite: Rewrite | None) -> tuple[TensorInfo, ...]:
     """The tensors that replace this one after the rewrite."""
     return (info,) if rewrite is None else rewrite.outputs
-
-
-def tensor_bytes(tensor: Tensor) -> memoryview:
-    """The bytes of a tensor, without a copy if it is contiguous."""
-    return memoryview(tensor.reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]  # an array is a buffer

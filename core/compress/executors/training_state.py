@@ -8,14 +8,14 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from itertools import chain
 from pathlib import Path
 
 from safetensors import safe_open
 from torch import Tensor
 
 from nightpress.core.compress.executors.parameters import Parameters
-from nightpress.core.compress.executors.rewrite import tensor_bytes
-from nightpress.core.compress.model.checkpoint import SAFETENSORS_DTYPES, ShardWriter, tensor_info
+from nightpress.core.compress.model.checkpoint import SAFETENSORS_DTYPES, tensor_info, write_tensors
 from nightpress.core.compress.ranks.group import Group
 
 
@@ -67,11 +67,8 @@ def write_checkpoint(
         shape = parameters.shape(_of(name)) if shared[name] else tuple(part.shape)
         infos.append(tensor_info(name, SAFETENSORS_DTYPES[part.dtype], shape))
     file.parent.mkdir(parents=True, exist_ok=True)
-    with ShardWriter(file, infos, {"state": json.dumps(asdict(state))}) as shard:
-        shard.write("sums", 0, tensor_bytes(sums))
-        for name in parts:
-            shard.write(name, 0, tensor_bytes(whole(name).detach().cpu().contiguous()))
-        shard.commit()
+    joined = ((name, whole(name).detach().cpu()) for name in parts)
+    write_tensors(file, infos, chain([("sums", sums)], joined), {"state": json.dumps(asdict(state))})
 
 
 def read_checkpoint(file: Path, parameters: Parameters, group: Group) -> ReadCheckpoint:

@@ -10,16 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nightpress.core.compress.executors.rewrite import tensor_bytes
 from nightpress.core.compress.grids.packing import pack_bits
 from nightpress.core.compress.grids.pressed_weights import PressedWeights
 from nightpress.core.compress.model.checkpoint import (
     TORCH_DTYPES,
-    ShardWriter,
     read_shards,
     tensor_info,
     write_file,
     write_index,
+    write_tensors,
 )
 from nightpress.core.compress.model.companions import copy_companions
 from nightpress.core.compress.model.source import SourceTensors
@@ -62,11 +61,12 @@ def save(model_dir: Path, out_dir: Path) -> None:
     for at, shard in enumerate(shards, 1):
         name = "model.safetensors" if len(shards) == 1 else f"model-{at:05}-of-{len(shards):05}.safetensors"
         infos = [info for part in shard for info in part.infos]
-        with ShardWriter(out_dir / name, infos, {"format": "mlx"}) as writer:
-            for part in shard:
-                for info, tensor in zip(part.infos, _tensors(pressed, stored, part), strict=True):
-                    writer.write(info.name, 0, tensor_bytes(tensor))
-            writer.commit()
+        tensors = (
+            (info.name, tensor)
+            for part in shard
+            for info, tensor in zip(part.infos, _tensors(pressed, stored, part), strict=True)
+        )
+        write_tensors(out_dir / name, infos, tensors, {"format": "mlx"})
     write_index(out_dir)
     _describe(out_dir, parts)
 

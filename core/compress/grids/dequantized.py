@@ -10,11 +10,11 @@ from torch import Tensor
 from nightpress.core.compress.grids.stored import from_tensors
 from nightpress.core.compress.model.checkpoint import (
     SAFETENSORS_DTYPES,
-    ShardWriter,
     read_shards,
     tensor_info,
     write_file,
     write_index,
+    write_tensors,
 )
 from nightpress.core.compress.model.companions import copy_companions
 from nightpress.core.compress.model.source import SourceTensors
@@ -110,13 +110,7 @@ def write_dequantized(pressed: Path, target: Path) -> None:
     config.pop("quantization_config", None)
     write_file(target / "config.json", json.dumps(config, indent=2).encode() + b"\n")
     infos = [tensor_info(name, weights.stored_dtype(name), weights.shape(name)) for name in weights.names]
-    with ShardWriter(target / "model.safetensors", infos, {"format": "pt"}) as shard:
-        for name in weights.names:
-            tensor = weights.floats(name)
-            if name in weights.quantized:
-                tensor = tensor.to(weights.dtype)
-            if tensor.numel():
-                stored = tensor.contiguous().view(torch.uint8).numpy().reshape(-1)
-                shard.write(name, 0, memoryview(stored))  # type: ignore[arg-type]
-        shard.commit()
+    floats = ((name, weights.floats(name)) for name in weights.names)
+    tensors = ((name, tensor.to(weights.dtype) if name in weights.quantized else tensor) for name, tensor in floats)
+    write_tensors(target / "model.safetensors", infos, tensors)
     write_index(target)

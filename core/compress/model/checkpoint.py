@@ -14,6 +14,7 @@ from types import TracebackType
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from nightpress.core.disk import full_disk
 from nightpress.core.errors import ErrorCode, NightpressError
@@ -21,6 +22,7 @@ from nightpress.core.recipes.header import TensorInfo
 
 INDEX_FILE = "model.safetensors.index.json"
 WEIGHTS_FILE = "model.safetensors"
+_TORCH: Mapping[str, str] = {"format": "pt"}  #: metadata that transformers expects of a file with torch's tensors
 _MAX_HEADER = 100 * 1024**2
 
 TORCH_DTYPES: dict[str, torch.dtype] = {
@@ -109,7 +111,7 @@ class ShardWriter:
     The constructor raises NightpressError(disk_full) if the disk can't hold the file.
     """
 
-    def __init__(self, path: Path, tensors: Iterable[TensorInfo], metadata: Mapping[str, str]) -> None:
+    def __init__(self, path: Path, tensors: Iterable[TensorInfo], metadata: Mapping[str, str] = _TORCH) -> None:
         self.path = path
         self._partial = path.with_name(path.name + ".partial")
         # Widest elements first, so that every tensor starts at a multiple of its element's size: readers map tensors in place.
@@ -164,6 +166,21 @@ class ShardWriter:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.abandon()
+
+
+def write_tensors(
+    path: Path, infos: Iterable[TensorInfo], tensors: Iterable[tuple[str, Tensor]], metadata: Mapping[str, str] = _TORCH
+) -> None:
+    """Write a complete file of named tensors. An iterator is read one tensor at a time. Raises the errors of `ShardWriter`."""
+    with ShardWriter(path, infos, metadata) as writer:
+        for name, tensor in tensors:
+            writer.write(name, 0, tensor_bytes(tensor))
+        writer.commit()
+
+
+def tensor_bytes(tensor: Tensor) -> memoryview:
+    """The bytes of a tensor in the processor's memory, without a copy if it is contiguous."""
+    return memoryview(tensor.reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]  # an array is a buffer
 
 
 def write_index(folder: Path) -> None:

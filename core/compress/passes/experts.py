@@ -14,9 +14,8 @@ from torch import Tensor
 
 from nightpress.core.compress.calibration.samples import calibration_samples
 from nightpress.core.compress.context import PassContext, over_ranks
-from nightpress.core.compress.executors.rewrite import tensor_bytes
 from nightpress.core.compress.executors.survey import survey
-from nightpress.core.compress.model.checkpoint import ShardWriter, read_shards, write_file, write_index
+from nightpress.core.compress.model.checkpoint import read_shards, write_file, write_index, write_tensors
 from nightpress.core.compress.model.companions import copy_companions
 from nightpress.core.compress.model.skeleton import Batch
 from nightpress.core.compress.model.source import SourceTensors
@@ -96,11 +95,9 @@ def _copy(source: Path, target: Path, places: Mapping[str, Place | None]) -> Non
         infos = [info_after(files.stored(name).info, place) for name, place in copied.items()]
         if not infos:
             continue
-        with ShardWriter(target / shard.path.name, infos, shard.metadata) as writer:
-            for name, place in copied.items():
-                tensor = files.read(name)
-                if place.rows is not None:
-                    tensor = tensor[list(place.rows)]
-                writer.write(place.name, 0, tensor_bytes(tensor.contiguous()))
-            writer.commit()
+        tensors = (
+            (place.name, files.read(name) if place.rows is None else files.read(name)[list(place.rows)])
+            for name, place in copied.items()
+        )
+        write_tensors(target / shard.path.name, infos, tensors, shard.metadata)
     write_index(target)

@@ -13,10 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from nightpress.core.compress.context import PassContext
-from nightpress.core.compress.executors.rewrite import tensor_bytes
 from nightpress.core.compress.executors.train import TrainingResult
 from nightpress.core.compress.grids.dequantized import StoredWeights, write_dequantized
-from nightpress.core.compress.model.checkpoint import disk_errors, read_shards
+from nightpress.core.compress.model.checkpoint import disk_errors, read_shards, tensor_bytes
 from nightpress.core.compress.model.networks import load_model
 from nightpress.core.compress.model.source import SourceTensors
 from nightpress.core.compress.passes.distill import in_processes, record_of, teach

@@ -17,10 +17,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nightpress.core.compress.context import PassContext
-from nightpress.core.compress.executors.rewrite import tensor_bytes
 from nightpress.core.compress.grids.grid import Grid
 from nightpress.core.compress.grids.rounding import dequantize, round_to_grid
-from nightpress.core.compress.model.checkpoint import Shard, ShardWriter, read_shards, write_file, write_index
+from nightpress.core.compress.model.checkpoint import (
+    Shard,
+    ShardWriter,
+    read_shards,
+    tensor_bytes,
+    write_file,
+    write_index,
+)
 from nightpress.core.compress.model.companions import copy_companions
 from nightpress.core.compress.model.skeleton import Skeleton
 from nightpress.core.compress.model.source import SourceTensors
@@ -174,7 +180,7 @@ def _write(
     """
     norm = before = after = 0.0
     infos = [info for stored in shard.tensors for info in turning.outputs(stored.info)]
-    with ShardWriter(out, infos, {"format": "pt"}) as writer:
+    with ShardWriter(out, infos) as writer:
         for at, stored in enumerate(shard.tensors):
             original = turning.source.read(stored.name)
             for name, tensor in turning(stored.name):

@@ -13,9 +13,9 @@ from torch import Tensor
 from nightpress.core.compress.calibration.samples import calibration_samples
 from nightpress.core.compress.context import PassContext, over_ranks
 from nightpress.core.compress.executors.blocks import FinalTensor, Inputs, press_blocks
-from nightpress.core.compress.executors.rewrite import Effect, tensor_bytes
+from nightpress.core.compress.executors.rewrite import Effect
 from nightpress.core.compress.executors.survey import block_gradients, survey, unit_gradients
-from nightpress.core.compress.model.checkpoint import ShardWriter, read_shards, write_file, write_index
+from nightpress.core.compress.model.checkpoint import read_shards, tensor_bytes, write_file, write_index, write_tensors
 from nightpress.core.compress.model.companions import copy_companions
 from nightpress.core.compress.model.skeleton import Batch
 from nightpress.core.compress.model.source import SourceTensors
@@ -294,10 +294,8 @@ def _copy_blocks(source: Path, target: Path, anatomy: Anatomy, kept: Sequence[in
         if not names:
             continue
         infos = [files.stored(old).info.model_copy(update={"name": new}) for old, new in names.items()]
-        with ShardWriter(target / shard.path.name, infos, shard.metadata) as writer:
-            for old, new in names.items():
-                writer.write(new, 0, tensor_bytes(files.read(old)))
-            writer.commit()
+        tensors = ((new, files.read(old)) for old, new in names.items())
+        write_tensors(target / shard.path.name, infos, tensors, shard.metadata)
     write_index(target)
 
 

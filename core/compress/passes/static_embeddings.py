@@ -16,8 +16,7 @@ import torch
 from torch import Tensor
 
 from nightpress.core.compress.context import PassContext
-from nightpress.core.compress.executors.rewrite import tensor_bytes
-from nightpress.core.compress.model.checkpoint import ShardWriter, disk_errors, tensor_info, write_file
+from nightpress.core.compress.model.checkpoint import disk_errors, tensor_info, write_file, write_tensors
 from nightpress.core.compress.model.networks import load_model
 from nightpress.core.compress.numerical_failures import check_finite
 from nightpress.core.compress.passes.registry import folder_pass
@@ -144,9 +143,7 @@ def _write(source: Path, target: Path, table: Tensor, tokenizer: Any) -> None:
     with disk_errors():
         target.mkdir(parents=True)
     info = tensor_info("embeddings", {torch.float16: "F16", torch.float32: "F32"}[table.dtype], tuple(table.shape))
-    with ShardWriter(target / "model.safetensors", [info], {"format": "pt"}) as shard:
-        shard.write("embeddings", 0, tensor_bytes(table.contiguous()))
-        shard.commit()
+    write_tensors(target / "model.safetensors", [info], [("embeddings", table)])
     config = {
         "model_type": "model2vec",
         "architectures": ["StaticModel"],

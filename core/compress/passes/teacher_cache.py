@@ -16,8 +16,7 @@ from torch import Tensor
 
 from nightpress.core.compress.context import PassContext
 from nightpress.core.compress.data.examples import Batch, Examples, collate
-from nightpress.core.compress.executors.rewrite import tensor_bytes
-from nightpress.core.compress.model.checkpoint import ShardWriter, tensor_info
+from nightpress.core.compress.model.checkpoint import ShardWriter, tensor_bytes, tensor_info
 from nightpress.core.compress.solvers.distillation import with_the_rest
 from nightpress.core.errors import ErrorCode, NightpressError
 from nightpress.core.recipes.passes.distill import Teaching
@@ -103,7 +102,7 @@ def cache_logits(
         rows = int(starts[own.stop] - starts[own.start])
         width = top + (top < classes)
         infos = [tensor_info("values", "F32", (rows, width)), tensor_info("indices", "I32", (rows, top))]
-        with ShardWriter(file, infos, {"format": "pt"}) as shard, torch.no_grad():
+        with ShardWriter(file, infos) as shard, torch.no_grad():
             for chosen in _in_batches(own, options.train.batch):
                 start = int(chosen[0])
                 read, where, _ = inputs(collate(examples, chosen, device))

@@ -13,9 +13,9 @@ from nightpress.core.compress.context import PassContext
 from nightpress.core.compress.executors.blocks.plan import BlockPlan
 from nightpress.core.compress.executors.blocks.resume import BlockRecord, RunFiles, record_of
 from nightpress.core.compress.executors.blocks.settle import BlockOutcome
-from nightpress.core.compress.executors.rewrite import Effect, Rewrite, becomes, tensor_bytes
+from nightpress.core.compress.executors.rewrite import Effect, Rewrite, becomes
 from nightpress.core.compress.grids.workspace import Workspace
-from nightpress.core.compress.model.checkpoint import SAFETENSORS_DTYPES, ShardWriter, tensor_info
+from nightpress.core.compress.model.checkpoint import SAFETENSORS_DTYPES, ShardWriter, tensor_bytes, tensor_info
 from nightpress.core.compress.model.source import SourceTensors
 
 
@@ -88,7 +88,7 @@ def write_block(files: RunFiles, output: BlockOutput) -> None:
     infos = [
         tensor_info(name, SAFETENSORS_DTYPES[tensor.dtype], tuple(tensor.shape)) for name, tensor in output.tensors
     ]
-    with ShardWriter(files.block(output.index), infos, {"format": "pt"}) as shard:
+    with ShardWriter(files.block(output.index), infos) as shard:
         with _beside_the_next_block(output.ready):
             for name, tensor in output.tensors:
                 shard.write(name, 0, tensor_bytes(tensor.cpu()))
@@ -113,7 +113,7 @@ def _write_rest(
 ) -> dict[str, Effect]:
     infos = [info for name in names for info in becomes(source.stored(name).info, rewrites.get(name))]
     effects: dict[str, Effect] = {}
-    with ShardWriter(files.rest(), infos, {"format": "pt"}) as shard:
+    with ShardWriter(files.rest(), infos) as shard:
 
         def put(part: str, at: int, tensor: Tensor) -> None:
             shard.write(part, at, tensor_bytes(tensor))
