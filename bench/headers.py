@@ -12,12 +12,12 @@ import json
 import shutil
 import statistics
 import struct
-import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+from bench.processes import run_python
 from bench.record import Figure, finish, make_parser
 
 _LAYERS, _DENSE, _EXPERTS, _WIDTH, _INNER = 61, 3, 256, 7168, 2048
@@ -126,14 +126,8 @@ def measure(shards: int, runs: int) -> list[Figure]:
     folder = Path(tempfile.mkdtemp(prefix="np-headers-"))
     try:
         write_model(folder, shards)
-        command = [sys.executable, "-c", _CODE, str(folder)]
-        found = []
-        for _ in range(runs):
-            done = subprocess.run(command, capture_output=True, text=True, check=True)
-            found.append([float(word) for word in done.stdout.split()])
-        command = [sys.executable, "-c", _STRUCTURE, str(folder)]
-        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-        structure, weights, blocks = (float(word) for word in done.stdout.split())
+        found = [[float(word) for word in run_python("-c", _CODE, str(folder)).split()] for _ in range(runs)]
+        structure, weights, blocks = (float(word) for word in run_python("-c", _STRUCTURE, str(folder)).split())
     finally:
         shutil.rmtree(folder)
     seconds, more, whole = ([run[column] for run in found] for column in range(3))

@@ -1,8 +1,18 @@
-"""The CPU time of a process and its descendants."""
+"""Processes of benchmarks: what a new one prints, and the CPU time of one and its descendants."""
 
+import subprocess
+import sys
+from collections.abc import Mapping
 from contextlib import suppress
+from pathlib import Path
 
 import psutil
+
+
+def run_python(*arguments: str, env: Mapping[str, str] | None = None, cwd: Path | None = None) -> str:
+    """Run this Python in a new process, and return what it printed. Its errors are shown. Raises subprocess.CalledProcessError."""
+    done = subprocess.run([sys.executable, *arguments], check=True, stdout=subprocess.PIPE, text=True, env=env, cwd=cwd)
+    return done.stdout
 
 
 def cpu_seconds(pid: int) -> float:

@@ -25,6 +25,7 @@ from typing import Any
 import httpx
 import psutil
 
+from bench.processes import run_python
 from bench.record import Figure, finish, make_parser
 from tests.models import bert_tiny_dir
 from tests.servers import free_port
@@ -175,8 +176,7 @@ def total(memory: dict[str, dict[str, float]], kind: str, *, spare: bool) -> flo
 
 def import_seconds(what: str) -> list[float]:
     code = f"import sys, time; t = time.perf_counter(); {what}; print(time.perf_counter() - t); assert 'torch' not in sys.modules"
-    runs = [subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True) for _ in range(5)]
-    return [round(float(run.stdout), 2) for run in runs]
+    return [round(float(run_python("-c", code)), 2) for _ in range(5)]
 
 
 def measure(jobs: int) -> list[Figure]:

@@ -19,6 +19,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from bench.processes import run_python
 from bench.record import Figure, finish, make_parser
 
 HIDDEN, FEED_FORWARD, VOCABULARY, SHARD_BYTES = 2048, 5632, 32000, 10**9
@@ -114,11 +115,8 @@ def copy(source: Path, target: Path, *, sync: bool) -> float:
 
 def press(source: Path, target: Path, bits: int, threads: int) -> dict[str, float]:
     """Run the pass in a new process, so that its memory can be measured. The time includes the pass, but not the imports."""
-    command = [sys.executable, "-m", "bench.stream", "--child", str(source), str(target), str(bits), str(threads)]
-    done = subprocess.run(
-        command, check=True, stdout=subprocess.PIPE, env={**os.environ, "OMP_NUM_THREADS": str(threads)}
-    )
-    result: dict[str, float] = json.loads(done.stdout)
+    arguments = ("-m", "bench.stream", "--child", str(source), str(target), str(bits), str(threads))
+    result: dict[str, float] = json.loads(run_python(*arguments, env=os.environ | {"OMP_NUM_THREADS": str(threads)}))
     return result
 
 

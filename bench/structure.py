@@ -13,7 +13,6 @@ FOLDER is a checkout, e.g. of an earlier commit. The default is this checkout.
 
 import json
 import re
-import subprocess
 import sys
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Set
@@ -21,6 +20,7 @@ from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
 
+from bench.processes import run_python
 from bench.record import Figure, finish, make_parser
 
 FOLDERS = ("api", "client", "core", "migrations", "worker")
@@ -81,10 +81,8 @@ def import_graph(root: Path) -> dict[str, Set[str]]:
     """
     names = ("nightpress",) if _is_one_package(root) else FOLDERS
     # In a new process: this process has already imported `bench` from this checkout, and would not find the other.
-    found = subprocess.run(
-        [sys.executable, "-c", _GRAPH, *names, "bench"], cwd=root, check=True, stdout=subprocess.PIPE, text=True
-    )
-    return {name: frozenset(imported) for name, imported in json.loads(found.stdout).items()}
+    found = json.loads(run_python("-c", _GRAPH, *names, "bench", cwd=root))
+    return {name: frozenset(imported) for name, imported in found.items()}
 
 
 def _is_one_package(root: Path) -> bool:

@@ -12,13 +12,13 @@ import json
 import logging
 import shutil
 import statistics
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
 from bench.pressing import Form, Timed, folder_mb, form_figures, press, save_float_graphs, time_by_turns
+from bench.processes import run_python
 from bench.record import Figure, finish, make_parser
 from nightpress.core.compress.export import onnx, openvino, safetensors
 from nightpress.core.recipes.builtins import get_recipe
@@ -150,10 +150,7 @@ def compare(
 def _by_turns(ours: Path, theirs: Path, threads: int) -> float:
     """The speed of our graph relative to their graph."""
     files = [str(folder / openvino.GRAPH_FILE) for folder in (ours, theirs)]
-    run = subprocess.run(
-        [sys.executable, "-c", _TURNS, str(threads), *files], check=True, capture_output=True, text=True
-    )
-    return float(statistics.median(json.loads(run.stdout)))
+    return float(statistics.median(json.loads(run_python("-c", _TURNS, str(threads), *files))))
 
 
 def _quantize_dynamic(floats: Path, target: Path) -> Path:

@@ -12,12 +12,12 @@ import gzip
 import importlib.util
 import shutil
 import statistics
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
 from bench.pressing import folder_mb, press
+from bench.processes import run_python
 from bench.record import Figure, finish, make_parser
 from nightpress.core.compress.evaluate import quality
 from nightpress.core.compress.export import gguf, safetensors
@@ -163,9 +163,8 @@ def _decode(commands: dict[str, list[str]], turn: int, threads: int) -> dict[str
     found = {}
     order = list(commands.items())
     for name, (script, what) in order if turn % 2 == 0 else reversed(order):
-        arguments = [sys.executable, "-c", script, what, str(threads), str(_PROMPT), str(_TOKENS)]
-        run = subprocess.run(arguments, check=True, capture_output=True, text=True)
-        found[name] = 1 / float(run.stdout.split()[-1])
+        printed = run_python("-c", script, what, str(threads), str(_PROMPT), str(_TOKENS))
+        found[name] = 1 / float(printed.split()[-1])
     return found
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from nightpress.core.compress.export.onnx_codes import write_codes
+from nightpress.core.compress.graph.lists import replace_all
 from nightpress.core.compress.graph.tracing import Traced
 from nightpress.core.compress.grids.pressed_weights import PressedWeights
 from nightpress.core.compress.model.checkpoint import disk_errors
@@ -28,9 +29,7 @@ def save(model_dir: Path, out_dir: Path, traced: Traced, passes: RuntimePasses, 
     weights: `fp32`, or `fp16` to store the weights that no pass has rounded in half the bytes. The arithmetic stays in float32.
     """
     pressed = PressedWeights(model_dir)
-    with disk_errors():
-        out_dir.mkdir(parents=True)
-        copy_companions(model_dir, out_dir)
+    copy_companions(model_dir, out_dir)
     records: list[PassRecord] = []
     for name, graph in traced.graphs.items():
         target, alone = out_dir / f"{name}.onnx", replace(traced, path=graph, encoder=None)
@@ -71,6 +70,4 @@ def _halve(onnx: Any, model: Any) -> None:
         casts.append(
             onnx.helper.make_node("Cast", [initializer.name], [name], f"{name}_cast", to=onnx.TensorProto.FLOAT)
         )
-    nodes = list(model.graph.node)
-    del model.graph.node[:]
-    model.graph.node.extend(casts + nodes)
+    replace_all(model.graph.node, [*casts, *model.graph.node])

@@ -5,6 +5,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from nightpress.core.compress.graph.lists import drop_unread_constants, replace_all
 from nightpress.core.compress.grids.pressed_weights import Codes, PressedWeights
 
 _DOMAIN = "com.microsoft"
@@ -52,7 +53,10 @@ def write_codes(model: Any, pressed: PressedWeights) -> int:
         if node.op_type == "Gemm":
             nodes.append(onnx.helper.make_node("Add", [product, node.input[2]], [node.output[0]], f"{node.name}_bias"))
         replaced += 1
-    _rebuild(onnx, model, nodes)
+    replace_all(model.graph.node, nodes)
+    drop_unread_constants(model.graph)
+    if all(opset.domain != _DOMAIN for opset in model.opset_import):
+        model.opset_import.append(onnx.helper.make_opsetid(_DOMAIN, 1))
     return replaced
 
 
@@ -98,14 +102,3 @@ def _named(node: Any, packed: dict[str, str], constants: set[str]) -> str | None
         (full for short, full in packed.items() if short.endswith(f".{node.name}") or node.name.endswith(f".{short}")),
         None,
     )
-
-
-def _rebuild(onnx: Any, model: Any, nodes: list[Any]) -> None:
-    del model.graph.node[:]
-    model.graph.node.extend(nodes)
-    used = {name for node in nodes for name in node.input}
-    kept = [initializer for initializer in model.graph.initializer if initializer.name in used]
-    del model.graph.initializer[:]
-    model.graph.initializer.extend(kept)
-    if all(opset.domain != _DOMAIN for opset in model.opset_import):
-        model.opset_import.append(onnx.helper.make_opsetid(_DOMAIN, 1))

@@ -34,9 +34,7 @@ def save(model_dir: Path, out_dir: Path, traced: Traced, passes: RuntimePasses, 
     import openvino
 
     pressed = PressedWeights(model_dir)
-    with disk_errors():
-        out_dir.mkdir(parents=True)
-        copy_companions(model_dir, out_dir)
+    copy_companions(model_dir, out_dir)
     records: list[PassRecord] = []
     for name, graph in traced.graphs.items():
         model = _model(graph, name, pressed, weights, cached=traced.cached)

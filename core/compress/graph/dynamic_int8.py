@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from nightpress.core.compress.graph.lists import drop_unread_constants, replace_all
 from nightpress.core.compress.model.checkpoint import disk_errors
 from nightpress.core.compress.solvers.smooth import smoothing_factors
 from nightpress.core.errors import ErrorCode, NightpressError
@@ -148,8 +149,7 @@ def smooth_inputs(
     ordered = []
     for node in model.graph.node:
         ordered += [node, *(divisions[name] for name in node.output if name in divisions)]
-    del model.graph.node[:]
-    model.graph.node.extend(ordered)
+    replace_all(model.graph.node, ordered)
 
 
 def is_smoothing(node: Any) -> bool:
@@ -179,9 +179,7 @@ def store_in_int8(onnx: Any, model: Any, weights: Mapping[str, tuple[NDArray[np.
             helper.make_node("Cast", [f"{name}_int8"], [f"{name}_float"], f"{name}_cast", to=onnx.TensorProto.FLOAT),
             helper.make_node("Mul", [f"{name}_float", f"{name}_scale"], [name], f"{name}_mul"),
         ]
-    nodes = [*floats, *model.graph.node]
-    del model.graph.node[:]
-    model.graph.node.extend(nodes)
+    replace_all(model.graph.node, [*floats, *model.graph.node])
 
 
 def fold_transposes(onnx: Any, model: Any) -> None:
@@ -198,8 +196,7 @@ def fold_transposes(onnx: Any, model: Any) -> None:
             continue
         turned = onnx.numpy_helper.from_array(np.ascontiguousarray(array_of(onnx, table).T), node.output[0])
         model.graph.initializer.append(turned)
-    del model.graph.node[:]
-    model.graph.node.extend(kept)
+    replace_all(model.graph.node, kept)
 
 
 def quantize_embeddings(onnx: Any, model: Any, constants: dict[str, Any], ignore: Patterns) -> list[LayerEffect]:
@@ -231,12 +228,8 @@ def quantize_embeddings(onnx: Any, model: Any, constants: dict[str, Any], ignore
             helper.make_node("Cast", [f"{out}_int8"], [f"{out}_float"], f"{node.name}_cast", to=onnx.TensorProto.FLOAT),
             helper.make_node("Mul", [f"{out}_float", f"{out}_scale"], [out], f"{node.name}_mul"),
         ]
-    del model.graph.node[:]
-    model.graph.node.extend(nodes)
-    used = {name for node in nodes for name in node.input}
-    kept = [initializer for initializer in model.graph.initializer if initializer.name in used]
-    del model.graph.initializer[:]
-    model.graph.initializer.extend(kept)
+    replace_all(model.graph.node, nodes)
+    drop_unread_constants(model.graph)
     return effects
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from nightpress.core.compress.graph.dynamic_int8 import array_of, fold_transposes
+from nightpress.core.compress.graph.lists import replace_all
 from nightpress.core.compress.graph.static_graph import QdqGraph
 from nightpress.core.compress.graph.unread import without_unread_positions
 from nightpress.core.compress.grids.activation_ranges import Range
@@ -98,9 +99,8 @@ class _Edit:
                 wanted.update(node.input)
         constants = [constant for constant in self._graph.initializer if constant.name in wanted]
         del self._graph.value_info[:]  # the shapes of what is no longer so wide
-        for field, kept in ((self._graph.node, nodes[::-1]), (self._graph.initializer, constants)):
-            del field[:]
-            field.extend(kept)
+        replace_all(self._graph.node, reversed(nodes))
+        replace_all(self._graph.initializer, constants)
 
     def _layer(self, anatomy: Anatomy, block: int, module: str) -> tuple[Any, Any]:
         """The product of a linear layer, and the node that adds its bias; None: it has none."""

@@ -27,6 +27,7 @@ from nightpress.core.compress.graph.dynamic_int8 import (
     smooth_inputs,
     store_in_int8,
 )
+from nightpress.core.compress.graph.lists import replace_all
 from nightpress.core.compress.grids import activation_ranges
 from nightpress.core.compress.grids.activation_ranges import Range
 from nightpress.core.compress.solvers.static_weights import StaticWeight
@@ -179,9 +180,8 @@ class QdqGraph:
         new.nodes = [node for node in new.nodes if not is_smoothing(node) or node.output[0] in used]
         used = {name for node in new.nodes for name in node.input}
         new.constants += [initializer for initializer in model.graph.initializer if initializer.name in used]
-        for field, found in ((model.graph.node, new.nodes), (model.graph.initializer, new.constants)):
-            del field[:]
-            field.extend(found)
+        replace_all(model.graph.node, new.nodes)
+        replace_all(model.graph.initializer, new.constants)
         floats = dict.fromkeys(
             node.input[1] for node in model.graph.node if node.name in left and node.name in self.inputs
         )

@@ -9,6 +9,8 @@ from typing import Any
 
 import numpy as np
 
+from nightpress.core.compress.graph.lists import replace_all
+
 _UNARY = {"Gelu", "Relu", "Tanh", "Sigmoid", "Erf", "Sqrt", "Neg", "Cast", "Identity", "Exp", "Clip", "HardSwish"}
 _ELEMENTWISE = {"Add", "Sub", "Mul", "Div", "Pow", "Where"}
 _ROWS = {"LayerNormalization", "Softmax"}  #: what they compute along the last axis, they compute for each row by itself
@@ -107,11 +109,9 @@ class _Edit:
         for at, node in enumerate(self._graph.node):
             nodes += [*self._added.get(at, ()), node]
         nodes = [self._copy(node) for node in nodes]
-        del self._graph.node[:]
-        self._graph.node.extend(nodes)
-        kept = [value for value in self._graph.value_info if value.name not in self._narrowed]
-        del self._graph.value_info[:]
-        self._graph.value_info.extend(kept)
+        replace_all(self._graph.node, nodes)
+        shapes = self._graph.value_info
+        replace_all(shapes, (value for value in shapes if value.name not in self._narrowed))
 
     def _copy(self, node: Any) -> Any:
         copied = self._onnx.NodeProto()

@@ -16,8 +16,9 @@ def family_member(folder: Path, speed: float) -> Path:
 
 
 def copy_companions(source: Path, target: Path) -> None:
-    """Copy all files of a model except its weights and their index: config, tokenizer, module descriptions."""
+    """Copy all files of a model except its weights and their index: config, tokenizer, module descriptions. Makes the folder."""
     with disk_errors():
+        target.mkdir(parents=True, exist_ok=True)
         for path in sorted(source.rglob("*")):
             if path.relative_to(source).parts[0] == _FAMILY:
                 continue

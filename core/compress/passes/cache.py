@@ -1,6 +1,5 @@
 """generation-cache: measures the effect of a key/value cache, and writes its settings into generation_config.json."""
 
-import json
 import time
 from pathlib import Path
 from typing import Any
@@ -9,12 +8,10 @@ import torch
 from torch import Tensor
 
 from nightpress.core.compress.context import PassContext
-from nightpress.core.compress.data.rows import read_rows
-from nightpress.core.compress.data.tokenized import open_tokenizer, text_windows
-from nightpress.core.compress.model.checkpoint import write_file
 from nightpress.core.compress.model.companions import copy_folder
 from nightpress.core.compress.model.generation_cache import PrefixStore, cache_bytes, cache_for
 from nightpress.core.compress.model.networks import load_model
+from nightpress.core.compress.passes.decoding import change_settings, prompts
 from nightpress.core.compress.passes.registry import folder_pass
 from nightpress.core.errors import ErrorCode, NightpressError
 from nightpress.core.handoff.report import PassRecord, Series
@@ -24,6 +21,9 @@ _TEXTS, _NEW = 2, 16  #: number of texts in each check, tokens generated after e
 _LENGTHS = (64, 256, 1024)  #: text lengths in tokens at which the cache's bytes are measured
 _PREFIX, _OWN = 256, 16  #: tokens of a prefix that was read before, and of the new text after it
 _NEAR = 1e-3  #: tolerated difference as a share of the largest logit; another order of summation changes less
+
+#: Settings of an earlier cache.
+_STALE = frozenset({"use_cache", "cache_implementation", "cache_config", "max_cache_len"})
 
 
 @folder_pass(GenerationCache)
@@ -36,7 +36,7 @@ def generation_cache(source: Path, target: Path, options: GenerationCache, conte
     torch.set_num_threads(context.threads)
     model = load_model(source, context.header).to(context.device)
     longest = min(context.header.positions or max(_LENGTHS), max(_LENGTHS)) - _NEW
-    text = _text(source, longest, context)
+    text = prompts(source, "builtin:prose", context, count=_TEXTS, length=longest)
     context.progress(0.1, "decoding without a cache")
     summary: dict[str, Any] = {"mode": options.mode, "settings": options.settings()}
     short = int(max(2, min(32, longest, options.exact_to - _NEW)))
@@ -61,11 +61,7 @@ def generation_cache(source: Path, target: Path, options: GenerationCache, conte
         context.progress(0.8, "reading a known beginning again")
         summary["prefix"] = _reuse(model, text, options.prefix_bytes)
     copy_folder(source, target)
-    file = target / "generation_config.json"
-    config = json.loads(file.read_bytes()) if file.is_file() else {}
-    stale = {"use_cache", "cache_implementation", "cache_config", "max_cache_len"}
-    kept = {name: value for name, value in config.items() if name not in stale}
-    write_file(file, json.dumps(kept | options.settings(), indent=2).encode() + b"\n")
+    change_settings(target, options.settings(), without=_STALE)
     return PassRecord(
         index=context.index,
         name=options.name,
@@ -82,13 +78,6 @@ def generation_cache(source: Path, target: Path, options: GenerationCache, conte
             if len(weighed) > 1
         ),
     )
-
-
-def _text(source: Path, length: int, context: PassContext) -> Tensor:
-    """Return token ids of continuous prose [_TEXTS, length]."""
-    rows = read_rows("builtin:prose", None, purpose="calibration")
-    windows = text_windows(rows, open_tokenizer(source), samples=_TEXTS, length=length, ref="builtin:prose")
-    return torch.from_numpy(windows.ids).to(context.device)
 
 
 def _kwargs(model: Any, options: GenerationCache) -> dict[str, Any]:

@@ -4,7 +4,6 @@ Greedy decoding gives the full model's tokens, whatever the draft is (LayerSkip,
 The best depth for drafts depends on the model, so this pass measures it.
 """
 
-import json
 import time
 from pathlib import Path
 from typing import Any
@@ -13,11 +12,9 @@ import torch
 from torch import Tensor
 
 from nightpress.core.compress.context import PassContext
-from nightpress.core.compress.data.rows import read_rows
-from nightpress.core.compress.data.tokenized import open_tokenizer, text_windows
-from nightpress.core.compress.model.checkpoint import write_file
 from nightpress.core.compress.model.companions import copy_folder
 from nightpress.core.compress.model.networks import load_model
+from nightpress.core.compress.passes.decoding import change_settings, prompts
 from nightpress.core.handoff.report import PassRecord
 from nightpress.core.recipes.depth import depth
 from nightpress.core.recipes.passes.adapt import EarlyExit
@@ -35,28 +32,24 @@ def speculate(source: Path, target: Path, options: EarlyExit, context: PassConte
     torch.set_num_threads(context.threads)
     model = load_model(source, context.header).to(context.device)
     model.config.use_cache = True
-    rows = read_rows(options.train.data, context.data_files.get(options.train.data), purpose="calibration")
-    windows = text_windows(rows, open_tokenizer(source), samples=_PROMPTS, length=_PROMPT, ref=options.train.data)
-    prompts = [row[None].to(context.device) for row in torch.from_numpy(windows.ids)]
+    texts = [row[None] for row in prompts(source, options.train.data, context, count=_PROMPTS, length=_PROMPT)]
     total = depth(context.header)
     tried = options.exits or tuple(sorted({max(1, total // 8), max(1, total // 4), max(1, total // 2)}))
-    _decode(model, prompts[:1], None)  # warm
-    plain, answers = _decode(model, prompts, None)
+    _decode(model, texts[:1], None)  # warm
+    plain, answers = _decode(model, texts, None)
     rows_found: list[dict[str, Any]] = []
     for at, block in enumerate(tried):
         blocks = block + 1 if options.exits else block
         context.progress((at + 1) / (len(tried) + 1), f"drafting with {blocks} of {total} blocks")
-        rate, found = _decode(model, prompts, blocks)
+        rate, found = _decode(model, texts, blocks)
         equal = sum(torch.equal(a, b) for a, b in zip(found, answers, strict=True))
         rows_found.append({"blocks": blocks, "tokens_per_second": rate, "speedup": rate / plain, "equal": equal})
-    right = [row for row in rows_found if row["equal"] == len(prompts)]
+    right = [row for row in rows_found if row["equal"] == len(texts)]
     best = max(right, key=lambda row: row["tokens_per_second"], default=None)
     chosen = best["blocks"] if best is not None and (best["speedup"] > 1 or options.exits) else None
     copy_folder(source, target)
     if chosen is not None:
-        file = target / "generation_config.json"
-        config = json.loads(file.read_bytes()) if file.is_file() else {}
-        write_file(file, json.dumps(config | {"assistant_early_exit": chosen}, indent=2).encode() + b"\n")
+        change_settings(target, {"assistant_early_exit": chosen})
     return PassRecord(
         index=context.index,
         name=options.name,
@@ -66,7 +59,7 @@ def speculate(source: Path, target: Path, options: EarlyExit, context: PassConte
             "blocks": total,
             "tokens_per_second_without": plain,
             "tried": rows_found,
-            "prompts": len(prompts),
+            "prompts": len(texts),
             "new_tokens": _NEW,
             "trained": False,
         },

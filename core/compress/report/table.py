@@ -145,36 +145,12 @@ def _generation_rows(source: Subject, artifacts: tuple[Subject, ...]) -> list[Ro
         # A consumer that can't decode leaves its cells empty.
         ours = [artifact.generation[at] if artifact.generation else None for artifact in artifacts]
         alike = [same_device(artifact, source) for artifact in artifacts]
-        rows.append(
-            (
-                f"Prefill, {shape}",
-                _prefill(base),
-                [
-                    (
-                        _prefill(figure),
-                        _times(figure.prefill_speedup, figure.prefill_tokens_per_s / base.prefill_tokens_per_s, same),
-                    )
-                    if figure
-                    else _NONE
-                    for figure, same in zip(ours, alike, strict=True)
-                ],
-            )
-        )
-        rows.append(
-            (
-                f"Decode, {shape}",
-                _decode(base),
-                [
-                    (
-                        _decode(figure),
-                        _times(figure.decode_speedup, figure.decode_tokens_per_s / base.decode_tokens_per_s, same),
-                    )
-                    if figure
-                    else _NONE
-                    for figure, same in zip(ours, alike, strict=True)
-                ],
-            )
-        )
+        for stage, shown, gained in (("Prefill", _prefill, _prefill_gain), ("Decode", _decode, _decode_gain)):
+            cells = [
+                (shown(figure), gained(figure, base, same)) if figure else _NONE
+                for figure, same in zip(ours, alike, strict=True)
+            ]
+            rows.append((f"{stage}, {shape}", shown(base), cells))
         peaks = [figure.peak_memory_bytes if figure else None for figure in ours]
         rows += _memory_row(f"Peak memory, {shape}", base.peak_memory_bytes, peaks)
     return rows
@@ -216,6 +192,14 @@ def _decode(timing: GenerationTiming) -> str:
         f"{timing.decode_tokens_per_s:,.1f} tokens/s [{timing.decode_slowest:,.1f} to {timing.decode_fastest:,.1f}] "
         f"({timing.token_p50_ms:.1f} ms a token, p95 {timing.token_p95_ms:.1f})"
     )
+
+
+def _prefill_gain(timing: GenerationTiming, base: GenerationTiming, same: bool) -> str:
+    return _times(timing.prefill_speedup, timing.prefill_tokens_per_s / base.prefill_tokens_per_s, same)
+
+
+def _decode_gain(timing: GenerationTiming, base: GenerationTiming, same: bool) -> str:
+    return _times(timing.decode_speedup, timing.decode_tokens_per_s / base.decode_tokens_per_s, same)
 
 
 def _key(measurement: Measurement) -> tuple[str, str, str]:
