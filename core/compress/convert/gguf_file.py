@@ -1,6 +1,5 @@
 """Reads a GGUF file of a Llama, Mistral, Qwen 2 or Qwen 3 back into floats under transformers' names, some rows of a tensor at a time."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +7,7 @@ import gguf
 import numpy as np
 from numpy.typing import NDArray
 
-from nightpress.core.compress.model.checkpoint import ShardWriter, tensor_info, write_file, write_index
+from nightpress.core.compress.model.checkpoint import ShardWriter, tensor_info, write_index, write_json
 from nightpress.core.compress.model.modules import quiet
 from nightpress.core.errors import ErrorCode, NightpressError
 from nightpress.core.recipes.header import TensorInfo
@@ -100,7 +99,7 @@ class GgufSource:
                     writer.write(info.name, first * width, self._decoded(stored[chosen], tensor, info.dtype))
             writer.commit()
         write_index(target)
-        write_file(target / "config.json", json.dumps(config, indent=2).encode() + b"\n")
+        write_json(target / "config.json", config)
 
     def _decoded(self, stored: NDArray[Any], tensor: Any, dtype: str) -> memoryview:
         floats = gguf.quants.dequantize(stored, tensor.tensor_type)

@@ -17,8 +17,8 @@ from nightpress.core.compress.model.checkpoint import (
     read_shards,
     tensor_bytes,
     tensor_info,
-    write_file,
     write_index,
+    write_json,
 )
 from nightpress.core.compress.model.companions import copy_companions, forget_quantization, link_or_copy
 from nightpress.core.compress.model.merging import Merger
@@ -180,7 +180,7 @@ class _Merging:
                 hint="Merge it with peft (`merge_and_unload().save_pretrained(folder)`) and bring that folder.",
                 file=ADAPTER_WEIGHTS,
             )
-        write_file(path, json.dumps({**config, "vocab_size": rows.pop()}, indent=2).encode() + b"\n")
+        write_json(path, {**config, "vocab_size": rows.pop()})
 
 
 def adapter_of(source: Path) -> Path | None:

@@ -19,7 +19,6 @@ from nightpress.core.compress.context import PassContext
 from nightpress.core.compress.executors.calls import Calls
 from nightpress.core.compress.executors.live_block import probe_of
 from nightpress.core.compress.executors.watch import split_mask, without_padding
-from nightpress.core.compress.model.checkpoint import read_shards
 from nightpress.core.compress.model.networks import load_model
 from nightpress.core.compress.model.rows import unsupported
 from nightpress.core.compress.model.skeleton import Batch, Skeleton
@@ -51,7 +50,7 @@ def survey(source: Path, samples: Batch, context: PassContext, watched: str | No
     The processes of `context.group` share out the samples, and all yield the same figures.
     Raises NightpressError(numerical_failure) for a block whose input or output is not finite.
     """
-    files = SourceTensors(read_shards(source))
+    files = SourceTensors.in_folder(source)
     device = torch.device(context.device)
     samples, real = split_mask(samples)
     group, probe = context.group, probe_of(samples)

@@ -12,14 +12,7 @@ from torch import Tensor
 
 from nightpress.core.compress.grids.packing import pack_bits
 from nightpress.core.compress.grids.pressed_weights import PressedWeights
-from nightpress.core.compress.model.checkpoint import (
-    TORCH_DTYPES,
-    read_shards,
-    tensor_info,
-    write_file,
-    write_index,
-    write_tensors,
-)
+from nightpress.core.compress.model.checkpoint import TORCH_DTYPES, tensor_info, write_index, write_json, write_tensors
 from nightpress.core.compress.model.companions import copy_companions
 from nightpress.core.compress.model.source import SourceTensors
 from nightpress.core.errors import ErrorCode, NightpressError
@@ -54,7 +47,7 @@ def save(model_dir: Path, out_dir: Path) -> None:
     Scales and biases have the type of the model. With zero points, a bias is a multiple of its scale that 16 bits may have to round.
     Raises NightpressError(invalid_recipe) if MLX's groups don't divide a layer's.
     """
-    pressed, stored = PressedWeights(model_dir), SourceTensors(read_shards(model_dir))
+    pressed, stored = PressedWeights(model_dir), SourceTensors.in_folder(model_dir)
     parts = [_part(pressed, stored, name) for name in pressed]
     shards = list(_shards(parts))
     copy_companions(model_dir, out_dir)
@@ -130,7 +123,7 @@ def _describe(out_dir: Path, parts: Sequence[_Part]) -> None:
     grids = {part.module: {"group_size": part.group_size, "bits": part.bits} for part in parts if part.bits}
     if grids:
         config["quantization"] = _quantization(grids)
-    write_file(path, json.dumps(config, indent=2).encode() + b"\n")
+    write_json(path, config)
 
 
 def _older_keys(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -8,7 +8,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from nightpress.core.compress.model.checkpoint import write_file
+from nightpress.core.compress.model.checkpoint import write_json
 from nightpress.core.recipes.header import ModelHeader
 from nightpress.core.recipes.pooling import MODULES_FILE, POOLING_FLAGS, module_folders
 
@@ -41,4 +41,4 @@ def _longest_text(folder: Path, header: ModelHeader) -> int | None:
 def _add(file: Path, config: dict[str, Any], keys: dict[str, Any]) -> None:
     missing = {key: value for key, value in keys.items() if key not in config}
     if missing:
-        write_file(file, json.dumps(config | missing, indent=2).encode() + b"\n")
+        write_json(file, config | missing)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from nightpress.core.compress.export import onnx
 from nightpress.core.compress.graph.tracing import Traced
-from nightpress.core.compress.model.checkpoint import write_file
+from nightpress.core.compress.model.checkpoint import write_json
 from nightpress.core.compress.passes.registry import Records, RuntimePasses
 from nightpress.core.errors import ErrorCode, NightpressError
 
@@ -35,7 +35,7 @@ def save(model_dir: Path, out_dir: Path, traced: Traced, passes: RuntimePasses, 
     # The graph has the codes. The loader would refuse a config that it doesn't know.
     config.pop("quantization_config", None)
     config["transformers.js_config"] = {"dtype": kind}  # the default, so that a page need not name a number type
-    write_file(out_dir / "config.json", json.dumps(config, indent=2).encode() + b"\n")
+    write_json(out_dir / "config.json", config)
     return tuple(
         record.model_copy(update={"summary": record.summary | {"format": "transformers.js"}}) for record in records
     )

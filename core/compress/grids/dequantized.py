@@ -10,10 +10,9 @@ from torch import Tensor
 from nightpress.core.compress.grids.stored import from_tensors
 from nightpress.core.compress.model.checkpoint import (
     SAFETENSORS_DTYPES,
-    read_shards,
     tensor_info,
-    write_file,
     write_index,
+    write_json,
     write_tensors,
 )
 from nightpress.core.compress.model.companions import copy_companions
@@ -28,7 +27,7 @@ class StoredWeights:
     """The weights of a folder under their names in the float model, dequantized if they are codes of any scheme."""
 
     def __init__(self, model_dir: Path) -> None:
-        self._source = SourceTensors(read_shards(model_dir))
+        self._source = SourceTensors.in_folder(model_dir)
         held = self._source.names()
         self.quantized = sorted(name.removesuffix("_scale") for name in held if name.endswith("weight_scale"))
         parts = {name + part for name in self.quantized for part in _PARTS}
@@ -108,7 +107,7 @@ def write_dequantized(pressed: Path, target: Path) -> None:
     weights = StoredWeights(pressed)
     config = json.loads((pressed / "config.json").read_bytes())
     config.pop("quantization_config", None)
-    write_file(target / "config.json", json.dumps(config, indent=2).encode() + b"\n")
+    write_json(target / "config.json", config)
     infos = [tensor_info(name, weights.stored_dtype(name), weights.shape(name)) for name in weights.names]
     floats = ((name, weights.floats(name)) for name in weights.names)
     tensors = ((name, tensor.to(weights.dtype) if name in weights.quantized else tensor) for name, tensor in floats)

@@ -12,7 +12,6 @@ from nightpress.core.compress.grids.gguf_blocks import read_blocks
 from nightpress.core.compress.grids.grid import LARGEST_FLOAT, Grid
 from nightpress.core.compress.grids.packing import unpack_bits
 from nightpress.core.compress.grids.stored import unpack_e2m1
-from nightpress.core.compress.model.checkpoint import read_shards
 from nightpress.core.compress.model.source import SourceTensors
 from nightpress.core.recipes.gguf_types import GgufType, blocks_of
 from nightpress.core.recipes.schemes import BLOCK
@@ -56,7 +55,7 @@ class PressedWeights:
     """The tensors of a model folder under their names in the float model, whether or not a pass has packed them."""
 
     def __init__(self, model_dir: Path) -> None:
-        self._source = SourceTensors(read_shards(model_dir))
+        self._source = SourceTensors.in_folder(model_dir)
         self._packed = {name.removesuffix(_PACKED) for name in self._source.names() if name.endswith(_PACKED)}
         parts = {f"{name}_{part}" for name in self._packed for part in ("packed", "scale", "shape", "zero_point")}
         #: Weight → the tensor that holds its GGUF blocks

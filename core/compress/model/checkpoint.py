@@ -7,7 +7,7 @@ import contextlib
 import json
 import math
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -199,7 +199,7 @@ def write_index(folder: Path) -> None:
                 raise _malformed(shard.path, f"{stored.name} lies in {weight_map[stored.name]}, too")
     total = sum(stored.info.size for shard in shards for stored in shard.tensors)
     body = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-    write_file(folder / INDEX_FILE, json.dumps(body, indent=2).encode() + b"\n")
+    write_json(folder / INDEX_FILE, body)
 
 
 def write_file(path: Path, data: bytes) -> None:
@@ -215,6 +215,11 @@ def write_file(path: Path, data: bytes) -> None:
             sync_folder(path.parent)
         finally:
             partial.unlink(missing_ok=True)
+
+
+def write_json(path: Path, content: Mapping[str, Any] | Sequence[Any]) -> None:
+    """Write a JSON file for people, as `write_file` does."""
+    write_file(path, json.dumps(content, indent=2).encode() + b"\n")
 
 
 def sync_folder(folder: Path) -> None:

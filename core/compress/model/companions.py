@@ -5,7 +5,7 @@ import os
 import shutil
 from pathlib import Path
 
-from nightpress.core.compress.model.checkpoint import INDEX_FILE, disk_errors, write_file
+from nightpress.core.compress.model.checkpoint import INDEX_FILE, disk_errors, write_json
 
 _FAMILY = "speeds"  #: folder of the slower models of a family, inside the folder of the fastest
 
@@ -33,7 +33,7 @@ def forget_quantization(folder: Path) -> None:
     path = folder / "config.json"
     config = json.loads(path.read_bytes())
     config.pop("quantization_config", None)
-    write_file(path, json.dumps(config, indent=2).encode() + b"\n")
+    write_json(path, config)
     for name in ("quantize_config.json", "quant_config.json", "hf_quant_config.json"):
         (folder / name).unlink(missing_ok=True)
 

@@ -8,13 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from nightpress.core.compress.model.checkpoint import (
-    SAFETENSORS_DTYPES,
-    TORCH_DTYPES,
-    disk_errors,
-    read_shards,
-    sync_folder,
-)
+from nightpress.core.compress.model.checkpoint import SAFETENSORS_DTYPES, TORCH_DTYPES, disk_errors, sync_folder
 from nightpress.core.compress.model.companions import copy_companions
 from nightpress.core.compress.model.modules import quiet, take_own_shapes
 from nightpress.core.compress.model.rows import find_rows
@@ -45,7 +39,7 @@ def load_model(folder: Path, header: ModelHeader, *, attention: str | None = Non
                 ignore_mismatched_sizes=OWN_SHAPES in header.config,
             )
         if OWN_SHAPES in header.config:
-            take_own_shapes(model, SourceTensors(read_shards(folder)))
+            take_own_shapes(model, SourceTensors.in_folder(folder))
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise NightpressError(
             ErrorCode.MALFORMED_MODEL,

@@ -6,7 +6,7 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-from nightpress.core.compress.model.checkpoint import write_file
+from nightpress.core.compress.model.checkpoint import write_json
 from nightpress.core.compress.model.loading import takes_codes
 from nightpress.core.errors import ErrorCode, NightpressError
 from nightpress.core.recipes.linears import is_expert
@@ -35,7 +35,7 @@ def write_config(model_dir: Path, schemes: Mapping[str, Scheme], *, kept: Collec
     if cache_scheme is not None and "num_attention_heads" in config:
         # transformers needs this number, but the config of a family without grouped heads lacks it.
         config.setdefault("num_key_value_heads", config["num_attention_heads"])
-    write_file(path, json.dumps(config, indent=2).encode() + b"\n")
+    write_json(path, config)
     cache.unlink(missing_ok=True)
 
 

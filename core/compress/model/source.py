@@ -2,11 +2,12 @@
 
 import os
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from nightpress.core.compress.model.checkpoint import TORCH_DTYPES, Shard, StoredTensor
+from nightpress.core.compress.model.checkpoint import TORCH_DTYPES, Shard, StoredTensor, read_shards
 from nightpress.core.errors import ErrorCode, NightpressError
 
 _PIECE = 16 * 1024**2  #: bytes copied at a time
@@ -18,6 +19,11 @@ class SourceTensors:
     def __init__(self, shards: tuple[Shard, ...]) -> None:
         self.shards = shards
         self._places = {stored.name: (shard, stored) for shard in self.shards for stored in shard.tensors}
+
+    @classmethod
+    def in_folder(cls, folder: Path) -> "SourceTensors":
+        """The tensors of a model's folder. Raises the errors of `read_shards`."""
+        return cls(read_shards(folder))
 
     def __contains__(self, name: object) -> bool:
         return name in self._places

@@ -11,7 +11,7 @@ from torch import Tensor
 from nightpress.core.compress.context import PassContext
 from nightpress.core.compress.data.rows import read_rows
 from nightpress.core.compress.data.tokenized import open_tokenizer, text_windows
-from nightpress.core.compress.model.checkpoint import write_file
+from nightpress.core.compress.model.checkpoint import write_json
 
 _SETTINGS_FILE = "generation_config.json"
 
@@ -28,4 +28,4 @@ def change_settings(folder: Path, settings: Mapping[str, Any], *, without: Set[s
     file = folder / _SETTINGS_FILE
     config = json.loads(file.read_bytes()) if file.is_file() else {}
     kept = {name: value for name, value in config.items() if name not in without}
-    write_file(file, json.dumps({**kept, **settings}, indent=2).encode() + b"\n")
+    write_json(file, {**kept, **settings})

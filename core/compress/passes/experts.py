@@ -15,7 +15,7 @@ from torch import Tensor
 from nightpress.core.compress.calibration.samples import calibration_samples
 from nightpress.core.compress.context import PassContext, over_ranks
 from nightpress.core.compress.executors.survey import survey
-from nightpress.core.compress.model.checkpoint import read_shards, write_file, write_index, write_tensors
+from nightpress.core.compress.model.checkpoint import write_index, write_json, write_tensors
 from nightpress.core.compress.model.companions import copy_companions
 from nightpress.core.compress.model.skeleton import Batch
 from nightpress.core.compress.model.source import SourceTensors
@@ -46,7 +46,7 @@ def experts(source: Path, target: Path, options: ExpertPruning, context: PassCon
     copy_companions(source, target)
     path = target / "config.json"
     changed = options.without(context.header, kept).config
-    write_file(path, json.dumps({**json.loads(path.read_bytes()), **changed}, indent=2).encode() + b"\n")
+    write_json(path, {**json.loads(path.read_bytes()), **changed})
     context.progress(1.0, "done")
     after = inspect_model(FolderFiles(target))
     return PassRecord(
@@ -85,7 +85,7 @@ def strongest(saliency: Tensor, count: int) -> tuple[int, ...]:
 def _copy(source: Path, target: Path, places: Mapping[str, Place | None]) -> None:
     """Copy all tensors but those of removed experts, shard by shard. The remaining experts are renumbered."""
     target.mkdir(parents=True, exist_ok=True)
-    files = SourceTensors(read_shards(source))
+    files = SourceTensors.in_folder(source)
     for shard in files.shards:
         copied = {}
         for stored in shard.tensors:

@@ -3,7 +3,6 @@
 At the end they are merged into the weights. Those of fixed codes are written as an adapter of PEFT instead.
 """
 
-import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,7 +12,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from nightpress.core.compress.model.checkpoint import disk_errors, sync_folder, write_file
+from nightpress.core.compress.model.checkpoint import disk_errors, sync_folder, write_json
 from nightpress.core.compress.model.networks import find_blocks
 from nightpress.core.compress.passes.scaled_linear import ScaledLinear
 from nightpress.core.recipes.passes.lessons import Lora
@@ -93,7 +92,7 @@ def write_adapter(folder: Path, added: Mapping[str, LowRank], rank: int, alpha: 
         tensors[f"base_model.model.{name}.lora_B.weight"] = low_rank.b.detach().cpu().contiguous()
     with disk_errors():
         folder.mkdir(parents=True, exist_ok=True)
-        write_file(folder / "adapter_config.json", json.dumps(config, indent=2).encode() + b"\n")
+        write_json(folder / "adapter_config.json", config)
         save_file(tensors, folder / "adapter_model.safetensors", {"format": "pt"})
         sync_folder(folder)
 

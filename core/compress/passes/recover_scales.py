@@ -126,7 +126,7 @@ def changed(model: Any, scaled: Mapping[str, ScaledLinear], source: Path) -> dic
 
 def write_recovered(source: Path, target: Path, tensors: Mapping[str, Tensor]) -> None:
     """Copy the folder, with these tensors in place of its own. Each is stored in the dtype that it has there."""
-    own = SourceTensors(read_shards(source))
+    own = SourceTensors.in_folder(source)
     with disk_errors():
         shutil.copytree(source, target, dirs_exist_ok=True)
         for shard in read_shards(target):

@@ -26,6 +26,7 @@ from nightpress.core.compress.model.checkpoint import (
     tensor_bytes,
     write_file,
     write_index,
+    write_json,
 )
 from nightpress.core.compress.model.companions import copy_companions
 from nightpress.core.compress.model.skeleton import Skeleton
@@ -206,7 +207,7 @@ def _rounding_error(weight: Tensor, power: Tensor | None = None) -> tuple[float,
 def _untie(folder: Path) -> None:
     path = folder / "config.json"
     config = json.loads(path.read_text())
-    write_file(path, json.dumps({**config, "tie_word_embeddings": False}, indent=2).encode())
+    write_json(path, {**config, "tie_word_embeddings": False})
 
 
 @torch.no_grad()
@@ -219,7 +220,7 @@ def answers_alike(source: Path, target: Path, header: ModelHeader) -> float:
 
 def _logits(folder: Path, ids: Tensor, header: ModelHeader) -> Tensor:
     """Logits [tokens, words] of some words, float32."""
-    tensors = SourceTensors(read_shards(folder))
+    tensors = SourceTensors.in_folder(folder)
     skeleton = Skeleton(folder, tensors, "cpu", torch.float32, {"input_ids": ids})
     ((hidden, calls),) = skeleton.capture(0, [{"input_ids": ids}], [])
     for index, call in calls:

@@ -160,7 +160,7 @@ def _measure(
     method = Sensitivity(errors_of, source)
     samples = calibration_samples(source, context)
     press_blocks(source, scratch, method, samples, context, chosen=chosen, recipe=f"sensitivity {recipe}")
-    written = SourceTensors(read_shards(scratch))
+    written = SourceTensors.in_folder(scratch)
     names = (tensor.name for shard in read_shards(source) for tensor in shard.tensors)
     found = {name: written.read(name + _ERRORS).tolist() for name in names if name + _ERRORS in written}
     shutil.rmtree(scratch)
@@ -176,7 +176,7 @@ class Sensitivity:
     by_group = True
 
     def __init__(self, errors_of: ErrorsOf, source: Path) -> None:
-        self._errors_of, self._source = errors_of, SourceTensors(read_shards(source))
+        self._errors_of, self._source = errors_of, SourceTensors.in_folder(source)
         self._places = {name: place for place, name in enumerate(self._source.names())}
 
     def watch(self, columns: int, device: torch.device) -> Gram:

@@ -15,7 +15,7 @@ from nightpress.core.compress.context import PassContext, over_ranks
 from nightpress.core.compress.executors.blocks import FinalTensor, Inputs, press_blocks
 from nightpress.core.compress.executors.rewrite import Effect
 from nightpress.core.compress.executors.survey import block_gradients, survey, unit_gradients
-from nightpress.core.compress.model.checkpoint import read_shards, tensor_bytes, write_file, write_index, write_tensors
+from nightpress.core.compress.model.checkpoint import tensor_bytes, write_index, write_json, write_tensors
 from nightpress.core.compress.model.companions import copy_companions
 from nightpress.core.compress.model.skeleton import Batch
 from nightpress.core.compress.model.source import SourceTensors
@@ -63,7 +63,7 @@ def narrow(source: Path, target: Path, options: Narrowing, context: PassContext)
             recipe=options.model_dump_json() + _digest(scores),
         )
         copy_companions(source, folder)
-        after = SourceTensors(read_shards(folder))
+        after = SourceTensors.in_folder(folder)
         units = [after.stored(anatomy.name(at, inner.output)).info.shape[axis] for at in range(anatomy.layers)]
         kept = tuple(count // anatomy.unit(inner) for count in units)
         _write_config(folder, options.config(context.header, kept))
@@ -284,7 +284,7 @@ def _copy_blocks(source: Path, target: Path, anatomy: Anatomy, kept: Sequence[in
     """Copy all tensors but those of removed blocks, shard by shard. The remaining blocks are renumbered from 0."""
     target.mkdir(parents=True, exist_ok=True)
     number = {before: after for after, before in enumerate(kept)}
-    files = SourceTensors(read_shards(source))
+    files = SourceTensors.in_folder(source)
     for shard in files.shards:
         names = {}
         for tensor in shard.tensors:
@@ -302,7 +302,7 @@ def _copy_blocks(source: Path, target: Path, anatomy: Anatomy, kept: Sequence[in
 def _write_config(target: Path, changed: Mapping[str, Any]) -> None:
     path = target / "config.json"
     written = json.loads(path.read_bytes())
-    write_file(path, json.dumps({**written, **changed}, indent=2).encode() + b"\n")
+    write_json(path, {**written, **changed})
 
 
 def _record(

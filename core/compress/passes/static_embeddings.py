@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from nightpress.core.compress.context import PassContext
-from nightpress.core.compress.model.checkpoint import disk_errors, tensor_info, write_file, write_tensors
+from nightpress.core.compress.model.checkpoint import disk_errors, tensor_info, write_file, write_json, write_tensors
 from nightpress.core.compress.model.networks import load_model
 from nightpress.core.compress.numerical_failures import check_finite
 from nightpress.core.compress.passes.registry import folder_pass
@@ -164,7 +164,7 @@ def _write(source: Path, target: Path, table: Tensor, tokenizer: Any) -> None:
             del settings["truncate_dim"]
         files[CONFIG_FILE] = settings
     for name, content in files.items():
-        write_file(target / name, json.dumps(content, indent=2).encode() + b"\n")
+        write_json(target / name, content)
     write_file(target / "tokenizer.json", tokenizer.to_str().encode())
     for name in _CARRIED:
         if (source / name).is_file():

@@ -3,10 +3,9 @@
 import json
 import time
 from pathlib import Path
-from typing import Any
 
 from nightpress.core.compress.context import PassContext
-from nightpress.core.compress.model.checkpoint import write_file
+from nightpress.core.compress.model.checkpoint import write_json
 from nightpress.core.compress.model.companions import copy_folder
 from nightpress.core.compress.passes.registry import folder_pass
 from nightpress.core.handoff.report import PassRecord
@@ -26,10 +25,10 @@ def truncate_embeddings(source: Path, target: Path, options: TruncateEmbeddings,
     copy_folder(source, target)
     file, header = target / CONFIG_FILE, context.header
     settings = json.loads(file.read_bytes()) if file.is_file() else {"prompts": {}, "similarity_fn_name": "cosine"}
-    _write(file, settings | {"truncate_dim": options.dimensions})
+    write_json(file, settings | {"truncate_dim": options.dimensions})
     if not (target / MODULES_FILE).is_file():
         kinds = {"": "Transformer", _POOLING: "Pooling"}
-        _write(
+        write_json(
             target / MODULES_FILE,
             [
                 {"idx": at, "name": str(at), "path": path, "type": f"{_PREFIX}.{kind}"}
@@ -41,12 +40,10 @@ def truncate_embeddings(source: Path, target: Path, options: TruncateEmbeddings,
         pooling = target / _POOLING / "config.json"
         if not pooling.is_file():
             pooling.parent.mkdir(exist_ok=True)
-            _write(pooling, {"word_embedding_dimension": wide, "pooling_mode": modes if len(modes) > 1 else modes[0]})
+            write_json(
+                pooling, {"word_embedding_dimension": wide, "pooling_mode": modes if len(modes) > 1 else modes[0]}
+            )
     seconds = time.monotonic() - start
     return PassRecord(
         index=context.index, name=options.name, seconds=seconds, summary={"dimensions": options.dimensions}
     )
-
-
-def _write(file: Path, content: Any) -> None:
-    write_file(file, json.dumps(content, indent=2).encode() + b"\n")

@@ -19,7 +19,7 @@ from nightpress.core.compress.data.vocabulary import State, count_tokens, cut_to
 from nightpress.core.compress.executors.rewrite import Effect, Put
 from nightpress.core.compress.executors.stream import sweep
 from nightpress.core.compress.grids.workspace import Workspace
-from nightpress.core.compress.model.checkpoint import write_file
+from nightpress.core.compress.model.checkpoint import write_file, write_json
 from nightpress.core.compress.model.companions import copy_companions
 from nightpress.core.compress.passes.registry import folder_pass
 from nightpress.core.errors import ErrorCode, NightpressError
@@ -191,7 +191,7 @@ def _write_files(target: Path, tokenizer: State, configs: Mapping[str, Any], num
         (target / name).unlink(missing_ok=True)
     write_file(target / "tokenizer.json", json.dumps(tokenizer, ensure_ascii=False).encode())
     for name, config in configs.items():
-        _write(target / name, _renumbered(config, number))
+        write_json(target / name, _renumbered(config, number))
     file = target / "tokenizer_config.json"
     if file.is_file():
         settings = json.loads(file.read_bytes())
@@ -200,7 +200,7 @@ def _write_files(target: Path, tokenizer: State, configs: Mapping[str, Any], num
             settings["added_tokens_decoder"] = {
                 str(number[int(at)]): token for at, token in decoder.items() if int(at) in number
             }
-            _write(file, settings)
+            write_json(file, settings)
 
 
 def _renumbered(config: dict[str, Any], number: Mapping[int, int]) -> dict[str, Any]:
@@ -220,10 +220,6 @@ def _renumbered(config: dict[str, Any], number: Mapping[int, int]) -> dict[str, 
         else:
             found[key] = new(value) if _names_tokens(key) else value
     return found
-
-
-def _write(file: Path, content: Any) -> None:
-    write_file(file, json.dumps(content, indent=2).encode() + b"\n")
 
 
 def _unusable(what: str) -> NightpressError:

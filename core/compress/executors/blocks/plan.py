@@ -15,7 +15,7 @@ from torch import Tensor
 from nightpress.core.compress.context import PassContext
 from nightpress.core.compress.executors.live_block import probe_of
 from nightpress.core.compress.executors.watch import split_mask
-from nightpress.core.compress.model.checkpoint import SAFETENSORS_DTYPES, read_shards
+from nightpress.core.compress.model.checkpoint import SAFETENSORS_DTYPES
 from nightpress.core.compress.model.experts import Experts
 from nightpress.core.compress.model.skeleton import Batch, Skeleton
 from nightpress.core.compress.model.source import SourceTensors
@@ -80,7 +80,7 @@ def make_plan(
 
     Raises NightpressError for a model whose blocks can't be found.
     """
-    source = SourceTensors(read_shards(folder))
+    source = SourceTensors.in_folder(folder)
     unmasked, real = split_mask(samples)
     dtype = _compute_dtype(source, chosen, context)
     group = context.group
