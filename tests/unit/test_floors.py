@@ -4,9 +4,14 @@ from pathlib import Path
 
 import pytest
 
-from bench.structure import Repeat, arrows_up, circles, import_graph, package_arrows, repeats, structure
+from bench.structure import Repeat, Structure, arrows_up, circles, import_graph, package_arrows, repeats, structure
 
 ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def checkout() -> Structure:
+    return structure(ROOT)
 
 
 def test_no_files_import_each_other_in_a_circle():
@@ -17,8 +22,13 @@ def test_no_files_import_each_other_in_a_circle():
     assert circles(files) == []
 
 
-def test_no_package_imports_a_package_that_imports_it():
-    assert structure(ROOT).arrows_up == {}
+def test_no_package_imports_a_package_that_imports_it(checkout: Structure):
+    assert checkout.arrows_up == {}
+
+
+def test_fewer_than_a_hundred_pairs_of_places_repeat_each_other(checkout: Structure):
+    longest = sorted(checkout.repeats, key=lambda repeat: -repeat.lines)[:10]
+    assert checkout.repeated < 100, f"`python -m bench.structure` lists all. The longest: {longest}"
 
 
 def test_an_import_within_a_function_closes_a_circle_as_any_other(tmp_path: Path):
