@@ -30,6 +30,7 @@ from bench.record import Figure, finish, make_parser
 CONNECTIONS = 16
 OPEN_RATE = 50
 POOL = 8
+_PATIENCE_S = 120.0  #: seconds that a server may take to start on a busy machine
 
 
 # The peer ------------------------------------------------------------------------------------------------------------
@@ -180,15 +181,19 @@ def load(target: Target, mode: str, seconds: float) -> Any:
 
 
 def start(command: list[str], port: int, env: dict[str, str], log: Path) -> subprocess.Popen[bytes]:
+    """Start a server and wait until it answers. Raises RuntimeError with its log if it ends, or does not answer within `_PATIENCE_S`."""
     with log.open("wb") as stream:
         process = subprocess.Popen(command, env={**os.environ, **env}, stdout=stream, stderr=stream)
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + _PATIENCE_S
     while True:
         try:
             httpx.get(f"http://127.0.0.1:{port}/healthz").raise_for_status()
         except httpx.HTTPError:
             if process.poll() is not None or time.monotonic() > deadline:
-                raise RuntimeError(log.read_text()) from None
+                status = process.poll()
+                process.kill()
+                what = f"did not answer within {_PATIENCE_S:g} s" if status is None else f"ended with status {status}"
+                raise RuntimeError(f"{' '.join(command)} {what}: {log.read_text() or 'it said nothing'}") from None
             time.sleep(0.05)
         else:
             return process
