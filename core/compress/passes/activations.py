@@ -13,15 +13,15 @@ from nightpress.core.compress.context import PassContext
 from nightpress.core.compress.executors.blocks import FinalTensor, Inputs, Statistic
 from nightpress.core.compress.executors.live_block import LiveBlock, group_of
 from nightpress.core.compress.executors.watch import without_padding
-from nightpress.core.compress.grids.stored import Coded, from_tensors, grid_of, round_weight
+from nightpress.core.compress.grids.stored import from_tensors, grid_of, round_weight
 from nightpress.core.compress.model.checkpoint import write_file
 from nightpress.core.compress.model.quantization_config import CACHE_FILE
 from nightpress.core.compress.numerical_failures import check_finite
-from nightpress.core.compress.passes.blockwise import made_up, press, quantize, record, scheme_of, settle_coded
+from nightpress.core.compress.passes.blockwise import made_up, press, quantize, record, scheme_of, settle_all_coded
 from nightpress.core.compress.passes.folding import BlockFold, Folding, FoldTarget
 from nightpress.core.compress.passes.quantize import stream_rounded
 from nightpress.core.compress.passes.registry import folder_pass
-from nightpress.core.compress.passes.stacks import join_rows, share_rows, sharing
+from nightpress.core.compress.passes.stacks import share_rows, sharing
 from nightpress.core.compress.ranks.group import ALONE, Group
 from nightpress.core.compress.solvers.gptq import round_obs
 from nightpress.core.compress.solvers.obs import factorize
@@ -120,25 +120,26 @@ class RoundedInputs:
     def _round(
         self, inputs: Inputs, factors: Tensor, weights: Mapping[str, Tensor], block: Mapping[str, Tensor]
     ) -> dict[str, FinalTensor]:
-        strengths, settled = _strengths(inputs.statistic), {}
+        strengths = _strengths(inputs.statistic)
+        settled: dict[str, FinalTensor] = {}
+        group = sharing(weights.values(), group_of(block, inputs.names[0]))
         factor = gram = None
         if strengths.gram is not None and self._smooth is not None:
             gram = strengths.gram.matrix() / factors / factors.view(-1, 1)
-            factor = factorize(gram, damping=self._smooth.damping, by_power=True)
+            factor = factorize(gram, damping=self._smooth.damping, by_power=True, group=group)
         for name, weight in weights.items():
             stored, scheme = block[name].dtype, scheme_of(self._schemes, name)
+            scales = {}
+            if self._inputs_of(name) == "static":
+                scales[name] = input_scale(strengths.largest / factors, self._grid).to(stored)
             if factor is not None and gram is not None:
-                group = sharing(weight, group_of(block, name), free=True)
-                part = round_obs(share_rows(weight, group), gram, factor, scheme, stored)
-                assert part.zero_point is None  # the grid is symmetric
-                coded = Coded(join_rows(part.codes, weight, group), join_rows(part.scale, weight, group), None)
+                own, rows = share_rows(weight, group), {name: len(weight)}
+                coded = round_obs(own, gram, factor, scheme, stored)
+                settled |= settle_all_coded({name: (coded, own)}, scheme, input_scales=scales, rows=rows, group=group)
             else:
                 largest = float(weight.abs().max()) if scheme.strategy == "tensor" else None
                 coded = round_weight(weight, scheme, stored, largest=largest)
-            scale = None
-            if self._inputs_of(name) == "static":
-                scale = input_scale(strengths.largest / factors, self._grid).to(stored)
-            settled[name] = settle_coded(name, scheme, coded, weight, input_scale=scale)
+                settled |= settle_all_coded({name: (coded, weight)}, scheme, input_scales=scales)
         return settled
 
     def _inputs_of(self, name: str) -> Rounded:

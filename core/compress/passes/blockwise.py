@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,8 @@ from nightpress.core.compress.grids.stored import Coded, dequantized, to_tensors
 from nightpress.core.compress.model.checkpoint import read_shards
 from nightpress.core.compress.model.companions import copy_companions
 from nightpress.core.compress.model.quantization_config import write_config
+from nightpress.core.compress.passes.stacks import share_rows
+from nightpress.core.compress.ranks.group import ALONE, Group
 from nightpress.core.compress.solvers.gram import Gram, GramAndPeak
 from nightpress.core.handoff.report import LayerEffect, PassRecord, Series
 from nightpress.core.recipes.passes import PassOptions, Quantizing
@@ -143,22 +146,42 @@ def settle_coded(
 
 
 def settle_all_coded(
-    weights: Mapping[str, tuple[Coded, Tensor]], scheme: Scheme, *, input_scales: Mapping[str, Tensor]
+    weights: Mapping[str, tuple[Coded, Tensor]],
+    scheme: Scheme,
+    *,
+    input_scales: Mapping[str, Tensor],
+    rows: Mapping[str, int] | None = None,
+    group: Group = ALONE,
 ) -> dict[str, FinalTensor]:
     """`settle_coded` for several weights of one scheme: name → (coded weight, weight before rounding). Waits for the device once.
 
-    input_scales: by weight, of those whose inputs have a static scale.
+    input_scales: by weight, of those whose inputs have a static scale. group: processes that each give the rows that `Group.share` says;
+    rows: the number of all rows of each weight. Only the first of them makes the tensors to write.
     """
-    after = {name: dequantized(coded, scheme) for name, (coded, _) in weights.items()}
-    effects = effects_of([(before, after[name]) for name, (_, before) in weights.items()])
+    joined = {name: coded for name, (coded, _) in weights.items()}
+    if rows is not None:
+        joined = {name: join_coded(coded, rows[name], group) for name, coded in joined.items()}
+    after = {name: dequantized(coded, scheme) for name, coded in joined.items()}
+    changes = [(before, share_rows(after[name], group)) for name, (_, before) in weights.items()]
     return {
         name: FinalTensor(
             weight=after[name],
-            tensors=to_tensors(name, scheme, coded, input_scale=input_scales.get(name)),
+            tensors=to_tensors(name, scheme, coded, input_scale=input_scales.get(name)) if group.first else {},
             effect=effect,
+            joined=group.size > 1,
         )
-        for (name, (coded, _)), effect in zip(weights.items(), effects, strict=True)
+        for (name, coded), effect in zip(joined.items(), effects_of(changes, group), strict=True)
     }
+
+
+def join_coded(part: Coded, rows: int, group: Group) -> Coded:
+    """The whole coded weight [rows, in], of which each process has the rows that `Group.share` says. Its scales are in its rows."""
+    return replace(
+        part,
+        codes=group.join_rows(part.codes, rows),
+        scale=group.join_rows(part.scale, rows),
+        zero_point=None if part.zero_point is None else group.join_rows(part.zero_point, rows),
+    )
 
 
 def watch_inputs(options: Formatted, columns: int, device: torch.device) -> Gram:
@@ -187,8 +210,11 @@ def effect_of(before: Tensor, after: Tensor) -> Effect:
     return effects_of([(before, after)])[0]
 
 
-def effects_of(changes: Sequence[tuple[Tensor, Tensor]]) -> list[Effect]:
-    """The effects of changes (before, after), both float32 [out, in] on one device. Waits for the device once."""
+def effects_of(changes: Sequence[tuple[Tensor, Tensor]], group: Group = ALONE) -> list[Effect]:
+    """The effects of changes (before, after), both float32 [out, in] on one device. Waits for the device once.
+
+    group: processes that each give other rows of the same weights.
+    """
     sums = [
         torch.stack(
             [
@@ -199,4 +225,6 @@ def effects_of(changes: Sequence[tuple[Tensor, Tensor]]) -> list[Effect]:
         )
         for before, after in changes
     ]
-    return [Effect(error, norm, int(zeros)) for error, norm, zeros in torch.stack(sums).tolist()]
+    whole = torch.stack(sums)
+    group.sum(whole)
+    return [Effect(error, norm, int(zeros)) for error, norm, zeros in whole.tolist()]

@@ -2,7 +2,6 @@
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,35 +9,34 @@ import torch
 from torch import Tensor
 
 from nightpress.core.compress.context import PassContext
-from nightpress.core.compress.executors.blocks import FinalTensor, Inputs, merge_settled
+from nightpress.core.compress.executors.blocks import FinalTensor, Inputs
 from nightpress.core.compress.executors.live_block import LiveBlock, group_of
 from nightpress.core.compress.grids.stored import Coded, from_tensors, grid_of, round_weight
 from nightpress.core.compress.model.checkpoint import read_shards
 from nightpress.core.compress.passes.blockwise import (
     Schemes,
-    effect_of,
     effects_of,
     input_scales,
+    join_coded,
     made_up,
     press,
     quantize,
     record,
     scheme_of,
     settle_all_coded,
-    settle_coded,
     watch_inputs,
 )
 from nightpress.core.compress.passes.folding import BlockFold, Folding, FoldTarget
 from nightpress.core.compress.passes.quantize import OnGrid, shared_peak
 from nightpress.core.compress.passes.registry import folder_pass
 from nightpress.core.compress.passes.sensitivity import press_with_bits
-from nightpress.core.compress.passes.stacks import Stack, join_rows, share_rows, sharing, stacks
+from nightpress.core.compress.passes.stacks import Stack, factored, share_rows, sharing, stacks
 from nightpress.core.compress.passes.zeros import with_storage
 from nightpress.core.compress.ranks.group import Group
 from nightpress.core.compress.solvers.awq import AwqLayer, search_scales
 from nightpress.core.compress.solvers.gptq import round_obs
 from nightpress.core.compress.solvers.gram import Gram
-from nightpress.core.compress.solvers.obs import Factor, Prune, factorize, solve
+from nightpress.core.compress.solvers.obs import Factor, Prune, solve
 from nightpress.core.compress.solvers.wanda import Power, wanda_mask
 from nightpress.core.errors import ErrorCode, NightpressError
 from nightpress.core.handoff.report import PassRecord
@@ -117,26 +115,34 @@ class Quantized:
     ) -> dict[str, FinalTensor]:
         settled: dict[str, FinalTensor] = {}
         scales = input_scales(inputs)
-        for scheme, solved in self._solve(block, inputs, device, group_of(block)):
-            settled |= settle_all_coded(solved, scheme, input_scales=scales)
+        for scheme, solved, group in self._solve(block, inputs, device, group_of(block)):
+            rows = {name: len(block[name]) for name in solved}
+            settled |= settle_all_coded(solved, scheme, input_scales=scales, rows=rows, group=group)
         return settled
 
     def codes(
         self, block: Mapping[str, Tensor], inputs: Sequence[Inputs], device: torch.device, group: Group
     ) -> dict[str, Coded]:
         """The codes of the weights [out, in] that read these inputs."""
-        solved = self._solve(block, inputs, device, group)
-        return {name: coded for _, weights in solved for name, (coded, _) in weights.items()}
+        return {
+            name: join_coded(coded, len(block[name]), ranks)
+            for _, solved, ranks in self._solve(block, inputs, device, group)
+            for name, (coded, _) in solved.items()
+        }
 
     def _solve(
         self, block: Mapping[str, Tensor], inputs: Sequence[Inputs], device: torch.device, group: Group
-    ) -> Iterator[tuple[Scheme, dict[str, tuple[Coded, Tensor]]]]:
-        """Yield weights of one scheme: name → (coded weight, weight before rounding in float32)."""
-        for stack in stacks(block, inputs, device, lambda name: scheme_of(self._schemes, name)):
-            factor = factorize(stack.gram, damping=self._options.damping, by_power=self._options.order == "activation")
-            for places in self._together(stack.groups[0]):
-                scheme = scheme_of(self._schemes, stack.groups[0][places[0]])
-                yield scheme, self._solve_stack(stack, factor, scheme, places, block, device, group)
+    ) -> Iterator[tuple[Scheme, dict[str, tuple[Coded, Tensor]], Group]]:
+        """Yield weights of one scheme: name → (coded weight, weight before rounding in float32), and the processes that have their rows."""
+        found = stacks(block, inputs, device, lambda name: scheme_of(self._schemes, name))
+        by_power = self._options.order == "activation"
+        for stack, gram, factor in factored(found, device, group, damping=self._options.damping, by_power=by_power):
+            for places in self._together(stack.names):
+                scheme = scheme_of(self._schemes, stack.names[places[0]])
+                ranks = stack.sharing(block, places, group, free=_rows_are_free(self._prune))
+                before = stack.weights(block, places, device, ranks)
+                coded = self._round(before, gram, factor, scheme, block[stack.names[places[0]]].dtype, ranks)
+                yield scheme, _of_each(coded, before, stack, block, places, ranks), ranks
 
     def _together(self, names: Sequence[str]) -> list[list[int]]:
         """The places of the weights of a group that are solved together: free rows need only the same scheme."""
@@ -147,44 +153,21 @@ class Quantized:
             places.setdefault(scheme_of(self._schemes, name), []).append(at)
         return list(places.values())
 
-    def _solve_stack(
-        self,
-        stack: Stack,
-        factor: Factor,
-        scheme: Scheme,
-        places: Sequence[int],
-        block: Mapping[str, Tensor],
-        device: torch.device,
-        group: Group,
-    ) -> dict[str, tuple[Coded, Tensor]]:
-        weights = stack.weights(block, places, device)
-        group = sharing(weights, group, free=_rows_are_free(self._prune))
-        own = share_rows(weights, group)
-        part = round_obs(
-            own,
-            stack.gram,
+    def _round(
+        self, weights: Tensor, gram: Tensor, factor: Factor, scheme: Scheme, stored: torch.dtype, group: Group
+    ) -> Coded:
+        return round_obs(
+            weights,
+            gram,
             factor,
             scheme,
-            block[stack.groups[0][places[0]]].dtype,
+            stored,
             ranges=self._options.ranges,
             refine=self._options.refine,
             prune=self._prune,
             largest=self._largest,
             group=group,
         )
-        zero_point = None if part.zero_point is None else join_rows(part.zero_point, weights, group)
-        coded = replace(
-            part,
-            codes=join_rows(part.codes, weights, group),
-            scale=join_rows(part.scale, weights, group),
-            zero_point=zero_point,
-        )
-        before, codes, scales = (stack.each(part, block, places) for part in (weights, coded.codes, coded.scale))
-        zero_points = {} if coded.zero_point is None else stack.each(coded.zero_point, block, places)
-        return {
-            name: (Coded(codes[name], scales[name], zero_points.get(name), coded.global_scale), before[name])
-            for name in codes
-        }
 
     def restore(self, name: str, written: Mapping[str, Tensor]) -> Tensor:
         return from_tensors(name, scheme_of(self._schemes, name), written)
@@ -205,20 +188,20 @@ class Sparse:
         self, block: Mapping[str, Tensor], inputs: Sequence[Inputs], device: torch.device
     ) -> dict[str, FinalTensor]:
         settled: dict[str, FinalTensor] = {}
-        for stack in stacks(block, inputs, device, lambda _name: None):
-            factor = factorize(stack.gram, damping=self._damping)
-            each = range(len(stack.groups[0]))
-            free = _rows_are_free(self._prune)
+        found, free = stacks(block, inputs, device, lambda _name: None), _rows_are_free(self._prune)
+        for stack, _, factor in factored(found, device, group_of(block), damping=self._damping, by_power=False):
+            each = range(len(stack.names))
             for places in [list(each)] if free else [[at] for at in each]:
-                stacked = stack.weights(block, places, device)
-                before = stack.each(stacked, block, places)
-                group = sharing(stacked, group_of(block), free=free)
-                solved = solve(share_rows(stacked, group), factor, prune=self._prune, group=group).weight
-                after = stack.each(join_rows(solved, stacked, group), block, places)
+                group = stack.sharing(block, places, group_of(block), free=free)
+                stacked = stack.weights(block, places, device, group)
+                before = stack.each(stacked, block, places, group)
+                solved = solve(stacked, factor, prune=self._prune, group=group).weight
+                after = stack.each(solved, block, places, group)
                 values = {name: weight.to(block[name].dtype, copy=True) for name, weight in after.items()}
-                effects = effects_of([(before[name], values[name].float()) for name in values])
-                for (name, value), effect in zip(values.items(), effects, strict=True):
-                    settled[name] = FinalTensor(weight=value, tensors={name: value}, effect=effect)
+                effects = effects_of([(before[name], values[name].float()) for name in values], group)
+                for (name, rows), effect in zip(values.items(), effects, strict=True):
+                    value = group.join_rows(rows, len(block[name]))
+                    settled[name] = FinalTensor(value, {name: value}, effect, joined=group.size > 1)
         return settled
 
     def restore(self, name: str, written: Mapping[str, Tensor]) -> Tensor:
@@ -243,14 +226,13 @@ class WeightAndActivation:
         for group in inputs:
             assert isinstance(group.statistic, Power)
             for name in group.names:
-                weight = block[name].to(device)
-                ranks = sharing(weight, group_of(block), free=True)
-                part = share_rows(weight, ranks)
-                mask = wanda_mask(part, group.statistic.sum, self._prune.sparsity, self._prune.pattern)
-                gone = join_rows(mask, weight, ranks)
-                after = weight.masked_fill(gone, 0)
-                effect = effect_of(weight.float(), after.float())
-                settled[name] = FinalTensor(weight=after, tensors={name: after}, effect=effect)
+                ranks = sharing([block[name]], group_of(block))
+                before = share_rows(block[name], ranks).to(device)
+                mask = wanda_mask(before, group.statistic.sum, self._prune.sparsity, self._prune.pattern)
+                rows = before.masked_fill(mask, 0)
+                effect = effects_of([(before.float(), rows.float())], ranks)[0]
+                after = ranks.join_rows(rows, len(block[name]))
+                settled[name] = FinalTensor(after, {name: after}, effect, joined=ranks.size > 1)
         return settled
 
     def restore(self, name: str, written: Mapping[str, Tensor]) -> Tensor:
@@ -299,18 +281,16 @@ class ActivationAware:
                 place.apply(found, block, floats)
                 factors |= dict.fromkeys(place.targets, found)
         settled = {name: made_up(name, floats[name], block[name].dtype) for name in floats if name not in seen}
-        rounded = {}
-        common, own = ([name for name in seen if (name in block.own) is alone] for alone in (False, True))
-        shares = block.group.portion([floats[name].numel() for name in common])
-        for name in [*(common[at] for at in shares[block.group.rank]), *own]:
-            weight = floats.pop(name)
+        for name in seen:
+            group = sharing([block[name]], group_of(block, name))
+            weight = share_rows(floats.pop(name), group)
             statistic, scheme = seen[name].statistic, scheme_of(self._schemes, name)
             assert isinstance(statistic, Gram)
             importance = statistic.matrix().diagonal() / factors.get(name, torch.ones((), device=device)).square()
             coded = round_weight(weight, scheme, block[name].dtype, ranges=self._options.ranges, importance=importance)
-            rounded[name] = settle_coded(name, scheme, coded, weight)
-        alone = {name: rounded.pop(name) for name in own}
-        return settled | merge_settled(block.group, rounded, device) | alone
+            rows = {name: len(block[name])}
+            settled |= settle_all_coded({name: (coded, weight)}, scheme, input_scales={}, rows=rows, group=group)
+        return settled
 
     def restore(self, name: str, written: Mapping[str, Tensor]) -> Tensor:
         return from_tensors(name, scheme_of(self._schemes, name), written)
@@ -342,6 +322,18 @@ class ActivationAware:
         stacked = torch.cat([floats[name] for name in part.names])
         grid = grid_of(scheme_of(self._schemes, part.names[0]))
         return AwqLayer(stacked, part.statistic.matrix(), grid, part.share)
+
+
+def _of_each(
+    coded: Coded, before: Tensor, stack: Stack, block: Mapping[str, Tensor], places: Sequence[int], group: Group
+) -> dict[str, tuple[Coded, Tensor]]:
+    """Name → this process's rows of its coded weight, and of the weight before, which were computed for the stack."""
+    weights, codes, scales = (stack.each(part, block, places, group) for part in (before, coded.codes, coded.scale))
+    zero_points = {} if coded.zero_point is None else stack.each(coded.zero_point, block, places, group)
+    return {
+        name: (Coded(codes[name], scales[name], zero_points.get(name), coded.global_scale), weights[name])
+        for name in codes
+    }
 
 
 def _rows_are_free(prune: Prune | None) -> bool:

@@ -15,12 +15,14 @@ from torch import Tensor
 from nightpress.core.compress.calibration.samples import calibration_samples
 from nightpress.core.compress.context import PassContext
 from nightpress.core.compress.executors.blocks import FinalTensor, Inputs, press_blocks
+from nightpress.core.compress.executors.live_block import group_of
 from nightpress.core.compress.executors.rewrite import Effect
 from nightpress.core.compress.grids.stored import dequantized, round_weight
 from nightpress.core.compress.model.checkpoint import read_shards, write_file
 from nightpress.core.compress.model.source import SourceTensors
 from nightpress.core.compress.passes.blockwise import Schemes
 from nightpress.core.compress.passes.within import Search, smallest_model
+from nightpress.core.compress.ranks.group import Group
 from nightpress.core.compress.solvers.gram import Gram
 from nightpress.core.compress.solvers.knapsack import choose
 from nightpress.core.compress.solvers.upgrades import upgrades
@@ -185,16 +187,27 @@ class Sensitivity:
     def settle(
         self, block: Mapping[str, Tensor], inputs: Sequence[Inputs], device: torch.device
     ) -> dict[str, FinalTensor]:
+        seen = {name: group for group in inputs for name in group.names}
+        errors = self._errors(block, seen, device, group_of(block))
         settled = {}
-        for group in inputs:
-            assert isinstance(group.statistic, Gram)
-            gram = group.statistic.matrix()
-            unit = min(self._places[name] for name in group.names)
-            for name in group.names:
-                errors = self._errors_of(block[name].to(device), gram)
-                tensor = torch.tensor([unit, *errors], dtype=torch.float64)
-                settled[name] = FinalTensor(weight=block[name], tensors={name + _ERRORS: tensor}, effect=Effect())
+        for name, group in seen.items():
+            unit = min(self._places[other] for other in group.names)
+            tensor = torch.tensor([unit, *errors[name]], dtype=torch.float64)
+            settled[name] = FinalTensor(block[name], {name + _ERRORS: tensor}, Effect(), joined=True)
         return settled
+
+    def _errors(
+        self, block: Mapping[str, Tensor], seen: Mapping[str, Inputs], device: torch.device, group: Group
+    ) -> dict[str, list[float]]:
+        """The errors of each weight. Each process of the group measures some of the weights."""
+        names = list(seen)
+        costs = [block[name].numel() * block[name].shape[1] for name in names]
+        found = {}
+        for name in (names[at] for at in group.portion(costs)[group.rank]):
+            statistic = seen[name].statistic
+            assert isinstance(statistic, Gram)
+            found[name] = self._errors_of(block[name].to(device), statistic.matrix())
+        return {name: errors for part in group.collect(found) for name, errors in part.items()}
 
     def restore(self, name: str, written: Mapping[str, Tensor]) -> Tensor:
         del written

@@ -8,7 +8,8 @@ units (tensor cores) and summed in float32. The products of two 16-bit numbers a
 import torch
 from torch import Tensor
 
-from nightpress.core.compress.ranks.group import Group
+from nightpress.core.compress.ranks.group import ALONE, Group
+from nightpress.core.compress.solvers.shared_factor import pays, shared_cholesky
 from nightpress.core.errors import ErrorCode, NightpressError
 
 _CHOLESKY_BLOCK = 128
@@ -23,6 +24,10 @@ class Gram:
         self._sum = torch.zeros(columns, columns, device=device)
         self._strip = _STRIPS[self._sum.device.type]
         self.tokens = 0
+
+    @property
+    def columns(self) -> int:
+        return len(self._sum)
 
     def add(self, inputs: Tensor) -> None:
         """Add inputs [..., columns], of any float dtype."""
@@ -80,16 +85,16 @@ class GramAndPeak(Gram):
         group.largest(self.peak)
 
 
-def damped_cholesky(matrix: Tensor, damping: Tensor) -> tuple[Tensor, Tensor]:
+def damped_cholesky(matrix: Tensor, damping: Tensor, group: Group = ALONE) -> tuple[Tensor, Tensor]:
     """Return the lower Cholesky factors [..., n, n] of matrix + damping · I, and the damping [...] that was used. Overwrites `matrix`.
 
-    If rounding errors made a matrix indefinite, larger damping is tried for it, up to a thousandfold. Raises
-    NightpressError(numerical_failure) if that is not enough.
+    If rounding errors made a matrix indefinite, larger damping is tried for it, up to a thousandfold. group: processes that hold the same
+    matrix, and factor it together if that pays. Raises NightpressError(numerical_failure) if no damping is enough.
     """
     diagonal = matrix.diagonal(dim1=-2, dim2=-1)
     diagonal.add_(damping[..., None])
     for _ in range(4):
-        lower, faulty = cholesky(matrix)
+        lower, faulty = cholesky(matrix, group)
         if not bool(faulty.any()):
             return lower, damping
         diagonal.add_(torch.where(faulty, 9 * damping, torch.zeros_like(damping))[..., None])
@@ -101,8 +106,10 @@ def damped_cholesky(matrix: Tensor, damping: Tensor) -> tuple[Tensor, Tensor]:
     )
 
 
-def cholesky(matrix: Tensor) -> tuple[Tensor, Tensor]:
+def cholesky(matrix: Tensor, group: Group = ALONE) -> tuple[Tensor, Tensor]:
     """Return the lower Cholesky factors of matrices [..., n, n], and which of them are not positive definite: bool [...]."""
+    if matrix.dim() == 2 and pays(len(matrix), group.size, matrix.device.type):
+        return shared_cholesky(matrix, group)
     if matrix.dim() == 3 and matrix.is_cuda:
         return cholesky_of_stack(matrix)
     lower, fault = torch.linalg.cholesky_ex(matrix)

@@ -7,7 +7,7 @@ R upper triangular. Then this error is ‖(w − q)R‖², and column j of (w �
 The published algorithm uses a triangular factor of H's inverse. This code uses a triangular factor of H, which gives the same result since
 [inverse of H from column j on]_jj = 1/R_jj². That takes a third of the arithmetic, and H is never inverted.
 
-For a weight [m, n], the factor takes n³/3 multiply-adds, once for all weights with the same inputs. Passing errors on to later columns
+For a weight [m, n], the factor takes n³/6 multiply-adds, once for all weights with the same inputs. Passing errors on to later columns
 takes m·n²/2. Errors are passed on in blocks of 128 and 1024 columns, so that nearly all of this work is matrix products.
 
 Weights of one shape with inputs of their own, such as a mixture's experts, may be stacked along a dimension in front: [..., out, in] below.
@@ -85,11 +85,12 @@ class Solved:
     zero_point: Tensor | None = None  #: int8 [..., out, groups]; None if the grid is symmetric
 
 
-def factorize(gram: Tensor, *, damping: float = 0.01, by_power: bool = False) -> Factor:
+def factorize(gram: Tensor, *, damping: float = 0.01, by_power: bool = False, group: Group = ALONE) -> Factor:
     """Factor a Gram matrix [..., in, in], float32 or float64, with `damping` times its mean diagonal added. `gram` is not changed.
 
     by_power: settle the columns with the strongest inputs first, while most other columns can still compensate for their errors
-    ("activation order"). Raises NightpressError(numerical_failure) if `gram` holds NaN or infinity, or stays indefinite with a thousandfold
+    ("activation order"). group: processes that hold the same `gram`, and factor it together if that pays. Raises
+    NightpressError(numerical_failure) if `gram` holds NaN or infinity, or stays indefinite with a thousandfold
     damping.
     """
     power = gram.diagonal(dim1=-2, dim2=-1).clone()
@@ -104,8 +105,19 @@ def factorize(gram: Tensor, *, damping: float = 0.01, by_power: bool = False) ->
         backwards = order.flip(-1)
         turned = gram.take_along_dim(backwards[..., None], -2).take_along_dim(backwards[..., None, :], -1)
     # If there were no tokens, H is zero. Any positive damping then makes the columns independent of each other.
-    lower, added = damped_cholesky(turned, torch.where(mean > 0, damping * mean, torch.ones_like(mean)))
+    lower, added = damped_cholesky(turned, torch.where(mean > 0, damping * mean, torch.ones_like(mean)), group)
     return Factor(upper=lower.flip(-2, -1), power=power, damping=added, order=order)
+
+
+def hand_round(own: Factor | None, gram: Tensor, owner: int, group: Group, *, by_power: bool) -> Factor:
+    """The factor of a Gram matrix [..., in, in] that one process, the owner, has computed. own: None in all other processes."""
+    if own is None:
+        shape = gram.shape[:-1]
+        order = torch.empty(shape, dtype=torch.long, device=gram.device) if by_power else None
+        own = Factor(torch.empty_like(gram), gram.new_empty(shape), gram.new_empty(shape[:-1]), order)
+    for tensor in (own.upper, own.power, own.damping, *(() if own.order is None else (own.order,))):
+        group.hand_round(tensor.contiguous(), owner)  # the owner's may be a transposed one
+    return own
 
 
 def solve(

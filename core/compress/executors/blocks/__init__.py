@@ -30,7 +30,6 @@ they share out the work of settling. All end with the same weights. The first pr
 
 from nightpress.core.compress.executors.blocks.method import CacheStandIn, FinalTensor, Method, RunResult
 from nightpress.core.compress.executors.blocks.press import press_blocks
-from nightpress.core.compress.executors.blocks.shared import merge_settled
 from nightpress.core.compress.executors.watch import Inputs, Statistic
 
-__all__ = ["CacheStandIn", "FinalTensor", "Inputs", "Method", "RunResult", "Statistic", "merge_settled", "press_blocks"]
+__all__ = ["CacheStandIn", "FinalTensor", "Inputs", "Method", "RunResult", "Statistic", "press_blocks"]

@@ -21,8 +21,10 @@ class FinalTensor:
     """The final value of a tensor of a block."""
 
     weight: Tensor  #: exactly the tensor that a loader makes of `tensors`, e.g. dequantized codes
-    tensors: dict[str, Tensor]  #: the tensors to write, by name, on any device
+    #: The tensors to write, by name, on any device. Only those of the first process are written: others may leave them out.
+    tensors: dict[str, Tensor]
     effect: Effect | None  #: None for a tensor that is no linear weight, but compensates for the change of one
+    joined: bool = False  #: whether `weight` was joined from rows of all processes, so that all have the same bits
 
 
 class Written(NamedTuple):

@@ -93,7 +93,8 @@ def make_plan(
     batch = max(1, min(total, step or total, batch_tokens(skeleton.device.type, mixture=mixture) // share // length))
     digest = hashlib.sha256(f"{RECORD_FORMAT}\n{recipe}\n{batch}\n{skeleton.dtype}\n{target.name}".encode())
     if group.size > 1:  # another number of processes adds up in another order
-        digest.update(f"{group.size} processes{', which share out experts' * skeleton.shares_any_experts}".encode())
+        experts = ", which share out experts" * skeleton.shares_any_experts
+        digest.update(f"{group.size} processes, which share out rows{experts}".encode())
     for name, tensor in sorted(samples.items()):
         digest.update(name.encode() + tensor.contiguous().numpy().tobytes())
     for shard in source.shards:

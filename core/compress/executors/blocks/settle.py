@@ -9,7 +9,7 @@ from nightpress.core.compress.executors.blocks.forward import ForwardPass
 from nightpress.core.compress.executors.blocks.lessons import RunLessons
 from nightpress.core.compress.executors.blocks.method import FinalTensor, Method, Written
 from nightpress.core.compress.executors.blocks.plan import BlockPlan
-from nightpress.core.compress.executors.blocks.shared import bring_to_first, merge_settled, same_everywhere
+from nightpress.core.compress.executors.blocks.shared import bring_to_first, same_everywhere
 from nightpress.core.compress.executors.live_block import LiveBlock
 from nightpress.core.compress.executors.watch import Inputs
 from nightpress.core.compress.model.rows import is_conv1d
@@ -96,9 +96,8 @@ class Settler:
     ) -> tuple[LiveBlock, Mapping[str, FinalTensor]]:
         """Call the method. Where several processes settle a block, all end with the same tensors, bit by bit, but those of their experts.
 
-        common, own: statistics of layers that all processes hold, and of this process's experts. If there is a group of common layers for
-        each process, each settles some of them: neither the factor of a Gram matrix nor the columns, which follow each other, can be divided.
-        Else all processes settle the same layers, and the method shares out its work.
+        common, own: statistics of layers that all processes hold, and of this process's experts. All processes settle the common layers,
+        and the method shares out its work. Each settles its own experts by itself.
         """
         group, device, method = self.plan.group, self.plan.device, self.method
         live = self._live_block(index, given, transposed, linears, group)
@@ -106,11 +105,7 @@ class Settler:
             return live, self._same_everywhere(method.settle(live, [*common, *own], device))
         alone = self._live_block(index, given, transposed, linears, ALONE)
         settled = {} if not own else method.settle(alone, own, device)
-        if len(common) < group.size or group.size == 1:
-            return live, {**self._same_everywhere(method.settle(live, common, device)), **settled}
-        mine = group.portion([_effort(seen, given) for seen in common])[group.rank]
-        found = method.settle(alone, [common[at] for at in mine], device)
-        return live, {**merge_settled(group, found, device), **settled}
+        return live, {**self._same_everywhere(method.settle(live, common, device)), **settled}
 
     def _same_everywhere(self, settled: Mapping[str, FinalTensor]) -> Mapping[str, FinalTensor]:
         common = {name: final for name, final in settled.items() if not self._owned(name)}
@@ -142,14 +137,8 @@ class Settler:
         return LiveBlock(given, block, *probe, transposed, group=group, own=own)
 
 
-def _effort(seen: Inputs, given: Mapping[str, Tensor]) -> float:
-    """The work of settling layers with a Gram matrix, up to a factor: its factor n³/3, and m · n²/2 for m outputs."""
-    rows, columns = sum(len(given[name]) for name in seen.names), given[seen.names[0]].shape[1]
-    return columns**3 / 3 + rows * columns**2 / 2
-
-
 def _transposed(name: str, tensor: FinalTensor) -> FinalTensor:
     """A settled weight in the layout [in, out]."""
     assert tensor.tensors.keys() == {name}, "codes can't be transposed"
     weight = tensor.weight.t().contiguous()
-    return FinalTensor(weight=weight, tensors={name: weight}, effect=tensor.effect)
+    return FinalTensor(weight=weight, tensors={name: weight}, effect=tensor.effect, joined=tensor.joined)
