@@ -130,7 +130,7 @@ def _run(document: dict[str, Any]) -> Run:
 
 def write(name: str, runs: Iterable[Run], folder: Path = RESULTS) -> Path:
     """Write runs, with one figure per line, so that a changed figure changes one line. Returns the file."""
-    folder.mkdir(exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
     parts = []
     for run in runs:
         document = dataclasses.asdict(run)
@@ -173,15 +173,21 @@ def finish(
     A run with the parser's defaults is recorded in bench/results, any other in bench/out, because it measured something else. `choices`:
     names of options that only select which figures are measured.
     """
+    usual = all(parser.get_default(key) == value for key, value in vars(options).items() if key not in choices)
+    kept = keep(name, figures, RESULTS if usual else OUT)
+    print(f"kept in {kept.relative_to(BENCH.parent)}", file=sys.stderr)
+    return int(any(figure.meets_bar is False for figure in figures))
+
+
+def keep(name: str, figures: Sequence[Figure], folder: Path) -> Path:
+    """Print figures that were measured here and now, and record them in folder/NAME.json. Returns the file."""
     width = max((len(figure.name) for figure in figures), default=0)
     for figure in figures:
         spread = f" ({figure.spread[0]:g} to {figure.spread[1]:g})" if figure.spread else ""
         bar = f"  {figure.verdict} ({figure.bar})" if figure.bar else ""
-        print(f"{figure.name:{width}}  {figure.value:g} {figure.unit}{spread}{bar}")
-    usual = all(parser.get_default(key) == value for key, value in vars(options).items() if key not in choices)
+        print(f"{figure.name:{width}}  {figure.value:g} {figure.unit}{spread}{bar}", flush=True)
     run = Run(datetime.now(UTC).date().isoformat(), _commit(), Machine.here(), _versions(), tuple(figures))
-    print(f"kept in {add(name, run, RESULTS if usual else OUT).relative_to(BENCH.parent)}", file=sys.stderr)
-    return int(any(figure.meets_bar is False for figure in figures))
+    return add(name, run, folder)
 
 
 def make_parser(name: str, description: str | None) -> argparse.ArgumentParser:

@@ -6,6 +6,9 @@ The student and its teacher have the same shape, by default some 1.1 billion par
 their values. The training is that of `recover` on the built-in prose, with all of a batch's positions scored: products in bfloat16, weights
 and moments in float32. Each side trains twice in the same processes, and the second time counts. Checkpoints are left out. Both sides take
 the same batches; several GPUs share out each.
+
+What each side is at is written to stderr at once. A side that takes longer than --limit seconds is cut off: its processes write where they
+are, and the figures of the other side are kept.
 """
 
 import argparse
@@ -18,7 +21,8 @@ from typing import Any
 
 import torch
 
-from bench.record import Figure, finish, make_parser
+from bench.limits import CutOffError, limited, say
+from bench.record import Figure, finish, keep, make_parser
 from nightpress.core.compress.context import PassContext, over_ranks
 from nightpress.core.compress.ranks.launch import Ranks
 from nightpress.core.recipes.header import ModelHeader
@@ -83,8 +87,10 @@ def steps_per_second(
 
     executor.write_checkpoint = lambda *_: None
     torch.set_num_threads(context.threads)
+    context.progress(0.0, "making two models")
     teacher, student = (random_model(config, context.device, seed=seed) for seed in (0, 1))
     for steps in (WARM_STEPS, train.steps):
+        context.progress(0.0, f"training for {steps} steps")
         options = Recover(train=train.model_copy(update={"steps": steps}))
         trained, _ = teach(student, teacher, [], folder, options, context)
     peak = torch.cuda.max_memory_allocated() if context.device == "cuda" else 0
@@ -109,12 +115,26 @@ def measure(options: argparse.Namespace, device: str, scratch: Path) -> list[Fig
     train = Training(length=options.length, batch=options.batch, steps=options.steps, validation=0)
     found = {}
     for count in sorted({1, options.gpus}):
+        title = f"{count} GPU{'s' if count > 1 else ''}"
         with Ranks(count, scratch / f"ranks-{count}", device=device, threads=threads) as ranks:
-            context = PassContext(header=header, work_dir=scratch / f"work-{count}", device=device, ranks=ranks)
-            given = (model, config, train)
-            found[count] = over_ranks(steps_per_second, *given, samples=options.batch, context=context)
-        print(f"{count}: {found[count]}", file=sys.stderr, flush=True)
-    title = f"{found[1]['parameters'] / 1e9:.2f}B, {options.batch} x {options.length} tokens"
+            context = PassContext(
+                header=header,
+                work_dir=scratch / f"work-{count}",
+                device=device,
+                ranks=ranks,
+                progress=lambda _, message, title=title: say(f"{title}: {message}"),
+            )
+            try:
+                with limited(title, options.limit, ranks):
+                    given = (model, config, train)
+                    found[count] = over_ranks(steps_per_second, *given, samples=options.batch, context=context)
+            except CutOffError as error:
+                say(str(error))
+                continue
+        say(f"{title}: {found[count]}")
+    if not found:
+        return []
+    title = f"{next(iter(found.values()))['parameters'] / 1e9:.2f}B, {options.batch} x {options.length} tokens"
     figures = [
         figure
         for count, side in found.items()
@@ -125,7 +145,7 @@ def measure(options: argparse.Namespace, device: str, scratch: Path) -> list[Fig
             ),
         )
     ]
-    if options.gpus > 1:
+    if len(found) > 1:
         ratio = found[options.gpus]["steps"] / found[1]["steps"]
         bar = ">= 1.8" if options.gpus == 2 else ""
         figures.append(Figure(f"{title}/{options.gpus} GPUs/ratio", round(ratio, 2), "of one GPU's steps/s", bar=bar))
@@ -138,6 +158,8 @@ def main() -> int:
         parser.add_argument(f"--{name}", type=int, default=value)
     for name, value in {"batch": 32, "length": 512, "steps": 20}.items():
         parser.add_argument(f"--{name}", type=int, default=value)
+    parser.add_argument("--out", type=Path, help="a folder for the figures, in place of the usual one")
+    parser.add_argument("--limit", type=float, default=150.0, help="seconds of a side")
     parser.add_argument(
         "--device", choices=("cuda", "cpu"), default="cuda", help="cpu: processes that exchange by gloo"
     )
@@ -148,7 +170,10 @@ def main() -> int:
     )
     with tempfile.TemporaryDirectory() as folder:
         figures = measure(options, options.device, Path(folder))
-    return finish("train_gpu", figures, parser, options)
+    if options.out is not None:
+        keep("train_gpu", figures, options.out)
+        return int(not figures)
+    return finish("train_gpu", figures, parser, options, choices=("limit", "out")) if figures else 1
 
 
 if __name__ == "__main__":

@@ -95,6 +95,12 @@ class Ranks:
         assert first is not None
         return first.result
 
+    def show_stacks(self) -> None:
+        """Let all processes write to stderr where each of their threads is: of use before a run that hangs is ended."""
+        for rank in self._ranks:
+            if rank.process.poll() is None:
+                rank.process.send_signal(signal.SIGUSR1)
+
     def close(self) -> None:
         """End all processes. Returns when none is left."""
         for rank in self._ranks:

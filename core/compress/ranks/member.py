@@ -70,6 +70,7 @@ def main() -> None:
     if os.getppid() != parent:
         os._exit(1)  # it ended before the kernel was asked
     faulthandler.enable()
+    faulthandler.register(signal.SIGUSR1)  # `Ranks.show_stacks`
     starter = _Starter(Connection(int(sys.argv[1])))
     starter.listen()
     try:
@@ -116,7 +117,11 @@ def _meet(begin: Begin) -> None:
             world_size=begin.size,
             timeout=patience,
         )
-        Group(begin.rank, begin.size).collect(None)
+        group = Group(begin.rank, begin.size)
+        group.collect(None)
+        if cuda:  # NCCL connects at its first use: here, where a failure is told apart from one of the work
+            group.sum(torch.ones(1, device="cuda"))
+            torch.cuda.synchronize()
     except RuntimeError as error:
         raise PeerError(f"The processes did not find each other: {error}") from error
 
