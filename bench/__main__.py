@@ -18,7 +18,7 @@ class Bench:
 
     measures: str
     minutes: float  #: usual duration on two idle cores
-    needs: Literal["", "a GPU", "arguments", "an environment with vLLM"] = ""
+    needs: Literal["", "a GPU", "two GPUs", "arguments", "an environment with vLLM"] = ""
 
 
 #: In the order of running: first those that measure milliseconds, while the machine is cool and idle.
@@ -71,6 +71,7 @@ BENCHES = {
     "train_gpu": Bench(
         "Distillation of a decoder of a billion parameters: steps a second on one GPU and on two.", 2, "a GPU"
     ),
+    "two_gpus": Bench("What `blocks_gpu` and `train_gpu` measure on one GPU and on two, in one call.", 6, "two GPUs"),
     "train": Bench("Distilled, pruned and early-exit classifiers: accuracy and latency.", 9, "arguments"),
     "shape_to_speed": Bench(
         "Encoders at several times their speed, beside distillation to fewer layers; trained on a GPU.",

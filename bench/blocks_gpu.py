@@ -22,7 +22,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -160,7 +160,7 @@ def method_of(options: OnLinears, header: ModelHeader) -> Method:
     raise TypeError(options)
 
 
-def write_model(folder: Path, shape: Shape, layers: int) -> None:
+def write_model(folder: Path, shape: Shape, layers: int, vocabulary: int = VOCABULARY) -> None:
     """Write a checkpoint with one shard per layer, and random weights in bfloat16.
 
     Embeddings are large, and layers that write into the residual stream are small, as in GPT-2: else rounding errors would grow with each
@@ -169,7 +169,7 @@ def write_model(folder: Path, shape: Shape, layers: int) -> None:
     folder.mkdir(parents=True)
     config = shape.config(
         num_hidden_layers=layers,
-        vocab_size=VOCABULARY,
+        vocab_size=vocabulary,
         max_position_embeddings=8192,
         tie_word_embeddings=False,
         dtype="bfloat16",
@@ -180,8 +180,8 @@ def write_model(folder: Path, shape: Shape, layers: int) -> None:
         return (torch.randn(size, device="cuda") * 0.02).bfloat16()
 
     rest = {
-        "model.embed_tokens.weight": random(VOCABULARY, shape.hidden) * 50,
-        "lm_head.weight": random(VOCABULARY, shape.hidden),
+        "model.embed_tokens.weight": random(vocabulary, shape.hidden) * 50,
+        "lm_head.weight": random(vocabulary, shape.hidden),
     }
     ones = torch.ones(shape.hidden, device="cuda", dtype=torch.bfloat16)
     rest["model.norm.weight"] = ones
@@ -247,7 +247,12 @@ def _median(run: Any) -> float:
 
 
 def press(
-    options: OnLinears, model: Path, scratch: Path, ids: torch.Tensor, ranks: Ranks | None = None
+    options: OnLinears,
+    model: Path,
+    scratch: Path,
+    ids: torch.Tensor,
+    ranks: Ranks | None = None,
+    progress: Callable[[float, str], None] = lambda _fraction, _message: None,
 ) -> dict[str, float]:
     """Run a method once. Returns its seconds and its peak of GPU memory in GiB. ranks: processes that share out the samples."""
     shutil.rmtree(scratch, ignore_errors=True)
@@ -255,7 +260,7 @@ def press(
     chosen = frozenset(info.name for info in infos if is_linear_weight(info, options.ignore))
     header = inspect_model(FolderFiles(model))
     method = method_of(options, header)
-    context = PassContext(header=header, work_dir=scratch / "work", device="cuda", ranks=ranks)
+    context = PassContext(header=header, work_dir=scratch / "work", device="cuda", ranks=ranks, progress=progress)
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
     torch.cuda.synchronize()

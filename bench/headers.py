@@ -56,11 +56,12 @@ print(taken, len(built.names), *(len(blocks) for _, blocks in rows))
 Tensor = tuple[str, str, tuple[int, ...]]  #: name, dtype, shape
 
 
-def tensors() -> Iterator[Tensor]:
-    yield "model.embed_tokens.weight", "BF16", (129280, _WIDTH)
-    yield "lm_head.weight", "BF16", (129280, _WIDTH)
+def tensors(layers: int = _LAYERS, dense: int = _DENSE, vocabulary: int = 129280) -> Iterator[Tensor]:
+    """The tensors of a DeepSeek-V3 with so many layers, of which the first `dense` have no experts."""
+    yield "model.embed_tokens.weight", "BF16", (vocabulary, _WIDTH)
+    yield "lm_head.weight", "BF16", (vocabulary, _WIDTH)
     yield "model.norm.weight", "BF16", (_WIDTH,)
-    for layer in range(_LAYERS):
+    for layer in range(layers):
         prefix = f"model.layers.{layer}"
         norms = {"input_layernorm": _WIDTH, "post_attention_layernorm": _WIDTH}
         norms |= {"self_attn.q_a_layernorm": 1536, "self_attn.kv_a_layernorm": 512}
@@ -74,7 +75,7 @@ def tensors() -> Iterator[Tensor]:
             ("o_proj", _WIDTH, 16384),
         ):
             yield from _fp8(f"{prefix}.self_attn.{name}", rows, columns)
-        if layer < _DENSE:
+        if layer < dense:
             yield from _feed_forward(f"{prefix}.mlp", 18432)
             continue
         yield f"{prefix}.mlp.gate.weight", "BF16", (_EXPERTS, _WIDTH)
