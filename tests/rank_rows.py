@@ -1,5 +1,7 @@
 """Functions that several processes run in tests: they compute factors and settle rows together."""
 
+import time
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -80,3 +82,10 @@ def _distance(found: Factor, expected: Factor) -> float:
 def errors_of(weight: torch.Tensor, gram: torch.Tensor) -> list[float]:
     """What stands for the errors of a weight's candidates."""
     return [float(weight.double().square().sum()), float(gram.double().sum())]
+
+
+def lingers(until: Path, *, group: Group, tell: Any) -> None:
+    """Says that it has begun, and ends when there is a file."""
+    tell("progress", 0.0, "lingering")
+    while not until.exists():
+        time.sleep(0.01)

@@ -10,7 +10,7 @@ from nightpress.core.compress.passes.sensitivity import Sensitivity
 from nightpress.core.compress.ranks.launch import Ranks
 from tests.block_models import context_of, linears_of, save_model, token_ids
 from tests.rank_presses import DENSE, load
-from tests.rank_rows import errors_of, factors_together, hands_factors_out, joins_rows
+from tests.rank_rows import errors_of, factors_together, hands_factors_out, joins_rows, lingers
 
 pytestmark = pytest.mark.usefixtures("tests_can_be_imported", "one_thread")
 
@@ -55,3 +55,16 @@ def test_processes_measure_the_sensitivity_of_some_weights_each(three: Ranks, tm
     assert found["alone"].keys() == found["three"].keys() != set()
     for name, errors in found["alone"].items():
         torch.testing.assert_close(found["three"][name], errors, rtol=1e-4, atol=1e-4)
+
+
+def test_a_process_says_where_it_is(tmp_path: Path, capfd: pytest.CaptureFixture[str]):
+    """As a benchmark asks before it ends a run that hangs. The process goes on."""
+    until = tmp_path / "until"
+    with Ranks(1, tmp_path) as ranks:
+
+        def told(*_: object) -> None:
+            ranks.show_stacks()
+            until.touch()
+
+        ranks.run(lingers, until, told=told)
+    assert "in lingers" in capfd.readouterr().err
