@@ -4,11 +4,13 @@
 
 DIR holds llm-compressor 0.14 and compressed-tensors 0.19, which are not our versions, and what else PYTHON's environment lacks of
 bench/peer-requirements.txt. It is made by `pip install --no-deps --target DIR`. With --gpus, torchrun starts a process on each GPU, and they
-share out the samples: its own distributed one-shot. The figures are recorded with those of bench.blocks_gpu.
+share out the samples: its own distributed one-shot. The figures are recorded with those of bench.blocks_gpu. A run that takes longer than
+--limit seconds is ended, with all its processes.
 """
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -30,20 +32,41 @@ class Place:
 
 
 def run_peer(
-    source: Path, samples: int, length: int, place: Place, *, gpus: int = 1, out: Path | None = None
+    source: Path,
+    samples: int,
+    length: int,
+    place: Place,
+    *,
+    gpus: int = 1,
+    out: Path | None = None,
+    limit: float | None = None,
 ) -> dict[str, float]:
     """Run it in a process of its own, or one for each GPU. Returns what it says, and `wall_seconds` of the whole process.
 
-    out: where the result is saved; None: it is not. Raises SystemExit with what it said if it fails.
+    out: where the result is saved; None: it is not. limit: seconds after which it is ended. Raises SystemExit with what it said if it
+    fails or is ended.
     """
     start = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(gpus)] if gpus > 1 else []
     given = [str(_RUN), str(source), str(samples), str(length), *([] if out is None else [str(out)])]
     environment = {**os.environ, "PYTHONPATH": str(place.path), "HF_HUB_OFFLINE": "1"}
     began = time.monotonic()
-    done = subprocess.run([str(place.python), *start, *given], env=environment, capture_output=True, text=True)
-    if done.returncode:
-        raise SystemExit(f"llm-compressor ended with status {done.returncode}:\n{done.stderr[-4000:]}")
-    told: dict[str, float] = json.loads(done.stdout.strip().splitlines()[-1])
+    command = [str(place.python), *start, *given]
+    with subprocess.Popen(
+        command,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    ) as peer:
+        try:
+            said, complained = peer.communicate(timeout=limit)
+        except subprocess.TimeoutExpired:
+            os.killpg(peer.pid, signal.SIGKILL)  # torchrun would leave its processes behind
+            said, complained = peer.communicate()
+    if peer.returncode:
+        raise SystemExit(f"llm-compressor ended with status {peer.returncode}:\n{complained[-4000:]}")
+    told: dict[str, float] = json.loads(said.strip().splitlines()[-1])
     return told | {"wall_seconds": time.monotonic() - began}
 
 
@@ -59,6 +82,7 @@ def main() -> int:
     parser.add_argument("--samples", type=int, default=128)
     parser.add_argument("--length", type=int, default=2048)
     parser.add_argument("--gpus", type=int, default=1)
+    parser.add_argument("--limit", type=float, default=240.0, help="seconds of a run")
     options = parser.parse_args()
     few, many = options.layers
     place = Place(options.python, options.path)
@@ -70,6 +94,7 @@ def main() -> int:
                 options.length,
                 place,
                 gpus=options.gpus,
+                limit=options.limit,
             )
             for layers in (few, many)
         ]
@@ -80,7 +105,7 @@ def main() -> int:
         Figure(f"{row}/seconds", round(seconds, 3), "s a layer"),
         Figure(f"{row}/peak", round(max(run["gpu_bytes"] for run in runs) / 2**30, 2), "GiB of the GPU"),
     ]
-    return finish("blocks_gpu", figures, parser, options, choices=("path", "python", "shape", "gpus"))
+    return finish("blocks_gpu", figures, parser, options, choices=("path", "python", "shape", "gpus", "limit"))
 
 
 if __name__ == "__main__":

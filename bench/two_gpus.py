@@ -9,6 +9,7 @@ written to FOLDER/blocks_gpu.json after each measurement, so that a run that is 
 A model has six layers (70B four, DeepSeek-V3 three), 128 × 2048 tokens run through it, and seconds a layer are those between the starts of
 the second and the last. A run with few tokens comes first and compiles the kernels. Every measurement has a limit; then its processes write
 where they are, and the next one begins. The disk needs some 90 GB, of which 68 are for DeepSeek-V3's layers, in bfloat16 as they are opened.
+llm-compressor's own run on the same GPUs: `bench.peer_llmcompressor_gpu --gpus 2`.
 """
 
 import argparse
@@ -103,22 +104,22 @@ class Marks:
 
 
 class HostPeak(threading.Thread):
-    """The largest anonymous memory of this process, in bytes, while it runs."""
+    """The largest resident memory of this process, in bytes, while it runs: without mapped files, and with them."""
 
     def __init__(self) -> None:
         super().__init__(daemon=True)
-        self.peak, self._over = 0, threading.Event()
+        self._peaks, self._over = (0, 0), threading.Event()
 
     def run(self) -> None:
         while not self._over.wait(0.2):
-            status = Path("/proc/self/status").read_text()
-            kilobytes = [int(line.split()[1]) for line in status.splitlines() if line.startswith("RssAnon")]
-            self.peak = max(self.peak, 1024 * sum(kilobytes))
+            status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+            anonymous, every = (1024 * int(status[key].split()[0]) for key in ("RssAnon", "VmRSS"))
+            self._peaks = max(self._peaks[0], anonymous), max(self._peaks[1], every)
 
-    def stop(self) -> int:
+    def stop(self) -> tuple[int, int]:
         self._over.set()
         self.join()
-        return self.peak
+        return self._peaks
 
 
 def measure(shape: str, methods: Sequence[str], gpus: int, folder: Path, tell: Callable[[list[Figure]], None]) -> None:
@@ -155,7 +156,7 @@ def _measured(what: str, method: str, model: Path, ids: torch.Tensor, ranks: Ran
     marks, host = Marks(what), HostPeak()
     host.start()
     found = blocks_gpu.press(options, model, scratch, ids, ranks, marks.tell)
-    memory = host.stop()
+    anonymous, every = host.stop()
     shutil.rmtree(scratch, ignore_errors=True)
     cost = options.cost(inspect_model(FolderFiles(model)), Calibration(samples=SAMPLES, length=LENGTH))
     estimated = cost.each_gpu(gpus) / 2**30
@@ -166,7 +167,10 @@ def _measured(what: str, method: str, model: Path, ids: torch.Tensor, ranks: Ran
         Figure(f"{what}/estimated_over_peak", round(estimated / found["peak_gib"], 2)),
     ]
     if ranks is None:
-        figures.append(Figure(f"{what}/host", round(memory / 2**30, 1), "GiB of the host, without files"))
+        figures += [
+            Figure(f"{what}/host", round(anonymous / 2**30, 1), "GiB of the host, without mapped files"),
+            Figure(f"{what}/host_with_files", round(every / 2**30, 1), "GiB of the host"),
+        ]
     return figures
 
 
