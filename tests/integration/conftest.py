@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 from sqlalchemy import Engine
 
+from nightpress.core.compress.ranks.forks import end_nurseries
 from nightpress.core.compress.ranks.launch import Ranks
 from nightpress.core.database import make_engine
 from nightpress.core.settings import Settings
@@ -62,10 +63,11 @@ def four(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ranks]:
 
 @pytest.fixture(scope="module")
 def tests_can_be_imported() -> Iterator[None]:
-    """The processes find the functions that tests give them."""
+    """The processes find the functions that tests give them, and their time is counted as this module's."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", str(Path(__file__).parents[2]))
         yield
+        end_nurseries()
 
 
 @pytest.fixture

@@ -5,5 +5,6 @@
 | `group` | the processes as one of them sees the others: sums, and results that are handed round |
 | `launch` | starts the processes, runs a function in all of them, and ends them; used by the process that runs the job |
 | `member` | the program of such a process |
+| `nursery`, `forks` | the process that they are forked from, and how `launch` asks it |
 | `messages` | what both say to each other |
 """

@@ -5,8 +5,6 @@ import os
 import pickle
 import signal
 import socket
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -15,10 +13,10 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
+from nightpress.core.compress.ranks.forks import Fork, fork
 from nightpress.core.compress.ranks.messages import Alive, Begin, Done, Failed, Task, Told
 from nightpress.core.errors import ErrorCode, NightpressError
 
-_PROGRAM = "nightpress.core.compress.ranks.member"
 _TICK_S = 1.0
 _GRACE_S = 2.0  #: after the first error: time in which other ranks may report the cause
 
@@ -26,7 +24,7 @@ _GRACE_S = 2.0  #: after the first error: time in which other ranks may report t
 @dataclass
 class _Rank:
     number: int
-    process: subprocess.Popen[bytes]
+    process: Fork
     connection: Connection
     heard: float = field(default_factory=time.monotonic)  #: when its last message came
     done: Done | None = None
@@ -98,8 +96,7 @@ class Ranks:
     def show_stacks(self) -> None:
         """Let all processes write to stderr where each of their threads is: of use before a run that hangs is ended."""
         for rank in self._ranks:
-            if rank.process.poll() is None:
-                rank.process.send_signal(signal.SIGUSR1)
+            rank.process.send_signal(signal.SIGUSR1)
 
     def close(self) -> None:
         """End all processes. Returns when none is left."""
@@ -115,16 +112,11 @@ class Ranks:
         self._folder.mkdir(parents=True, exist_ok=True)
         meeting = self._folder / f"meeting-{os.getpid()}-{self._started}"
         meeting.unlink(missing_ok=True)
-        visible = visible_gpus(self.size) if self.device == "cuda" else [""] * self.size
+        visible = visible_gpus(self.size) if self.device == "cuda" else ["cpu"] * self.size
         for number in range(self.size):
             ours, theirs = Pipe()
             with theirs:
-                process = subprocess.Popen(
-                    [sys.executable, "-P", "-m", _PROGRAM, str(theirs.fileno())],
-                    stdin=subprocess.DEVNULL,
-                    pass_fds=(theirs.fileno(),),
-                    env=_environment(self.threads, visible[number]),
-                )
+                process = fork(theirs, threads=self.threads, visible=visible[number])
             self._ranks.append(_Rank(number, process, ours))
             with contextlib.suppress(OSError):
                 begin = Begin(number, self.size, meeting, self.device, self._timeout_s)
@@ -196,7 +188,7 @@ def _status(rank: _Rank) -> int:
     """How a rank ended, whose connection is closed."""
     try:
         return rank.process.wait(_GRACE_S)
-    except subprocess.TimeoutExpired:
+    except TimeoutError:
         rank.process.kill()
         return rank.process.wait()
 
@@ -224,16 +216,3 @@ def visible_gpus(size: int) -> Sequence[str]:
             ErrorCode.INTERNAL, f"The job runs in {size} processes, but sees {len(found)} GPUs: {named or 'none'}."
         )
     return found[:size]
-
-
-def _environment(threads: int, visible: str) -> dict[str, str]:
-    count = str(threads)
-    found = os.environ | {
-        "OMP_NUM_THREADS": count,
-        "MKL_NUM_THREADS": count,
-        "OPENBLAS_NUM_THREADS": count,
-        # Addresses of other devices may be unreachable within the sandbox, and the host's name may have none.
-        "GLOO_SOCKET_IFNAME": "lo",
-        "NCCL_SOCKET_IFNAME": "lo",
-    }
-    return found | ({"CUDA_VISIBLE_DEVICES": visible} if visible else {})

@@ -1,7 +1,8 @@
-"""The program of a rank: `python -m nightpress.core.compress.ranks.member FD`. It waits for tasks on a socket, and ends with its starter."""
+"""The program of a rank. It waits for tasks on a socket, and ends with its starter. nursery.py runs it in a fork, or as
+`python -m nightpress.core.compress.ranks.member FD`.
+"""
 
 import contextlib
-import ctypes
 import faulthandler
 import os
 import pickle
@@ -64,14 +65,11 @@ class _Heartbeat:
         self._thread.join()
 
 
-def main() -> None:
-    parent = os.getppid()
-    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
-    if os.getppid() != parent:
-        os._exit(1)  # it ended before the kernel was asked
+def main(descriptor: int) -> None:
+    """Run tasks until the starter closes its end of the connection. descriptor: this process's end."""
     faulthandler.enable()
     faulthandler.register(signal.SIGUSR1)  # `Ranks.show_stacks`
-    starter = _Starter(Connection(int(sys.argv[1])))
+    starter = _Starter(Connection(descriptor))
     starter.listen()
     try:
         with _Heartbeat(starter):
@@ -149,4 +147,4 @@ def _work(task: Task, begin: Begin, starter: _Starter) -> Done:
 
 
 if __name__ == "__main__":
-    main()
+    main(int(sys.argv[1]))
