@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable, Collection
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import onnx
@@ -44,6 +44,15 @@ RECIPE = {
 }
 
 
+class Made(NamedTuple):
+    """A quantized graph."""
+
+    model: onnx.ModelProto
+    record: PassRecord
+    file: Path
+    steps: int  #: how often its progress was told
+
+
 class Bench:
     """BERT-tiny traced once."""
 
@@ -55,6 +64,19 @@ class Bench:
             header=header, work_dir=folder / "work", calibration=Calibration(samples=16, length=48)
         )
         self.traced = tracing.trace(self.model, header, trial.task.sets[0].sequences, self.context)
+
+        self._folder = folder
+        self._made: dict[str, Made] = {}
+
+    def made(self, **options: object) -> Made:
+        """The graph with these options. Tests share it, and change nothing of it."""
+        key = StaticInt8.model_validate(options).model_dump_json()
+        if key not in self._made:
+            work, told = self._folder / f"made-{len(self._made)}", list[str]()
+            model, record = self.quantize(work, lambda _done, text: told.append(text), **options)
+            (file,) = work.glob("static/*/model.onnx")
+            self._made[key] = Made(model, record, file, len(told))
+        return self._made[key]
 
     def quantize(
         self, work: Path, progress: Callable[[float, str], None] = lambda _done, _text: None, **options: object
@@ -81,8 +103,8 @@ def _weights(model: onnx.ModelProto) -> dict[str, np.ndarray]:
 
 @pytest.mark.parametrize(("bits", "top"), [(7, 64), (8, 127)])
 @pytest.mark.slow
-def test_codes_stay_within_what_the_processor_can_sum(bench: Bench, tmp_path: Path, bits: int, top: int):
-    model, record = bench.quantize(tmp_path, weight_bits=bits)
+def test_codes_stay_within_what_the_processor_can_sum(bench: Bench, bits: int, top: int):
+    model, record, *_ = bench.made(weight_bits=bits)
     weights = _weights(model)
     assert len(weights) == record.summary["matrices"]
     assert all(codes.dtype == np.int8 and np.abs(codes).max() == top for codes in weights.values())
@@ -92,8 +114,7 @@ def test_codes_stay_within_what_the_processor_can_sum(bench: Bench, tmp_path: Pa
 
 @pytest.mark.slow
 def test_the_runtime_multiplies_in_int8(bench: Bench, tmp_path: Path):
-    _, record = bench.quantize(tmp_path)
-    (written,) = tmp_path.glob("static/*/model.onnx")
+    _, record, written, _ = bench.made()
     settings = onnxruntime.SessionOptions()
     settings.optimized_model_filepath = str(tmp_path / "optimized.onnx")
     settings.log_severity_level = 3
@@ -105,10 +126,10 @@ def test_the_runtime_multiplies_in_int8(bench: Bench, tmp_path: Path):
 
 
 @pytest.mark.slow
-def test_queries_and_keys_are_rounded_before_they_are_split_into_heads(bench: Bench, tmp_path: Path):
+def test_queries_and_keys_are_rounded_before_they_are_split_into_heads(bench: Bench):
     scales = {}
     for bits, top in ((7, 64), (8, 127)):
-        model, _ = bench.quantize(tmp_path / str(bits), weight_bits=bits)
+        model = bench.made(weight_bits=bits).model
         made_by = {out: node for node in model.graph.node for out in node.output}
         constants = {
             initializer.name: onnx.numpy_helper.to_array(initializer) for initializer in model.graph.initializer
@@ -153,9 +174,8 @@ def test_what_something_else_reads_too_is_rounded_for_the_scores_alone(read_else
 
 
 @pytest.mark.slow
-def test_openvino_divides_in_its_norms_and_answers_as_before(bench: Bench, tmp_path: Path):
-    bench.quantize(tmp_path, min_cosine=None)
-    (written,) = tmp_path.glob("static/*/model.onnx")
+def test_openvino_divides_in_its_norms_and_answers_as_before(bench: Bench):
+    written = bench.made(min_cosine=None).file
     core = openvino.Core()
     ids = np.random.default_rng(0).integers(1000, 2000, (2, 16))
     answers, divisions = [], []
@@ -180,8 +200,8 @@ def test_openvino_divides_in_its_norms_and_answers_as_before(bench: Bench, tmp_p
 
 @pytest.mark.parametrize("ranges", ["min-max", "percentile", "entropy"])
 @pytest.mark.slow
-def test_every_way_to_find_ranges_gives_a_graph_that_answers_alike(bench: Bench, tmp_path: Path, ranges: str):
-    _, record = bench.quantize(tmp_path, ranges=ranges, min_cosine=None)
+def test_every_way_to_find_ranges_gives_a_graph_that_answers_alike(bench: Bench, ranges: str):
+    record = bench.made(ranges=ranges, min_cosine=None).record
     assert record.summary["ranges"] == ranges
     assert record.summary["left_in_float"] == []
     assert record.summary["cosine_held_apart"] > 0.9
@@ -189,7 +209,7 @@ def test_every_way_to_find_ranges_gives_a_graph_that_answers_alike(bench: Bench,
 
 @pytest.mark.slow
 def test_the_same_bytes_come_out_again_and_are_found_again(bench: Bench, tmp_path: Path):
-    first, _ = bench.quantize(tmp_path / "a")
+    first = bench.made().model
     again, record = bench.quantize(tmp_path / "b")
     assert first.SerializeToString(deterministic=True) == again.SerializeToString(deterministic=True)
     (written,) = (tmp_path / "b").glob("static/*/model.onnx")
@@ -198,15 +218,18 @@ def test_the_same_bytes_come_out_again_and_are_found_again(bench: Bench, tmp_pat
     assert written.stat().st_mtime_ns == stamp
 
 
+def _budget(bench: Bench) -> float:
+    """A cosine that some layers in float reach. Embedding tables are always in int8, so not every budget can be reached."""
+    reached = [bench.made(min_cosine=cosine).record.summary["cosine_held_apart"] for cosine in (None, 0.9999999)]
+    return float(sum(reached) / 2)
+
+
 @pytest.mark.slow
 def test_broken_off_and_begun_again_it_ends_with_the_same_bytes(bench: Bench, tmp_path: Path):
-    _, free = bench.quantize(tmp_path / "free", min_cosine=None)
-    _, most = bench.quantize(tmp_path / "most", min_cosine=0.9999999)
-    budget = (free.summary["cosine_held_apart"] + most.summary["cosine_held_apart"]) / 2
-    said: list[str] = []
-    whole, record = bench.quantize(tmp_path / "whole", lambda _done, text: said.append(text), min_cosine=budget)
+    budget = _budget(bench)
+    whole, record, _, steps = bench.made(min_cosine=budget)
     assert record.summary["left_in_float"]
-    for at in (len(said) // 2, len(said) - 1):
+    for at in (steps // 2, steps - 1):
         left = iter(range(at))
 
         def dying(_done: float, _text: str, left: Any = left) -> None:
@@ -223,13 +246,10 @@ def test_broken_off_and_begun_again_it_ends_with_the_same_bytes(bench: Bench, tm
 
 
 @pytest.mark.slow
-def test_layers_that_cost_most_stay_in_float_until_the_budget_holds(bench: Bench, tmp_path: Path):
-    _, free = bench.quantize(tmp_path / "free", min_cosine=None)
-    _, most = bench.quantize(tmp_path / "most", min_cosine=0.9999999)
-    reached = free.summary["cosine_held_apart"]
-    # Embedding tables are always in int8, so not every budget can be reached.
-    budget = (reached + most.summary["cosine_held_apart"]) / 2
-    model, record = bench.quantize(tmp_path / "held", min_cosine=budget)
+def test_layers_that_cost_most_stay_in_float_until_the_budget_holds(bench: Bench):
+    free = bench.made(min_cosine=None).record
+    budget = _budget(bench)
+    model, record, *_ = bench.made(min_cosine=budget)
     left = record.summary["left_in_float"]
     assert left
     assert record.summary["cosine_held_apart"] >= budget
@@ -246,10 +266,10 @@ def test_layers_that_cost_most_stay_in_float_until_the_budget_holds(bench: Bench
 
 @pytest.mark.slow
 def test_where_no_number_of_layers_holds_the_budget_half_stay_in_float_and_the_record_says_so(
-    bench: Bench, tmp_path: Path
+    bench: Bench,
 ):
-    _, free = bench.quantize(tmp_path / "free", min_cosine=None)
-    model, record = bench.quantize(tmp_path / "missed", min_cosine=0.9999999)
+    free = bench.made(min_cosine=None).record
+    model, record, *_ = bench.made(min_cosine=0.9999999)
     layers = free.summary["matrices"] + free.summary["attention_scores"]
     assert len(record.summary["left_in_float"]) == layers // 2
     assert record.summary["min_cosine_held"] is False
@@ -302,8 +322,7 @@ def test_layers_go_back_to_float_by_what_they_cost_for_the_time_that_int8_saves(
 @pytest.mark.slow
 def test_what_is_rounded_without_vnni_does_not_overflow_without_it(bench: Bench, tmp_path: Path):
     """OpenVINO follows ONEDNN_MAX_CPU_ISA. Without VNNI it sums in 16 bits, which overflow if weights are too large."""
-    bench.quantize(tmp_path, weight_bits=7, min_cosine=None)
-    (written,) = tmp_path.glob("static/*/model.onnx")
+    written = bench.made(weight_bits=7, min_cosine=None).file
     program = (
         "import sys, numpy, openvino\n"
         "ids = numpy.random.default_rng(0).integers(1000, 2000, (2, 16))\n"
