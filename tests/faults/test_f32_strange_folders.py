@@ -13,6 +13,7 @@ import psutil
 import pytest
 
 from nightpress import migrations
+from nightpress.client.cli.main import main
 from nightpress.core.stack_state import StackState
 from tests.faults.test_f08_limits_of_the_machine import can_mount
 from tests.patience import slowness
@@ -85,16 +86,6 @@ def put_link_in_place_of_folder(folder: Path) -> None:
     (folder / "valkey").symlink_to(elsewhere)
 
 
-@pytest.mark.parametrize("disorder", [damage_log, put_file_in_place_of_folder, put_link_in_place_of_folder])
-def test_f32_the_stack_comes_up_whatever_lies_in_its_brokers_folder(
-    folder: Path, start: Callable[[], str], disorder: Callable[[Path], None]
-) -> None:
-    disorder(folder)
-    start()
-    if disorder is put_link_in_place_of_folder:
-        assert [path.name for path in (folder.parent / "elsewhere").iterdir()] == ["mine"]
-
-
 def other_databases_key(folder: Path) -> None:
     """Write a valid key that is not in the database, as after the database was moved away."""
     import zlib
@@ -107,12 +98,32 @@ def empty_key(folder: Path) -> None:
     (folder / "key").write_text("")
 
 
-@pytest.mark.parametrize("disorder", [other_databases_key, empty_key])
-def test_f32_a_key_that_opens_nothing_is_made_anew(
-    folder: Path, start: Callable[[], str], disorder: Callable[[Path], None]
+def leave_strange_state(folder: Path) -> None:
+    (folder / "devstack.json").write_text(json.dumps({"started": {"x": "y"}, "pids": 5, "api_url": []}))
+    (folder / "devstack.json.partial").mkdir()
+    assert StackState.load(folder).api_url == ""
+
+
+@pytest.mark.parametrize(
+    "disorders",
+    [
+        (damage_log, other_databases_key),
+        (put_file_in_place_of_folder, empty_key),
+        (put_link_in_place_of_folder, leave_strange_state),
+    ],
+    ids=lambda disorders: ", ".join(disorder.__name__ for disorder in disorders),
+)
+def test_f32_the_stack_comes_up_whatever_its_broker_its_key_and_its_state_file_are(
+    folder: Path, start: Callable[[], str], disorders: tuple[Callable[[Path], None], ...]
 ) -> None:
-    disorder(folder)
-    start()
+    for disorder in disorders:
+        disorder(folder)
+    url = start()
+    state = StackState.load(folder)
+    assert (state.api_url, set(state.pids)) == (url, {"stack", "broker", "api", "worker", "control"})
+    assert all(psutil.pid_exists(pid) for pid in state.pids.values())
+    if put_link_in_place_of_folder in disorders:
+        assert [path.name for path in (folder.parent / "elsewhere").iterdir()] == ["mine"]
 
 
 STRANGE_STATES = [
@@ -134,22 +145,22 @@ STRANGE_STATES = [
 
 
 @pytest.mark.parametrize("text", STRANGE_STATES, ids=lambda text: text[:24])
-def test_f32_a_strange_state_file_says_nothing_and_stops_nobody(folder: Path, text: str) -> None:
+def test_f32_a_strange_state_file_says_nothing_and_stops_nobody(
+    folder: Path, text: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The command runs in the test's own process: starting Python takes longer."""
     (folder / "devstack.json").write_bytes(os.fsencode(text))
     assert StackState.load(folder) == StackState()
-    down = run(folder, "nightpress.client.cli.main", "down")
-    assert (down.returncode, down.stderr) == (0, ""), down.stderr
-    assert "is running" in down.stdout
-
-
-def test_f32_a_stack_starts_over_a_strange_state_file(folder: Path, start: Callable[[], str]) -> None:
-    (folder / "devstack.json").write_text(json.dumps({"started": {"x": "y"}, "pids": 5, "api_url": []}))
-    (folder / "devstack.json.partial").mkdir()
-    assert StackState.load(folder).api_url == ""
-    url = start()
-    state = StackState.load(folder)
-    assert (state.api_url, set(state.pids)) == (url, {"stack", "broker", "api", "worker", "control"})
-    assert all(psutil.pid_exists(pid) for pid in state.pids.values())
+    for name in [name for name in os.environ if name.startswith("NIGHTPRESS_")]:
+        monkeypatch.delenv(name)
+    for name, value in environment(folder, 1).items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(sys, "argv", ["nightpress", "down"])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    said = capsys.readouterr()
+    assert (ended.value.code or 0, said.err) == (0, ""), said.err
+    assert "is running" in said.out
 
 
 def run(folder: Path, module: str, *arguments: str) -> "subprocess.CompletedProcess[str]":
