@@ -94,10 +94,18 @@ FAMILIES: dict[str, dict[str, Any]] = {
 }
 
 
-def save_model(class_name: str, folder: Path) -> Any:
+def settings_of(class_name: str, layers: int) -> dict[str, Any]:
+    """The settings in FAMILIES, for a model with so many layers."""
+    settings = FAMILIES[class_name]
+    (name,) = settings.keys() & {"num_hidden_layers", "num_layers", "n_layers", "n_layer"}
+    return {**settings, name: layers}
+
+
+def save_model(class_name: str, folder: Path, *, layers: int | None = None) -> Any:
     model_class = getattr(transformers, class_name)
     torch.manual_seed(0)
-    model = model_class(model_class.config_class(**FAMILIES[class_name])).eval()
+    settings = FAMILIES[class_name] if layers is None else settings_of(class_name, layers)
+    model = model_class(model_class.config_class(**settings)).eval()
     for parameter in model.parameters():  # random norms and biases: the initial ones and zeros would hide errors
         parameter.data += 0.05 * torch.randn_like(parameter)
     model.save_pretrained(folder)
