@@ -1,6 +1,7 @@
 """Every family with every stored form of quantized weights: transformers loads the result, or the plan refuses it."""
 
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,13 @@ FORMS: dict[str, tuple[list[dict[str, Any]], float]] = {
     "int8 cache, then int4": ([{"pass": "kv-cache", "format": "int8"}, _INT4], 0.1),
 }
 _HEADS = ("Model", "ForSequenceClassification", "ForTokenClassification")
+_OF_HEADS = ("int8", "int4, zero points", "int8 activations")
+#: Each family has each head and each of these forms, and each head has each form.
+_FAMILIES_WITH_HEADS = [
+    (family, head, _OF_HEADS[(number + at) % len(_OF_HEADS)])
+    for number, family in enumerate(family for family in FAMILIES if family != "vit")
+    for at, head in enumerate(_HEADS)
+]
 
 # torch warns that it will remove a dtype that transformers uses for the scales.
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
@@ -55,6 +63,17 @@ pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::F
 def quiet() -> None:
     logging.set_verbosity_error()
     logging.disable_progress_bar()
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Saves a family's model, once for all tests. They don't change it."""
+    root = tmp_path_factory.mktemp("sources")
+
+    def source(family: str) -> Path:
+        return root / family if (root / family).exists() else save_family(family, root / family)
+
+    return source
 
 
 def _recipe(passes: list[dict[str, Any]]) -> Any:
@@ -113,23 +132,22 @@ def _check(class_name: str, source: Path, work: Path, form: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_form_loads_with_the_right_answer_or_is_refused_when_planned(family: str, form: str, tmp_path: Path):
+def test_a_form_loads_with_the_right_answer_or_is_refused_when_planned(
+    family: str, form: str, sources: Callable[[str], Path], tmp_path: Path
+):
     class_name, _ = FAMILIES[family]
-    _check(class_name, save_family(family, tmp_path / "source"), tmp_path / "pressed", form)
+    _check(class_name, sources(family), tmp_path / "pressed", form)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("head", _HEADS)
-@pytest.mark.parametrize("family", [family for family in FAMILIES if family != "vit"])
-def test_other_heads_of_a_family_load_as_well(family: str, head: str, tmp_path: Path):
+@pytest.mark.parametrize(("family", "head", "form"), _FAMILIES_WITH_HEADS)
+def test_other_heads_of_a_family_load_as_well(family: str, head: str, form: str, tmp_path: Path):
     class_name = re.sub(r"(ForMaskedLM|ForCausalLM|LMHeadModel|ForConditionalGeneration)$", head, FAMILIES[family][0])
     # Without "Text", the class is a vision model with billions of parameters.
     class_name = re.sub(r"^Gemma3(?!Text)", "Gemma3Text", class_name)
     if not hasattr(transformers, class_name):
         pytest.skip("transformers has no such class")
-    source = save_family(family, tmp_path / "source", class_name=class_name)
-    for form in ("int8", "int4, zero points", "int8 activations"):
-        _check(class_name, source, tmp_path / form, form)
+    _check(class_name, save_family(family, tmp_path / "source", class_name=class_name), tmp_path / "pressed", form)
 
 
 @pytest.mark.parametrize(
@@ -140,8 +158,8 @@ def test_other_heads_of_a_family_load_as_well(family: str, head: str, tmp_path: 
         ("opt", "int8 cache, then int4"),
     ],
 )
-def test_forms_that_load_with_help_are_not_refused(family: str, form: str, tmp_path: Path):
-    header = inspect_model(FolderFiles(save_family(family, tmp_path / "source")))
+def test_forms_that_load_with_help_are_not_refused(family: str, form: str, sources: Callable[[str], Path]):
+    header = inspect_model(FolderFiles(sources(family)))
     make_plan(_recipe(FORMS[form][0]), header)
 
 
@@ -162,9 +180,9 @@ _BUDGET = {"pass": "gptq", "group_size": 32, "budget": 6.0}
     ],
 )
 def test_what_transformers_could_not_load_is_refused_with_the_reason(
-    family: str, pass_: dict[str, Any], why: str, tmp_path: Path
+    family: str, pass_: dict[str, Any], why: str, sources: Callable[[str], Path]
 ):
-    header = inspect_model(FolderFiles(save_family(family, tmp_path / "source")))
+    header = inspect_model(FolderFiles(sources(family)))
     with pytest.raises(NightpressError, match=why) as caught:
         make_plan(_recipe([pass_]), header)
     assert caught.value.code == ErrorCode.INVALID_RECIPE
