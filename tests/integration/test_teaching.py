@@ -265,8 +265,9 @@ def test_each_training_of_a_recipe_is_its_own_though_two_read_alike(model: Path,
 @pytest.mark.parametrize("policy", ["confidence", "patience", "length"])
 @pytest.mark.slow
 def test_the_graph_with_exits_answers_as_the_module_and_skips_blocks(
-    policy: str, model: Path, data: Path, tmp_path: Path
+    policy: str, bert_tiny: Path, data: Path, tmp_path: Path
 ):
+    model = classifier(bert_tiny, tmp_path / "model", blocks=3)
     options = {
         "pass": "early-exit",
         "policy": policy,
