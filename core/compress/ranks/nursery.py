@@ -12,6 +12,7 @@ process ends, and all forks with it.
 
 import ctypes
 import gc
+import importlib
 import os
 import selectors
 import signal
@@ -26,6 +27,16 @@ from typing import NoReturn
 from nightpress.core.compress.ranks import member
 
 _LONGEST = 1 << 12  #: bytes of a message
+_IMPORTED = (
+    "torch.distributed",
+    # transformers imports half of itself only when a model is made.
+    "transformers.activations",
+    "transformers.generation",
+    "transformers.modeling_layers",
+    "transformers.modeling_utils",
+    "transformers.models.auto.modeling_auto",
+    "nightpress.core.compress.passes",
+)
 
 
 @dataclass
@@ -59,15 +70,12 @@ def main() -> None:
 
 
 def _import_core() -> None:
-    """Import what a rank's first task would import. transformers imports half of itself only when a model is made."""
-    import torch.distributed  # noqa: F401
-    import transformers.activations
-    import transformers.generation
-    import transformers.modeling_layers
-    import transformers.modeling_utils
-    import transformers.models.auto.modeling_auto  # noqa: F401
+    """Import what a rank's first task would import.
 
-    import nightpress.core.compress.passes  # noqa: F401
+    By name: nothing here uses these modules, and the core is above this package.
+    """
+    for name in _IMPORTED:
+        importlib.import_module(name)
 
 
 def _fork(visible: str, given: list[int], waiting: selectors.BaseSelector) -> None:
