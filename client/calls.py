@@ -6,6 +6,7 @@ Others are in `client.access` (webhooks, keys and tenants), `schedule_calls`, `s
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any, Generic, Literal, TypeVar
 from urllib.parse import quote
 
@@ -58,14 +59,18 @@ class Call(Generic[Answer]):
 
 def reader(kind: Any) -> Callable[[httpx.Response], Any]:
     """A parser of responses of this type. It raises ValidationError for other content."""
-    adapter: TypeAdapter[Any] = TypeAdapter(kind)
-    return lambda response: adapter.validate_json(response.content, context=CHECKED_ELSEWHERE)
+    return lambda response: _adapter(kind).validate_json(response.content, context=CHECKED_ELSEWHERE)
 
 
 def items_reader(kind: Any) -> Callable[[httpx.Response], Any]:
     """A parser of the items of a page, for lists that fit on a single page."""
-    adapter: TypeAdapter[Any] = TypeAdapter(Page[kind])
-    return lambda response: adapter.validate_json(response.content).items
+    return lambda response: _adapter(Page[kind]).validate_json(response.content).items
+
+
+@cache
+def _adapter(kind: Any) -> TypeAdapter[Any]:
+    """Made for the first answer of a type: there are sixty types, and a command gets answers of one or two."""
+    return TypeAdapter(kind)
 
 
 def nothing(_response: httpx.Response) -> None:

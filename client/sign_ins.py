@@ -7,12 +7,14 @@ import threading
 import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-
-from filelock import FileLock
+from typing import TYPE_CHECKING
 
 from nightpress.client import device_flow
 from nightpress.client.errors import ClientError
 from nightpress.client.servers import servers_file
+
+if TYPE_CHECKING:
+    from filelock import FileLock
 
 _EARLY_S = 30.0  #: a token is refreshed so long before it expires, for clocks that differ
 
@@ -84,7 +86,9 @@ def _is_fresh(signed_in: SignedIn) -> bool:
     return time.time() < signed_in.expires_at - _EARLY_S
 
 
-def _lock() -> FileLock:
+def _lock() -> "FileLock":
+    from filelock import FileLock  # 0.05 s, and only people who signed in need it
+
     path = sign_ins_file()
     path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
     return FileLock(path.with_suffix(".lock"), mode=0o600)

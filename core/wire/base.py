@@ -90,7 +90,7 @@ Moment = Annotated[AwareDatetime, Field(strict=False), BeforeValidator(_written_
 class View(BaseModel):
     """What a caller gets. A client ignores fields it doesn't know, so that a newer server may add some."""
 
-    model_config = ConfigDict(extra="ignore", frozen=True)
+    model_config = ConfigDict(extra="ignore", frozen=True, defer_build=True)
 
 
 class Page(View, Generic[Item]):
