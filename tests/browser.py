@@ -86,15 +86,18 @@ def violations(page: Any) -> list[str]:
     script = Path(axe_playwright_python.__file__).parent / "axe.min.js"
     # The page's content security policy forbids foreign scripts. The debugger's Runtime.evaluate bypasses the policy.
     session = page.context.new_cdp_session(page)
-    session.send("Runtime.evaluate", {"expression": script.read_text()})
-    found = session.send(
-        "Runtime.evaluate", {"expression": "axe.run(document)", "awaitPromise": True, "returnByValue": True}
-    )
-    return [
-        f"{violation['id']}: {node['target']}"
-        for violation in found["result"]["value"]["violations"]
-        for node in violation["nodes"]
-    ]
+
+    def run(expression: str) -> Any:
+        found = session.send(
+            "Runtime.evaluate", {"expression": expression, "awaitPromise": True, "returnByValue": True}
+        )
+        return found["result"].get("value")
+
+    if not run("'axe' in window"):  # once for a document, whose view changes
+        run(f"{script.read_text()}; 0")
+    found = run("axe.run(document, {resultTypes: ['violations']}).then(({violations}) => violations)")
+    session.detach()
+    return [f"{violation['id']}: {node['target']}" for violation in found for node in violation["nodes"]]
 
 
 def overflows(page: Any) -> list[str]:
