@@ -17,6 +17,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.forked_command import forked_command
 from tests.servers import free_port
 from tests.service import ROOT
 
@@ -123,7 +124,9 @@ def service() -> Iterator[dict[str, str]]:
     nightpress = [sys.executable, "-m", "nightpress.client.cli.main"]
     up = subprocess.run([*nightpress, "up", "--detach"], env=environment, cwd=home, capture_output=True, text=True)
     assert up.returncode == 0, up.stderr
-    yield environment
+    (command := Path(home) / "command").mkdir()
+    with forked_command(command, environment) as commands:
+        yield environment | {"PATH": f"{commands}:{environment['PATH']}"}
     subprocess.run([*nightpress, "down"], env=environment, cwd=home, check=True, capture_output=True)
     shutil.rmtree(home, ignore_errors=True)
 
