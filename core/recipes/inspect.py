@@ -86,6 +86,11 @@ class FolderFiles:
 
         Raises NightpressError: path_not_allowed for a target outside the folder or one that is no plain file, not_found for a missing file.
         """
+        base, inside = self._checked(name)
+        return base / inside
+
+    def _checked(self, name: str) -> tuple[Path, Path]:
+        """As `_place`, for a plain file that is there; raises what `path` raises."""
         base, inside = self._place(name)
         real = base / inside
         if real.is_dir():
@@ -99,12 +104,11 @@ class FolderFiles:
             )
         if not real.is_file():
             raise _not_a_file(name, "is no plain file")
-        return real
+        return base, inside
 
     def open(self, name: str) -> BufferedReader:
         """Open a file for reading. A link that is exchanged between the check and the opening is not followed: no step follows links."""
-        base, inside = self._place(name)
-        self.path(name)  # its errors are clearer
+        base, inside = self._checked(name)  # its errors are clearer than those of the system
         handle = os.open(base, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
         try:
             for part in inside.parts[:-1]:

@@ -35,11 +35,16 @@ _MARK = b'"data_offsets"'
 _NAME = re.compile(rb'\s*"((?:[^"\\]|\\.)*)"\s*:\s*')
 _NEXT = re.compile(rb"\s*([,}])")
 _SIZE = rb"(?:0|[1-9]\d{0,18})"
-#: An entry as every known writer writes it. Matching it is several times faster than parsing JSON; other entries are parsed.
+#: An entry as every known writer writes it, with its name before and the comma or bracket after it. Matching it is several times faster than
+#: parsing JSON; other entries are parsed. A name with escapes, or that is no ASCII, is no such entry.
 _USUAL = re.compile(
-    rb'\{"dtype":\s?"(\w{1,20})",\s?"shape":\s?\[((?:%b(?:,\s?%b)*)?)\],\s?"data_offsets":\s?\[(%b),\s?(%b)\]\}'
-    % (_SIZE, _SIZE, _SIZE, _SIZE)
+    rb'\s*"([ !#-\[\]-~]{1,%d})"\s*:\s*'
+    rb'\{"dtype":\s?"(\w{1,20})",\s?"shape":\s?\[((?:%b(?:,\s?%b){0,%d})?)\],\s?"data_offsets":\s?\[(%b),\s?(%b)\]\}'
+    rb"\s*([,}])" % (_MAX_NAME, _SIZE, _SIZE, _MAX_DIMS - 1, _SIZE, _SIZE)
 )
+
+#: A tensor as its entry describes it: name, dtype, shape, and where its bytes begin and end.
+_Entry = tuple[str, str, tuple[int, ...], int, int]
 
 
 def read_safetensors_header(files: ModelFiles, path: str, size: int) -> list[TensorInfo]:
@@ -62,8 +67,8 @@ def read_safetensors_header(files: ModelFiles, path: str, size: int) -> list[Ten
     _refuse_too_many(files, path, length)
     header = _Header(files, path, length)
     found: list[tuple[TensorInfo, tuple[int, int]]] = []
-    for name, raw in header.entries():
-        found.append(_tensor(path, name, raw))
+    for entry in header.entries():
+        found.append((_tensor(path, entry), entry[3:]))
         if len(found) > MAX_TENSORS:
             raise malformed(path, f"it has more than {MAX_TENSORS} tensors")
     names = {tensor.name for tensor, _ in found}
@@ -83,37 +88,42 @@ def _refuse_too_many(files: ModelFiles, path: str, length: int) -> None:
             raise malformed(path, f"it has more than {MAX_TENSORS} tensors")
 
 
-def _tensor(path: str, name: str, raw: Any) -> tuple[TensorInfo, tuple[int, int]]:
-    def flaw(why: str) -> Exception:
-        return malformed(path, f"tensor {name[:100]!r}: {why}")
-
-    if not name.isprintable() or not 1 <= len(name) <= _MAX_NAME:
-        raise flaw("its name is empty, too long or not printable")
-    if not isinstance(raw, dict) or raw.keys() != {"dtype", "shape", "data_offsets"}:
-        raise flaw("it is not described by dtype, shape and data_offsets alone")
-    dtype, shape, offsets = raw["dtype"], raw["shape"], raw["data_offsets"]
-    width = DTYPE_BYTES.get(dtype) if isinstance(dtype, str) else None
-    if width is None:
-        raise flaw(f"its dtype {str(dtype)[:20]!r} is not known")
-    if not (
-        isinstance(shape, list) and len(shape) <= _MAX_DIMS and all(type(dim) is int and dim >= 0 for dim in shape)
-    ):
-        raise flaw("its shape is not a short list of sizes")
-    if not (
-        isinstance(offsets, list)
-        and len(offsets) == 2
-        and all(type(offset) is int and offset >= 0 for offset in offsets)
-    ):
-        raise flaw("its data_offsets are not two positions")
-    total = width
+def _tensor(path: str, entry: _Entry) -> TensorInfo:
+    name, dtype, shape, begin, end = entry
+    total = DTYPE_BYTES.get(dtype)
+    if total is None:
+        raise _flaw(path, name, f"its dtype {dtype[:20]!r} is not known")
     for dim in shape:
         total *= dim
         if total > _MAX_BYTES:
-            raise flaw("its shape needs more bytes than any file has")
-    begin, end = offsets
+            raise _flaw(path, name, "its shape needs more bytes than any file has")
     if end - begin != total:
-        raise flaw(f"its shape and dtype need {total} bytes, its data_offsets span {end - begin}")
-    return TensorInfo(name=name, dtype=dtype, shape=tuple(shape), size=total), (begin, end)
+        raise _flaw(path, name, f"its shape and dtype need {total} bytes, its data_offsets span {end - begin}")
+    return TensorInfo(name=name, dtype=dtype, shape=shape, size=total)
+
+
+def _parsed(path: str, name: str, raw: Any) -> _Entry:
+    """Return an entry from its JSON. Raises NightpressError(malformed_model) if its fields are not of their types."""
+    if not name.isprintable() or not 1 <= len(name) <= _MAX_NAME:
+        raise _flaw(path, name, "its name is empty, too long or not printable")
+    if not isinstance(raw, dict) or raw.keys() != {"dtype", "shape", "data_offsets"}:
+        raise _flaw(path, name, "it is not described by dtype, shape and data_offsets alone")
+    dtype, shape, offsets = raw["dtype"], raw["shape"], raw["data_offsets"]
+    if not isinstance(dtype, str):
+        raise _flaw(path, name, f"its dtype {str(dtype)[:20]!r} is not known")
+    if not _are_sizes(shape) or len(shape) > _MAX_DIMS:
+        raise _flaw(path, name, "its shape is not a short list of sizes")
+    if not _are_sizes(offsets) or len(offsets) != 2:
+        raise _flaw(path, name, "its data_offsets are not two positions")
+    return name, dtype, tuple(shape), offsets[0], offsets[1]
+
+
+def _are_sizes(raw: Any) -> bool:
+    return isinstance(raw, list) and all(type(size) is int and size >= 0 for size in raw)
+
+
+def _flaw(path: str, name: str, why: str) -> Exception:
+    return malformed(path, f"tensor {name[:100]!r}: {why}")
 
 
 def _check_layout(path: str, spans: list[tuple[int, int]], data: int) -> None:
@@ -140,7 +150,7 @@ class _Header:
         self._window = b""
         self._at = 0
 
-    def entries(self) -> Iterator[tuple[str, Any]]:
+    def entries(self) -> Iterator[_Entry]:
         self._fill(_ENTRY_BYTES)
         if self._window[:1] != b"{":
             raise malformed(self._path, "its header is not a JSON object")
@@ -150,20 +160,27 @@ class _Header:
             return
         while True:
             self._fill(_ENTRY_BYTES)
-            name = self._name()
-            if name == "__metadata__":
-                if metadata_seen:
-                    raise malformed(self._path, "its __metadata__ stands twice")
-                metadata_seen = True
-                self._metadata()
+            usual = _USUAL.match(self._window, self._at, self._at + _ENTRY_BYTES)
+            if usual is not None and usual[1] != b"__metadata__":
+                name, dtype, sizes, begin, end, follows = usual.groups()
+                self._at = usual.end()
+                shape = tuple(map(int, sizes.split(b","))) if sizes else ()
+                yield name.decode(), dtype.decode(), shape, int(begin), int(end)
             else:
-                yield name, self._description()
-            self._fill(_ENTRY_BYTES)
-            found = _NEXT.match(self._window, self._at)
-            if not found:
-                raise malformed(self._path, "its header is not a JSON object of tensors")
-            self._at = found.end()
-            if found[1] == b"}":
+                name = self._name()
+                if name == "__metadata__":
+                    if metadata_seen:
+                        raise malformed(self._path, "its __metadata__ stands twice")
+                    metadata_seen = True
+                    self._metadata()
+                else:
+                    yield _parsed(self._path, name, self._description())
+                self._fill(_ENTRY_BYTES)
+                found = _NEXT.match(self._window, self._at)
+                if not found:
+                    raise malformed(self._path, "its header is not a JSON object of tensors")
+                self._at, follows = found.end(), found[1]
+            if follows == b"}":
                 self._only_padding()
                 return
 
@@ -208,12 +225,7 @@ class _Header:
         if b"\\" in text:  # else an escaped "data_offsets" would not be counted
             raise malformed(self._path, "an entry of its header is written with escapes")
         self._at = end
-        usual = _USUAL.fullmatch(text)
-        if usual is None:
-            return parse_json(self._path, text)
-        dtype, sizes, begin, stop = usual.groups()
-        shape = [int(size) for size in sizes.split(b",")] if sizes else []
-        return {"dtype": dtype.decode(), "shape": shape, "data_offsets": [int(begin), int(stop)]}
+        return parse_json(self._path, text)
 
     def _metadata(self) -> None:
         self._fill(_METADATA_BYTES)

@@ -109,11 +109,12 @@ def _find_scaled(
     block = _pair(given.get("weight_block_size")) or next(
         filter(None, map(_pair, _in_groups(given, "block_structure"))), None
     )
+    coded = _FP8 | {"I8"}
     for name, tensor in found.items():
+        if tensor.dtype not in coded or len(tensor.shape) not in {2, 3}:
+            continue
         stem = name.removesuffix("weight")
         scales = (f"{name}_scale_inv", f"{stem}weight_scale", f"{name}_scale", f"{stem}scale", f"{stem}qscale_weight")
-        if tensor.dtype not in _FP8 | {"I8"} or len(tensor.shape) not in {2, 3}:
-            continue
         scale = next((found[place] for place in scales if place in found), None)
         if scale is None or scale.name == name:
             continue

@@ -102,9 +102,9 @@ def test_a_link_that_is_exchanged_while_it_is_opened_is_not_followed(
     outside.mkdir()
     (outside / "config.json").write_text("secret")
     files = FolderFiles(folder)
-    check = files.path
+    check = files._checked
 
-    def check_then_exchange(name: str) -> Path:
+    def check_then_exchange(name: str) -> tuple[Path, Path]:
         found = check(name)
         if exchanged == "file":
             (folder / name).unlink()
@@ -114,7 +114,7 @@ def test_a_link_that_is_exchanged_while_it_is_opened_is_not_followed(
             (folder / "1_Pooling").symlink_to(outside)
         return found
 
-    monkeypatch.setattr(files, "path", check_then_exchange)
+    monkeypatch.setattr(files, "_checked", check_then_exchange)
     with pytest.raises(NightpressError) as error:
         files.read("1_Pooling/config.json", 0, 100)
     assert error.value.code is ErrorCode.PATH_NOT_ALLOWED
