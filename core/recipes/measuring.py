@@ -44,7 +44,7 @@ def measuring_cost(recipe: Recipe, header: ModelHeader, outputs: Mapping[str, in
     on_gpu = sum(recipe.measured_on_gpu(export) for export in models)
     work = on_gpu * tokens * header.parameters
     host_work = (len(models) - on_gpu) * tokens * header.parameters
-    gpu = _gpu_bytes(header) if on_gpu else 0
+    gpu = _gpu_bytes(recipe, header) if on_gpu else 0
     memory = max(_bytes(recipe, header, export, outputs) for export in models)
     beside_gpu = max(_bytes_beside_gpu(recipe, header, export, outputs) for export in models)
     turns, timed = timed_by_turns(recipe, header, outputs, pass_bytes), _timed_tokens(recipe) * header.parameters
@@ -105,9 +105,9 @@ def searching_cost(recipe: Recipe, header: ModelHeader, stage: Stage, tries: int
     )
 
 
-def _gpu_bytes(header: ModelHeader) -> int:
+def _gpu_bytes(recipe: Recipe, header: ModelHeader) -> int:
     """Return the bytes of a GPU's memory for a consumer: a second process on the GPU, the float weights, and a batch's logits twice."""
-    return GPU_RUNTIME_BYTES + header.size + 2 * LOGIT_BYTES
+    return GPU_RUNTIME_BYTES + header.size + 2 * max(LOGIT_BYTES, _batch_bytes(recipe, header))
 
 
 def timed_by_turns(recipe: Recipe, header: ModelHeader, outputs: Mapping[str, int], pass_bytes: int) -> bool:
@@ -211,7 +211,12 @@ def _becomes_codes(recipe: Recipe, tensor: TensorInfo) -> bool:
 
 
 def _logit_bytes(recipe: Recipe, header: ModelHeader) -> int:
-    """Return the bytes of an evaluation's largest batch of logits over the vocabulary."""
+    """Return the bytes of an evaluation's largest batch of logits over the vocabulary, with their copies."""
+    return int(_LOGIT_COPIES * _batch_bytes(recipe, header))
+
+
+def _batch_bytes(recipe: Recipe, header: ModelHeader) -> int:
+    """Return the bytes of an evaluation's largest batch of logits: of several texts up to a limit, and of one text whatever it takes."""
     if header.task not in {"causal-lm", "masked-lm", "seq2seq"}:
         return 0
     row = 4 * int(header.vocabulary or 0)
@@ -220,7 +225,7 @@ def _logit_bytes(recipe: Recipe, header: ModelHeader) -> int:
         for evaluation in recipe.evaluate
         if isinstance(evaluation, Quality)
     ]
-    return int(_LOGIT_COPIES * max((min(LOGIT_BYTES, rows * length * row) for rows, length in lengths), default=0))
+    return max((max(length * row, min(LOGIT_BYTES, rows * length * row)) for rows, length in lengths), default=0)
 
 
 def _timed_tokens(recipe: Recipe) -> float:

@@ -8,6 +8,9 @@ from nightpress.core.recipes.block_peak import stack_size
 from nightpress.core.recipes.calibration import Calibration
 from nightpress.core.recipes.costs import blocks_cost, learning_cost
 from nightpress.core.recipes.header import ModelHeader, TensorInfo
+from nightpress.core.recipes.models import parse_recipe
+from nightpress.core.recipes.plan import make_plan
+from tests.headers import decoder
 
 _WIDTH, _INNER = 256, 1024
 _TEXT = Calibration(samples=8, length=64)
@@ -86,3 +89,18 @@ def test_learning_holds_both_models_hidden_states_and_works_for_each_step():
     longer = learning_cost(header, Calibration(samples=800, length=64), bits=4, steps=100, batch=4)
     tokens = (800 - 8) * 64
     assert longer.memory_bytes - few.memory_bytes == pytest.approx(2 * 4 * tokens * _WIDTH, rel=0.05)
+
+
+@pytest.mark.parametrize("vocabulary", [32_000, 262_144])
+def test_the_logits_of_one_text_over_a_large_vocabulary_are_counted(vocabulary: int) -> None:
+    """A batch has one text at least, and 2,048 tokens over 262,144 words take 2 GiB."""
+    header = decoder(256, 512, 4, 4, 2, vocabulary=vocabulary)
+
+    def needed(length: int) -> int:
+        evaluate = [{"metric": "perplexity", "samples": 2, "length": length}]
+        recipe = {"name": "r", "passes": [{"pass": "weight-only"}], "exports": ["compressed-tensors"]}
+        estimate = make_plan(parse_recipe({**recipe, "evaluate": evaluate}), header).estimate
+        assert estimate is not None
+        return estimate.memory_bytes
+
+    assert needed(2048) - needed(16) >= 2 * 4 * vocabulary * (2048 - 16)
