@@ -24,6 +24,8 @@ class Kind(NamedTuple):
     loader: str
 
 
+#: Classes that answer how well a text describes an image, such as CLIPModel.
+_PAIRED = "MODEL_FOR_ZERO_SHOT_IMAGE_CLASSIFICATION"
 #: Mapping of transformers → the kind of its classes. A class in several mappings has the kind of the first.
 MAPPINGS: Mapping[str, Kind] = {
     "MODEL_FOR_SPEECH_SEQ_2_SEQ": Kind("seq2seq", "sound", "AutoModelForSpeechSeq2Seq"),
@@ -37,9 +39,18 @@ MAPPINGS: Mapping[str, Kind] = {
     "MODEL_FOR_IMAGE_CLASSIFICATION": Kind("classification", "images", "AutoModelForImageClassification"),
     "MODEL_FOR_AUDIO_CLASSIFICATION": Kind("other", "sound", "AutoModelForAudioClassification"),
     "MODEL_FOR_CTC": Kind("other", "sound", "AutoModelForCTC"),
+    _PAIRED: Kind("other", "images", "AutoModelForZeroShotImageClassification"),
     "MODEL_FOR_IMAGE": Kind("embedding", "images", "AutoModel"),
     "MODEL_FOR_TEXT_ENCODING": Kind("embedding", "text", "AutoModelForTextEncoding"),
     "MODEL": Kind("embedding", "text", "AutoModel"),
+}
+
+#: What a class of `MODEL` reads → its kind.
+_READS: Mapping[str, Kind] = {
+    "text": MAPPINGS["MODEL"],
+    "images": Kind("embedding", "images", "AutoModel"),
+    "sound": Kind("other", "sound", "AutoModel"),
+    "other": Kind("other", "text", "AutoModel"),
 }
 
 #: XLM's class finds hidden words and keeps no keys and values; transformers has it among the language models, too.
@@ -64,6 +75,8 @@ def kind_of(architecture: str, model_type: str) -> Kind:
     for mapping, kind in MAPPINGS.items():
         if architecture in _classes(mapping) and (mapping, architecture) not in _NOT_AS:
             own = _table()[mapping].get(model_type) == architecture
+            if mapping == "MODEL":
+                kind = _READS[_table()["READS"].get(model_type, "text")]
             return kind if own else kind._replace(loader=architecture)
     tasks: list[Task] = [task for suffix, task in _SUFFIXES if architecture.endswith(suffix)]
     images = model_type in _table()["MODEL_FOR_IMAGE"] or model_type in _table()["MODEL_FOR_IMAGE_CLASSIFICATION"]
@@ -84,6 +97,11 @@ def why_not_measured(architecture: str, model_type: str) -> tuple[str, str] | No
         return (
             "it hears, and of such models only Whisper is measured here",
             "Press a Whisper, or a model that reads text or sees images.",
+        )
+    if architecture in _classes(_PAIRED):
+        return (
+            "it compares images with texts, and nothing here measures that",
+            "Save its part for images or its part for texts alone, e.g. as a CLIPVisionModel or a CLIPTextModel, and bring that.",
         )
     if kind.task == "other":
         return (

@@ -140,6 +140,8 @@ def _refusal(export: Export, header: ModelHeader) -> str | None:
 
 def why_no_graph(header: ModelHeader) -> str | None:
     """Return why no graph of the model is made, although the exporter might trace it; None: it is tried."""
+    if header.kind.senses != "text":
+        return None
     for part, beside in (("vision_config", "images"), ("audio_config", "sounds")):
         if part in header.config:
             return f"a graph would hold its text part alone, without the {beside} that it is for"

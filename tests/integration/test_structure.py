@@ -14,7 +14,7 @@ from nightpress.core.compress.model.checkpoint import read_shards
 from nightpress.core.compress.model.skeleton import Skeleton
 from nightpress.core.compress.model.source import SourceTensors
 from nightpress.core.errors import NightpressError
-from nightpress.core.recipes.classes import TABLE
+from nightpress.core.recipes.classes import TABLE, why_not_measured
 from nightpress.core.recipes.inspect import FolderFiles, inspect_model
 from nightpress.core.recipes.plan import make_plan
 from nightpress.core.recipes.possible import possibilities
@@ -158,6 +158,30 @@ def test_the_tower_of_a_model_that_sees_is_left_as_it_is(tmp_path: Path, model_t
     assert not set(tower) & set(changed)
 
 
+@pytest.mark.parametrize(
+    ("model_type", "class_name"),
+    [
+        ("clip", "CLIPForImageClassification"),  # its config.json has a `vision_config`, and it sees nothing else
+        ("clip_vision_model", "CLIPVisionModel"),  # transformers has it among no models of images
+    ],
+)
+def test_a_model_of_images_alone_gets_a_graph_that_reads_pixels(model_type: str, class_name: str):
+    assert try_class(model_type, class_name, ["onnx"])["onnx"] == Cell("works")
+
+
+@pytest.mark.parametrize(
+    ("model_type", "class_name", "why"),
+    [
+        ("wav2vec2", "Wav2Vec2Model", "it hears"),
+        ("qwen3_vl_vision", "Qwen3VLVisionModel", "what it answers"),  # it reads patches and their grid
+        ("siglip", "SiglipModel", "it compares images with texts"),
+    ],
+)
+def test_a_model_that_reads_no_text_is_not_taken_for_an_embedder_of_texts(model_type: str, class_name: str, why: str):
+    assert why in (why_not_measured(class_name, model_type) or [""])[0]
+    assert why_not_measured("BertModel", "bert") is None
+
+
 def test_what_a_model_can_have_is_said_with_the_reason_of_what_it_can_not(tmp_path: Path):
     header = inspect_model(FolderFiles(save_tiny("bloom", "BloomForCausalLM", tmp_path / "source")))
     found = {(each.kind, each.name): each.why_not for each in possibilities(header)}
@@ -179,6 +203,7 @@ def test_what_a_model_can_have_is_said_with_the_reason_of_what_it_can_not(tmp_pa
         ("bart", "BartModel", "an encoder-decoder is measured here by the text"),
         ("bert", "BertForQuestionAnswering", "what it answers can't be measured"),
         ("llama4_text", "Llama4ForCausalLM", "looks for each expert's own weights"),
+        ("clip", "CLIPModel", "it compares images with texts"),
     ],
 )
 def test_what_can_not_be_pressed_is_refused_with_its_own_reason(
