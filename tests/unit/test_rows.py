@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from nightpress.core.compress.executors.blocks.groups import ENTERED, find_groups
-from nightpress.core.compress.model.rows import NoRows, order_of_calls, possible_rows
+from nightpress.core.compress.model.rows import Call, NoRows, order_of_calls, possible_rows, with_cache
 
 
 class _Block(nn.Module):
@@ -134,3 +134,23 @@ def test_an_input_whose_later_read_changes_no_output_is_not_freed():
     groups = find_groups(block, linears, lambda: block(torch.ones(1, 3, 4)))
     assert groups is not None
     assert ENTERED not in groups.spent[1]
+
+
+class _Caching(nn.Module):
+    def forward(self, hidden: Tensor, positions: Tensor, past_key_values: Any = None, **more: Any) -> list[Any]:
+        del hidden
+        return [positions, past_key_values, *more.values()]
+
+
+@pytest.mark.parametrize(
+    ("call", "expected"),
+    [
+        (Call((1,), {}), [1, "ours"]),
+        (Call((1, None), {}), [1, "ours"]),  # RecurrentGemma hands its cache on by its place
+        (Call((), {"positions": 1, "past_key_values": None, "other": 2}), [1, "ours", 2]),
+    ],
+)
+def test_a_cache_takes_the_place_of_the_blocks_own(call: Call, expected: list[Any]) -> None:
+    block = _Caching()
+    given = with_cache(block, call, "ours")
+    assert block(torch.zeros(1), *given.args, **given.kwargs) == expected

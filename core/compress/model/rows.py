@@ -5,6 +5,7 @@ must be given the very tensor that the block before it returned: else the model 
 after the other. Nothing here knows a family by name.
 """
 
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -243,6 +244,15 @@ def split_call(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Tensor
     if not name:
         raise NoRows("its blocks are given no hidden states")
     return kwargs[name], Call((), {key: value for key, value in kwargs.items() if key != name})
+
+
+def with_cache(block: nn.Module, call: Call, cache: object) -> Call:
+    """Return the call with `cache` as the block's `past_key_values`, which some models hand on by its place."""
+    names = list(inspect.signature(block.forward).parameters)[1:]  # without the hidden states
+    at = names.index("past_key_values") if "past_key_values" in names else len(call.args)
+    if at < len(call.args):
+        return Call((*call.args[:at], cache, *call.args[at + 1 :]), call.kwargs)
+    return Call(call.args, {**call.kwargs, "past_key_values": cache})
 
 
 def _keeps_state(value: Any) -> bool:

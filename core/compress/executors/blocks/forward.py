@@ -12,7 +12,7 @@ from nightpress.core.compress.executors.calls import Calls
 from nightpress.core.compress.executors.hidden_states import HiddenStates
 from nightpress.core.compress.executors.watch import Watched
 from nightpress.core.compress.model.experts import Experts
-from nightpress.core.compress.model.rows import Call
+from nightpress.core.compress.model.rows import Call, with_cache
 
 
 class ForwardPass:
@@ -76,12 +76,12 @@ class ForwardPass:
             mixture.real = None if real is None else real.flatten()
         may_stop = self._plan.skeleton.whole is None and not self._plan.skeleton.shares_experts(index)
         for at, call in enumerate(calls, 1):
-            beside: dict[str, object] = {}
             if watched is not None:
                 watched.stops, watched.real = at == len(calls) and may_stop, self.real(number)
                 if self.cache is not None and self.cache.sees(self._plan.skeleton.blocks[index].names.values()):
-                    self.cache.real, beside = watched.real, {"past_key_values": self.cache}
-            out = block(batch, *call.args, **{**call.kwargs, **beside})
+                    self.cache.real = watched.real
+                    call = with_cache(block, call, self.cache)
+            out = block(batch, *call.args, **call.kwargs)
             batch = out[0] if isinstance(out, tuple) else out
         return batch
 
