@@ -15,7 +15,9 @@ from transformers import AutoModelForSeq2SeqLM
 from nightpress.core.compress.data.tokenized import Sequences
 from nightpress.core.compress.export import onnx as to_onnx
 from nightpress.core.compress.export import openvino as to_openvino
+from nightpress.core.compress.graph.modules import EncoderDecoder
 from nightpress.core.compress.graph.tracing import Traced, trace
+from nightpress.core.compress.model.networks import load_model
 from nightpress.core.compress.passes import PassContext
 from nightpress.core.compress.passes.static_int8 import static_int8
 from nightpress.core.errors import NightpressError
@@ -54,6 +56,15 @@ class Exported:
         ids, mask, read = (torch.from_numpy(part) for part in (IDS, MASK, READ))
         with torch.inference_mode():
             return model(input_ids=ids, attention_mask=mask, decoder_input_ids=read).logits.numpy()
+
+
+def test_a_decoder_that_takes_no_tuple_is_divided_from_its_encoder(tmp_path: Path):
+    source = save_tiny("t5gemma", "T5GemmaForConditionalGeneration", tmp_path / "source")
+    header = inspect_model(FolderFiles(source))
+    whole = EncoderDecoder(load_model(source, header, attention="eager").eval(), header)
+    _, signature = whole.parts(header, Sequences(IDS, MASK, decoder=READ))["decoder_model_merged"]
+    assert signature.inputs[:3] == ("input_ids", "encoder_attention_mask", "encoder_hidden_states")
+    assert "past_key_values.1.encoder.value" in signature.inputs
 
 
 @pytest.fixture(scope="module")

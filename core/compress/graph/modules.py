@@ -255,8 +255,11 @@ class _Decoder(nn.Module):
         return (out.logits, *present)
 
     def signature(self, ids: Tensor, mask: Tensor | None, hidden: Tensor) -> Signature:
+        from transformers.modeling_outputs import BaseModelOutput
+
+        heard = BaseModelOutput(last_hidden_state=hidden)  # not all classes take a tuple
         with torch.inference_mode():
-            out = self.model(encoder_outputs=(hidden,), attention_mask=mask, decoder_input_ids=ids, use_cache=True)
+            out = self.model(encoder_outputs=heard, attention_mask=mask, decoder_input_ids=ids, use_cache=True)
         found = out.past_key_values
         layers = zip(found.self_attention_cache.layers, found.cross_attention_cache.layers, strict=True)
         caches = [kept for a, b in layers for kept in (a.keys, a.values, b.keys, b.values)]
