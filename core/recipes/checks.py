@@ -2,6 +2,7 @@
 
 from nightpress.core.errors import ErrorCode, NightpressError
 from nightpress.core.recipes.classes import why_not_measured
+from nightpress.core.recipes.exceptions import why_not, why_not_by_blocks
 from nightpress.core.recipes.header import ModelHeader
 from nightpress.core.recipes.linears import invalid
 from nightpress.core.recipes.llama_cpp import by_converter
@@ -61,6 +62,13 @@ def check_pass(options: PassOptions, header: ModelHeader) -> None:
         raise invalid(
             f"`{options.name}` learns from texts or images, and a {header.architecture} hears.",
             "Use `dynamic-int8` or `static-int8` in ONNX or OpenVINO, or a pass that needs no data, such as `weight-only`.",
+        )
+    if (why := why_not(options.name, header)) is not None:
+        raise invalid(f"`{options.name}` can't take a {header.model_type}: {why}.", "Leave it out.")
+    if options.scope == "blocks" and (why := why_not_by_blocks(header)) is not None:
+        raise invalid(
+            f"`{options.name}` runs a model block by block, and can't take a {header.model_type}: {why}.",
+            "Use `weight-only` or `magnitude`, which need no calibration.",
         )
     options.check(header)
 

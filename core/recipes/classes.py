@@ -58,6 +58,8 @@ _NOT_AS = frozenset({("MODEL_FOR_CAUSAL_LM", "XLMWithLMHeadModel")})
 
 #: Types of models that hear, and whose sounds are made into what they hear: windows of a log-mel spectrogram.
 _HEARD = frozenset({"whisper"})
+#: Types of models that are given patches with their places. Images come whole here.
+_SEES_PATCHES = frozenset({"siglip2"})
 #: For classes that no mapping has: the end of the name → the task.
 _SUFFIXES: tuple[tuple[str, Task], ...] = (
     ("ForCausalLM", "causal-lm"),
@@ -97,6 +99,11 @@ def why_not_measured(architecture: str, model_type: str) -> tuple[str, str] | No
         return (
             "it hears, and of such models only Whisper is measured here",
             "Press a Whisper, or a model that reads text or sees images.",
+        )
+    if kind.senses == "images" and model_type in _SEES_PATCHES:
+        return (
+            "it sees patches with their places, and images come whole here",
+            "Bring a model that sees whole images, such as a SigLIP.",
         )
     if architecture in _classes(_PAIRED):
         return (

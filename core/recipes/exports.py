@@ -6,6 +6,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, model_serializer, model_validator
 
+from nightpress.core.recipes.exceptions import why_not
 from nightpress.core.recipes.gguf_types import GGUF_TYPES
 from nightpress.core.recipes.header import ModelHeader, TensorInfo
 from nightpress.core.recipes.linears import invalid
@@ -123,6 +124,8 @@ def runs_in_llama_cpp(header: ModelHeader) -> bool:
 
 def _refusal(export: Export, header: ModelHeader) -> str | None:
     kind = header.model_type
+    if (why := why_not(export.format, header)) is not None:
+        return why
     if export.format in GRAPH_FORMATS and (why := why_no_graph(header)) is not None:
         return why
     if export.format == "transformers.js" and (header.task == "seq2seq" or header.sees_images):
@@ -140,6 +143,8 @@ def _refusal(export: Export, header: ModelHeader) -> str | None:
 
 def why_no_graph(header: ModelHeader) -> str | None:
     """Return why no graph of the model is made, although the exporter might trace it; None: it is tried."""
+    if (why := why_not("graph", header)) is not None:
+        return why
     if header.kind.senses != "text":
         return None
     for part, beside in (("vision_config", "images"), ("audio_config", "sounds")):

@@ -34,7 +34,7 @@ class Possibility(BaseModel):
 def possibilities(header: ModelHeader) -> tuple[Possibility, ...]:
     """Return all passes that can be tried without options of their own, then all exports.
 
-    A reason is found in the header. The worker may find others on the model itself, e.g. that it can't be traced into a graph.
+    A reason is found in the header, and in what is known of the class. Of a class that nobody has tried, the worker may find others.
     """
     never = why_not_measured(header.architecture, header.model_type)
     if never is None and not header.has_tokenizer and not header.sees_images:

@@ -8,7 +8,7 @@ from nightpress.core.recipes.linears import is_expert, is_table, module_of
 from nightpress.core.recipes.schemes import Scheme
 
 #: Families whose modules have other names in transformers than in their files, or whose code reads weights that packed modules lack.
-_OTHER_NAMES = frozenset({"t5", "vit"})
+_OTHER_NAMES = frozenset({"axk2", "deepseek_v4", "hy_v3", "laguna", "nemotron_h", "t5", "vit"})
 #: Families whose `_init_weights` reads the weight of every linear module before the files are read. A packed module has none.
 _READ_BEFORE_LOADING = frozenset({"falcon", "gpt_bigcode", "modernbert", "modernvbert"})
 #: Families that transformers can't load with a quantization_config, although it loads them in float: `model_type` → why.
@@ -25,7 +25,7 @@ _NEVER = {
     ),
     "ibert": "its linear layers are of its own kind, which read no codes but their own",
     **dict.fromkeys(
-        ("dinov2", "dinov2_with_registers", "hrm_text"),
+        ("dinov2", "dinov2_with_registers", "hrm_text", "inkling_mm_model"),
         "transformers splits its merged layers while it loads it, and can't split packed ones",
     ),
 }

@@ -43,11 +43,22 @@ _SIZES: tuple[tuple[str, int], ...] = (
     (r"mamba_d_state|state_size|ssm_state_size", 16),
     (r"num_mel_bins", 80),
 )
+#: What makes a part of a config what it is, by the config's `model_type` and the part's key.
+_PARTS: Mapping[tuple[str, str], Mapping[str, Any]] = {
+    ("encoder-decoder", "decoder"): {"is_decoder": True, "add_cross_attention": True},
+}
 #: What the rules don't reach, by `model_type`.
 _MAMBA = {"mamba_expand": 2, "mamba_n_heads": 8, "mamba_d_head": 16, "mamba_d_ssm": 128}
 _OWN: Mapping[str, Mapping[str, Any]] = {
     **{kind: {"qk_head_dim": 16, "v_head_dim": 16, "head_dim": 8} for kind in ("axk1", "deepseek_v3", "youtu")},
     "bamba": _MAMBA,
+    "bit": {"embedding_size": 32, "hidden_sizes": [32, 64, 64, 64], "depths": [1, 1, 1, 1], "num_groups": 8},
+    "cvt": {"embed_dim": [16, 32, 64], "num_heads": [1, 2, 4], "depth": [1, 1, 1]},
+    "focalnet": {"embed_dim": 16, "hidden_sizes": [16, 32, 64, 64], "depths": [1, 1, 1, 1]},
+    "levit": {"hidden_sizes": [32, 64, 96], "num_attention_heads": [2, 4, 6], "depths": [1, 1, 1]},
+    "mobilevit": {"hidden_sizes": [32, 48, 64], "neck_hidden_sizes": [8, 16, 16, 24, 32, 40, 64]},
+    "regnet": {"embedding_size": 16, "hidden_sizes": [64, 64, 64, 64], "depths": [1, 1, 1, 1], "groups_width": 16},
+    "resnet": {"embedding_size": 16, "hidden_sizes": [16, 32, 48, 64], "depths": [1, 1, 1, 1]},
     **{kind: {"hidden_sizes": [8, 16, 32, 64], "depths": [1, 1, 2, 1]} for kind in ("convnext", "convnextv2")},
     "deepseek_v2": {"num_experts_per_tok": 2, "first_k_dense_replace": 1},
     "dots1": {"n_routed_experts": 4, "moe_intermediate_size": 64, "num_experts_per_tok": 2, "first_k_dense_replace": 1},
@@ -75,6 +86,12 @@ _OWN: Mapping[str, Mapping[str, Any]] = {
     },
     "poolformer": {"hidden_sizes": [8, 16, 40, 64], "depths": [1, 1, 1, 1]},
     "pvt": {"hidden_sizes": [8, 16, 40, 64], "depths": [1, 1, 1, 1], "num_attention_heads": [1, 2, 5, 8]},
+    "pvt_v2": {
+        "hidden_sizes": [8, 16, 40, 64],
+        "depths": [1, 1, 1, 1],
+        "num_attention_heads": [1, 2, 5, 8],
+        "image_size": 32,
+    },
     "recurrent_gemma": {"num_hidden_layers": 3},
     **{
         kind: {"embed_dim": 16, "depths": [1, 2], "num_heads": [1, 2], "window_size": 4, "image_size": 32}
@@ -109,7 +126,7 @@ def shrunk(config_class: Any, **given: Any) -> Any:
         if key in default.sub_configs:
             sub = type(value) if value is not None else default.sub_configs[key]
             if hasattr(sub, "model_type") and hasattr(sub, "from_dict"):
-                wanted[key] = shrunk(sub)
+                wanted[key] = shrunk(sub, **_PARTS.get((config_class.model_type, key), {}))
         elif key in lists:
             wanted[key] = [value[at] for at in picked]
         elif (small := _small(key, value)) is not None:

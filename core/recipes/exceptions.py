@@ -1,0 +1,62 @@
+"""What a class of transformers does that its header doesn't show: `python -m tests.zoo` found it, and plans refuse it in advance.
+
+A table of exceptions: what it doesn't name is tried. Each reason says what transformers or a loader does.
+"""
+
+from collections.abc import Mapping
+
+from nightpress.core.recipes.header import ModelHeader
+
+_OTHER_STATES = "its cache holds other states than keys and values"
+_NOT_FOUND = "no loader finds the scales in its attention"
+_NOT_ALONE = "its blocks can't be run by themselves, so that no exchange of factors can be proved"
+_NO_FOLD = "no layer before its linear layers can take factors: the block would answer otherwise"
+_WHOLE_MASK = "its decoder takes no mask but that of a whole text, and a graph caches a part of it"
+_ROUTED = "its decoder asks for what its encoder's routers chose, which no graph of an encoder returns"
+_BY_NUMBER = "its attention finds the tokens that see the whole text by their number, which a traced graph can't decide"
+
+#: Pass, export, or `graph` for all exports of graphs → `model_type` or class → why it can't be had.
+_WHY_NOT: Mapping[str, Mapping[str, str]] = {
+    "kv-cache": {
+        **dict.fromkeys(("falcon_h1", "inkling_text", "minimax"), _OTHER_STATES),
+        **dict.fromkeys(("gemma4", "gemma4_text", "gemma4_unified", "gemma4_unified_text"), _OTHER_STATES),
+        **dict.fromkeys(("codegen", "gpt_neo", "gptj"), _NOT_FOUND),  # they call the cache `layer_past`
+        "mimo_v2_flash": "its attention has a `v_scale` of its own, which a loader would replace by the cache's",
+    },
+    "awq": {
+        **dict.fromkeys(("gemma4", "gemma4_text", "gemma4_unified", "gemma4_unified_text", "xlm"), _NOT_ALONE),
+        **dict.fromkeys(("jetmoe", "xlnet"), _NO_FOLD),
+        "BartForConditionalGeneration": _NOT_ALONE,
+    },
+    "openvino": {"fnet": "OpenVINO computes its Fourier transforms otherwise, and the answers differ"},
+    "layers": {"openai-gpt": "its blocks return other things than hidden states, and can't be compared"},
+    "graph": {
+        **dict.fromkeys(("led", "longformer"), _BY_NUMBER),
+        **dict.fromkeys(("fsmt", "prophetnet"), _WHOLE_MASK),
+        "funnel": "it makes its positions from the length of the text, which a traced graph would fix",
+        "mvp": "its attention compares the size of its mask with that of all keys, which a graph with a cache can't decide",
+        **dict.fromkeys(("nllb-moe", "switch_transformers"), _ROUTED),
+        "t5gemma2": "its decoder reads what is cached and what the encoder answered as one text, which a traced graph can't divide",
+        "pegasus_x": "its encoder cuts the text into blocks whose number a traced graph would fix",
+    },
+}
+#: `model_type` → why the model can't be run block by block.
+_NOT_BY_BLOCKS: Mapping[str, str] = {
+    **dict.fromkeys(
+        ("inkling2", "inkling2_text", "inkling_mm_model", "kimi_linear", "olmo_hybrid"),
+        "transformers joins tensors of its files as it loads them",
+    ),
+    "squeezebert": "its blocks are convolutions, without linear layers",
+    "t5gemma2": "layers of its decoder read two things in turn, the text and what the encoder answered",
+}
+
+
+def why_not(name: str, header: ModelHeader) -> str | None:
+    """Return why a pass, an export or `graph` can't take this model; None: it is tried."""
+    known = _WHY_NOT.get(name, {})
+    return known.get(header.model_type) or known.get(header.architecture)
+
+
+def why_not_by_blocks(header: ModelHeader) -> str | None:
+    """Return why this model can't be run block by block; None: it is tried."""
+    return _NOT_BY_BLOCKS.get(header.model_type)
