@@ -12,6 +12,7 @@ from nightpress.core.compress.evaluate import quality
 from nightpress.core.compress.export import gguf
 from nightpress.core.compress.export.consumer import run_consumer
 from nightpress.core.compress.export.onnx_codes import block_size
+from nightpress.core.compress.export.program import usage_program
 from nightpress.core.compress.export.verify import EXACT, HALVED
 from nightpress.core.compress.model.cosines import whole_cosine
 from nightpress.core.errors import ErrorCode, NightpressError
@@ -21,7 +22,7 @@ from nightpress.core.recipes.inspect import FolderFiles, inspect_model
 from nightpress.core.recipes.models import parse_recipe
 from tests.models import bert_tiny_dir
 from tests.press import lay_out, press
-from tests.usage import run_usage
+from tests.usage import run_here, run_usage
 
 TEXT = (
     "It is a truth universally acknowledged, that 1234 men in possession of a good fortune don't want naïve wives. "
@@ -221,6 +222,13 @@ def test_a_file_carries_the_codes_the_tokenizer_and_the_template(llama_cpp: Any,
     expected = Tokenizer.from_file(str(llama / "tokenizer.json")).encode(TEXT).ids
     assert model.tokenize(TEXT.encode(), add_bos=False, special=True) == expected
     assert model.metadata["tokenizer.chat_template"] == "{{ messages }}"
+    assert "create_chat_completion" in report.artifacts[0].usage
+    run_here(report.artifacts[0].usage, path.parents[1])
+    prompted = usage_program(
+        "gguf", Path(path.parent.name), inspect_model(FolderFiles(llama))
+    )  # a folder without the template
+    assert "create_chat_completion" not in prompted
+    run_here(prompted, path.parents[1])
 
 
 @pytest.mark.parametrize("pooling", ["mean", "cls", "lasttoken"])
@@ -256,6 +264,12 @@ def test_a_bert_embeds_in_llama_cpp(pooling: str, llama_cpp: Any, tmp_path: Path
     ]
     assert cosines[0] > 0.9999
     assert cosines[1] > 0.999
+    header = inspect_model(FolderFiles(tmp_path / "model"))
+    _, ours = run_here(usage_program("safetensors", tmp_path / "model", header), tmp_path)
+    for artifact in report.artifacts:
+        printed, theirs = run_here(artifact.usage, tmp_path / "job" / "out")
+        assert printed.startswith("64 numbers:")
+        assert whole_cosine(np.array(theirs["vector"]), ours["vector"]) > 0.999
     model = llama_cpp.Llama(str(tmp_path / "job" / "out" / "gguf" / "model.gguf"), vocab_only=True, verbose=False)
     expected = (
         Tokenizer.from_file(str(tmp_path / "model" / "tokenizer.json")).encode(TEXT, add_special_tokens=False).ids

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from nightpress.core.compress.export.program import usage_program
 from nightpress.core.compress.export.sentence import complete_layout
 from nightpress.core.errors import NightpressError
 from nightpress.core.handoff.report import Report
@@ -15,6 +16,7 @@ from nightpress.core.recipes.inspect import FolderFiles, inspect_model
 from nightpress.core.recipes.sentence import EmbedderUse, read_use
 from tests.press import lay_out, press
 from tests.training import embedder
+from tests.usage import run_here
 
 ROWS = [
     {"query": "a cat sat", "positive": "the mat had a cat on it", "negative": "stocks fell in London"},
@@ -22,7 +24,8 @@ ROWS = [
     {"query": "bread", "positive": "she bakes bread every winter", "negative": "the horse stood on the road"},
     {"query": "a letter", "positive": "he wrote a letter by the lamp", "negative": "a stone lay in the river"},
 ]
-PROMPTS = {"query": "find the text: ", "document": "a text: "}
+PROMPTS = {"query": "find the text: ", "document": "a text: ", "any": "words: "}
+_TEXT = "The sea was calm, and the ship came home."  #: of the programs
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +37,9 @@ def source(bert_tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     tmp = tmp_path_factory.mktemp("embedder")
     transformer = Transformer(str(embedder(bert_tiny, tmp / "bare")))
     modules = [transformer, Pooling(32, pooling_mode="max"), Normalize()]
-    model = SentenceTransformer(modules=modules, prompts=PROMPTS, similarity_fn_name="euclidean")
+    model = SentenceTransformer(
+        modules=modules, prompts=PROMPTS, default_prompt_name="any", similarity_fn_name="euclidean"
+    )
     model.save_pretrained(str(tmp / "model"), create_model_card=False)
     return tmp / "model"
 
@@ -122,6 +127,36 @@ def _run(file: Path, inputs: dict[str, Any]) -> np.ndarray:
     names = {port.name for port in session.get_inputs()}
     assert names <= inputs.keys()
     return np.asarray(session.run(["last_hidden_state"], {key: inputs[key] for key in names})[0])
+
+
+def test_the_programs_of_the_report_embed_as_the_library_does(source: Path, pressed: tuple[Path, Report]) -> None:
+    """Each is run as it stands. The folder's default prompt is put before the text, and the vector is normalized."""
+    from sentence_transformers import SentenceTransformer
+
+    expected = SentenceTransformer(str(source), device="cpu").encode(_TEXT)
+    for artifact in pressed[1].artifacts:
+        printed, variables = run_here(artifact.usage, pressed[0])
+        assert printed.startswith("32 numbers:")
+        np.testing.assert_allclose(variables["vector"], expected, atol=2e-3, err_msg=artifact.name)
+
+
+@pytest.mark.parametrize(
+    "pooling", ["mean", "cls", "lasttoken", "mean_sqrt_len_tokens", "weightedmean", "mean+cls", "max"]
+)
+def test_the_programs_pool_and_truncate_as_the_library_does(
+    pooling: str, source: Path, pressed: tuple[Path, Report]
+) -> None:
+    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.sentence_transformer.modules import Pooling
+
+    transformer = SentenceTransformer(str(source), device="cpu")[0]
+    modules = [transformer, Pooling(32, pooling_mode=tuple(pooling.split("+")))]
+    expected = SentenceTransformer(modules=modules, device="cpu", truncate_dim=24).encode(_TEXT)
+    use = EmbedderUse(truncate_dim=24)
+    header = inspect_model(FolderFiles(source)).model_copy(update={"pooling": pooling, "use": use})
+    for format_ in ("safetensors", "onnx", "openvino"):
+        _, variables = run_here(usage_program(format_, pressed[0] / format_, header), pressed[0])
+        np.testing.assert_allclose(variables["vector"], expected, atol=2e-3, err_msg=format_)
 
 
 @pytest.mark.parametrize("format_", ["safetensors", "onnx", "openvino"])

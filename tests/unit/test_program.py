@@ -1,4 +1,4 @@
-"""The programs of reports, for every format and task. Tests of whole jobs run them; here they are only read."""
+"""The programs of reports, for every format and task. Tests of whole jobs and of embedders run them; here they are only read."""
 
 import ast
 from itertools import product

@@ -4,6 +4,7 @@ It runs as it stands in the folder that holds the artifact's folder. It needs th
 nothing of Nightpress.
 """
 
+import json
 from pathlib import Path
 
 from nightpress.core.compress.data.chat import chat_template
@@ -100,7 +101,7 @@ for token in scores.argsort()[::-1][:3]:
     print(tokenizer.decode([token]))
 """,
     "embedding": """
-vector = {pooled}
+{vector}
 print(len(vector), "numbers:", vector[:5])
 """,
 }
@@ -181,7 +182,7 @@ _GGUF_EMBEDDING = """\
 from llama_cpp import Llama
 
 model = Llama("{folder}/model.gguf", embedding=True, n_ctx=512, verbose=False)
-vector = model.embed({text})
+vector = model.embed({text}{normalize}){kept}
 print(len(vector), "numbers:", vector[:5])
 """
 
@@ -272,13 +273,13 @@ def usage_program(format_: str, artifact: Path, header: ModelHeader) -> str:
 def _program(format_: str, artifact: Path, header: ModelHeader) -> str:
     task, folder = header.task, artifact.name
     chat = task == "causal-lm" and chat_template(artifact) is not None
-    text = f'"{_QUESTION if chat else _TEXT}"'
+    text = json.dumps(_QUESTION if chat else header.use.text_prompt + _TEXT)
     if format_ == "transformers.js":
         return _javascript(folder, task, header)
     if header.model_type == "model2vec":
         return _STATIC.format(folder=folder, text=text)
     if format_ == "gguf":
-        return _gguf(folder, task, text, chat=chat)
+        return _gguf(folder, header, text, chat=chat)
     if format_ == "mlx":
         return (_MLX + (_MLX_CHAT if chat else _MLX_PROMPT)).format(folder=folder, text=text, new_tokens=_NEW_TOKENS)
     if header.architecture.endswith("ForImageClassification"):
@@ -315,15 +316,26 @@ def _answer(kind: str, format_: str, header: ModelHeader) -> str:
     labels = (
         "AutoConfig.from_pretrained(folder).id2label" if format_ in {"onnx", "openvino"} else "model.config.id2label"
     )
-    modes = header.pooling.split("+")
-    pooled = [_POOLED[mode] for mode in modes]
-    joined = pooled[0] if len(modes) == 1 else f"np.concatenate([{', '.join(pooled)}])"
-    return _ANSWERS[kind].format(labels=labels, pooled=joined)
+    return _ANSWERS[kind].format(labels=labels, vector=_vector(header))
 
 
-def _gguf(folder: str, task: str, text: str, *, chat: bool) -> str:
-    if task == "embedding":
-        return _GGUF_EMBEDDING.format(folder=folder, text=text)
+def _vector(header: ModelHeader) -> str:
+    """The lines that make what sentence-transformers returns for one text: pooled, normalized and truncated as the folder says."""
+    modes = [_POOLED[mode] for mode in header.pooling.split("+")]
+    joined = modes[0] if len(modes) == 1 else f"np.concatenate([{', '.join(modes)}])"
+    lines = [f"vector = {joined}"]
+    if header.use.normalized:
+        lines.append("vector = vector / np.linalg.norm(vector)")
+    if header.use.truncate_dim:
+        lines.append(f"vector = vector[:{header.use.truncate_dim}]")
+    return "\n".join(lines)
+
+
+def _gguf(folder: str, header: ModelHeader, text: str, *, chat: bool) -> str:
+    if header.task == "embedding":
+        kept = f"[:{header.use.truncate_dim}]" if header.use.truncate_dim else ""
+        normalize = ", normalize=True" if header.use.normalized else ""
+        return _GGUF_EMBEDDING.format(folder=folder, text=text, normalize=normalize, kept=kept)
     return (_GGUF_TEXT + (_GGUF_CHAT if chat else _GGUF_PROMPT)).format(
         folder=folder, text=text, new_tokens=_NEW_TOKENS
     )
@@ -332,9 +344,10 @@ def _gguf(folder: str, task: str, text: str, *, chat: bool) -> str:
 def _javascript(folder: str, task: str, header: ModelHeader) -> str:
     if task not in PIPELINES:
         return ""
+    length = ", normalize: true" if header.use.normalized else ""
     more = {
         "causal-lm": f", {{ max_new_tokens: {_NEW_TOKENS} }}",
-        "embedding": f', {{ pooling: "{header.pooling}" }}' if header.pooling in {"mean", "cls"} else "",
+        "embedding": f', {{ pooling: "{header.pooling}"{length} }}' if header.pooling in {"mean", "cls"} else "",
     }.get(task, "")
-    text = '"The sea was [MASK]."' if task == "masked-lm" else f'"{_TEXT}"'
+    text = json.dumps("The sea was [MASK]." if task == "masked-lm" else header.use.text_prompt + _TEXT)
     return _JAVASCRIPT.format(pipeline=PIPELINES[task], folder=folder, text=text, more=more)
