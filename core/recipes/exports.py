@@ -18,9 +18,6 @@ GRAPH_FORMATS = frozenset({"onnx", "openvino", "transformers.js"})
 #: Formats that transformers loads. Only it can run a model on a GPU here.
 TORCH_FORMATS = frozenset({"safetensors", "compressed-tensors"})
 
-#: Formats whose runtime also runs the uncompressed model, so that an artifact's speed is compared with that.
-_COMPARED_FORMATS = frozenset({"onnx", "openvino", "gguf"})
-
 #: Format → the number types that its weights can have; the first is the default, and that of an uncompressed model. Formats that are not listed keep the model's types.
 TYPES: Mapping[str, tuple[str, ...]] = {
     "onnx": ("fp32", "fp16"),
@@ -69,8 +66,8 @@ class Export(BaseModel):
 
     @property
     def uncompressed(self) -> "Export | None":
-        """The export of the uncompressed model to the same runtime; None: there is none, or transformers runs the source itself."""
-        return Export(format=self.format) if self.format in _COMPARED_FORMATS else None
+        """The export of the uncompressed model to the same runtime, which the artifact's speed is compared with; None: transformers runs the source itself."""
+        return None if self.format in TORCH_FORMATS else Export(format=self.format)
 
     @model_validator(mode="before")
     @classmethod

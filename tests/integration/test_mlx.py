@@ -162,7 +162,8 @@ def test_a_job_runs_the_artifact_in_mlx_and_finds_a_broken_layer(
     assert artifact.verification.layers == 14
     assert artifact.verification.layer_error is not None
     assert artifact.verification.layer_error < 1e-5
-    assert artifact.generation
+    assert artifact.generation[0].decode_over_uncompressed is not None
+    assert artifact.generation[0].prefill_over_uncompressed is not None
     assert "mlx-lm" in artifact.verification.consumer
     monkeypatch.setenv("MLX_DISABLE_COMPILE", "1")
     assert run_usage(artifact, job / "out").strip()

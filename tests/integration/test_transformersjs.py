@@ -35,6 +35,7 @@ def test_a_page_finds_an_int8_encoder_where_it_looks_for_it(tmp_path: Path):
     assert subject.verification.value > 0.99
     assert 'require("@huggingface/transformers")' in subject.verification.load_snippet
     assert subject.timings[0].p50_ms > 0
+    assert subject.timings[0].over_uncompressed is not None
     assert subject.peak_memory_bytes > 40_000_000  # the memory of Node, not of the process that started it
     assert "token_str" in run_usage(subject, tmp_path / "job" / "out")
 

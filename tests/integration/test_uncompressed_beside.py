@@ -1,13 +1,15 @@
 """An artifact is also timed beside the uncompressed model in its own runtime."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 
 from nightpress.core.handoff.spec import JobSpec
+from nightpress.core.recipes.exports import Export
 from nightpress.core.recipes.inspect import FolderFiles, inspect_model
 from nightpress.core.recipes.models import parse_recipe
+from nightpress.core.recipes.passes.base import ExportFormat
 from nightpress.core.recipes.plan import make_plan, timed_uncompressed
 from tests.press import lay_out, press
 
@@ -34,6 +36,8 @@ def test_each_runtime_of_a_compressed_artifact_has_its_own_reference(bert_tiny: 
     half = [{"pass": "magnitude"}]
     assert names(bert_tiny, passes=half, exports=["safetensors", "openvino"]) == ["openvino"]
     assert names(bert_tiny, passes=[], exports=[{"format": "onnx", "type": "fp16"}]) == ["onnx"]
+    for runtime in set(get_args(ExportFormat)) - {"safetensors", "compressed-tensors"}:
+        assert Export(format=runtime).uncompressed is not None, runtime
 
 
 @pytest.mark.parametrize(

@@ -59,10 +59,11 @@ def _save_uncompressed(job: PressJob, state: State, export: Export) -> Exported:
     """Export the source as it is. The trace is no checkpoint: nothing but a speed depends on it."""
     exporter: Any = _EXPORTERS[export.format]
     folder, header, weights = job.work / "uncompressed" / export.name, state.source_header, export.weights
-    assert weights is not None
     shutil.rmtree(folder, ignore_errors=True)  # of an earlier attempt
     folder.parent.mkdir(parents=True, exist_ok=True)
-    if export.format == "gguf":
+    if weights is None:
+        exporter.save(job.source, folder)
+    elif export.format == "gguf":
         gguf.save(job.source, folder, header, weights=weights, pooling=state.trial.task.pooling)
     else:
         context = job.context(header, lambda _fraction, _text: None, index=len(job.recipe.passes))
