@@ -7,6 +7,8 @@ nothing of Nightpress.
 import json
 from pathlib import Path
 
+from gguf import GGUFReader
+
 from nightpress.core.compress.data.chat import chat_template
 from nightpress.core.compress.data.images import image_shape, normalisation
 from nightpress.core.compress.export.pair_programs import pair_program
@@ -178,10 +180,12 @@ _GGUF_CHAT = """
 answer = model.create_chat_completion([{{"role": "user", "content": {text}}}], max_tokens={new_tokens})
 print(answer["choices"][0]["message"]["content"])
 """
+#: Version 0.3.36 of the binding loses its `embedding=True`, so the second call is needed.
 _GGUF_EMBEDDING = """\
-from llama_cpp import Llama
+from llama_cpp import Llama, llama_set_embeddings
 
 model = Llama("{folder}/model.gguf", embedding=True, n_ctx=512, verbose=False)
+llama_set_embeddings(model.ctx, True)
 vector = model.embed({text}{normalize}){kept}
 print(len(vector), "numbers:", vector[:5])
 """
@@ -260,7 +264,7 @@ env.localModelPath = ".";
 
 
 def usage_program(format_: str, artifact: Path, header: ModelHeader) -> str:
-    """The program for an artifact's folder, which also has the source's tokenizer and chat template.
+    """The program for an artifact's folder, with the source's tokenizer and chat template beside it or, in GGUF, in the file.
 
     For transformers.js it is a program for Node, else for Python. Empty if no program is known for the format and the task.
     """
@@ -272,7 +276,7 @@ def usage_program(format_: str, artifact: Path, header: ModelHeader) -> str:
 
 def _program(format_: str, artifact: Path, header: ModelHeader) -> str:
     task, folder = header.task, artifact.name
-    chat = task == "causal-lm" and chat_template(artifact) is not None
+    chat = task == "causal-lm" and _has_chat_template(format_, artifact)
     text = json.dumps(_QUESTION if chat else header.use.text_prompt + _TEXT)
     if format_ == "transformers.js":
         return _javascript(folder, task, header)
@@ -310,6 +314,14 @@ def _program(format_: str, artifact: Path, header: ModelHeader) -> str:
     if task == "causal-lm":
         return (head + (_CHAT if chat else _PROMPT) + decode).format(**values)
     return (head + run).format(**values) + _answer(header.head if task == "classification" else task, format_, header)
+
+
+def _has_chat_template(format_: str, artifact: Path) -> bool:
+    """Whether the artifact has a chat template: a GGUF file among its metadata, all others beside the tokenizer."""
+    file = artifact / "model.gguf"
+    if format_ == "gguf" and file.is_file():
+        return "tokenizer.chat_template" in GGUFReader(file).fields
+    return chat_template(artifact) is not None
 
 
 def _answer(kind: str, format_: str, header: ModelHeader) -> str:

@@ -91,6 +91,7 @@ class Embeddings:
         import llama_cpp
 
         self.model, self.library = model, llama_cpp
+        llama_cpp.llama_set_embeddings(model.ctx, True)  # version 0.3.36 of the binding loses its `embedding=True`
         self.batch = llama_cpp.llama_batch_init(longest, 0, 1)
 
     def __call__(self, ids: Any, mask: Any) -> Any:
