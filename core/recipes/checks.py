@@ -5,7 +5,7 @@ from nightpress.core.recipes.classes import why_not_measured
 from nightpress.core.recipes.exceptions import why_not, why_not_by_blocks
 from nightpress.core.recipes.header import ModelHeader
 from nightpress.core.recipes.linears import invalid
-from nightpress.core.recipes.llama_cpp import by_converter
+from nightpress.core.recipes.llama_converter import by_converter
 from nightpress.core.recipes.models import GenerationSpeed, Quality, Recipe
 from nightpress.core.recipes.passes import PassOptions
 

@@ -10,7 +10,8 @@ from nightpress.core.recipes.exceptions import why_not
 from nightpress.core.recipes.gguf_types import GGUF_TYPES
 from nightpress.core.recipes.header import ModelHeader, TensorInfo
 from nightpress.core.recipes.linears import invalid
-from nightpress.core.recipes.llama_cpp import by_converter, why_not_llama_cpp
+from nightpress.core.recipes.llama_converter import by_converter
+from nightpress.core.recipes.llama_cpp import why_not_llama_cpp
 from nightpress.core.recipes.mlx import why_not_mlx
 from nightpress.core.recipes.passes.base import ExportFormat
 

@@ -8,20 +8,11 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from nightpress.core.recipes.header import ModelHeader
+from nightpress.core.recipes.llama_converter import CONVERTED, NOT_CONVERTED, by_converter, converter_differences
 
 #: Values of `model_type` for which llama.cpp's graph computes the same as transformers.
 DECODERS = frozenset({"llama", "mistral", "qwen2", "qwen3", "gemma"})
 ENCODERS = frozenset({"bert"})
-#: Decoders whose files llama.cpp's own converter writes → the activation functions for which llama.cpp's graph was written. For each, a
-#: tiny model with random weights was converted, and llama.cpp answered as transformers does (tests/integration/test_gguf_converted.py).
-CONVERTED: Mapping[str, tuple[str, ...]] = {
-    "arcee": ("relu2",),
-    "bloom": (),
-    "cohere": ("silu",),
-    "gpt_bigcode": ("gelu_pytorch_tanh",),
-    "granitemoe": ("silu",),
-    "hunyuan_v1_dense": ("silu",),
-}
 POOLING = frozenset({"mean", "cls", "lasttoken"})  #: pooling modes of embedders
 
 #: ggml's GELU is the tanh approximation. Its difference from the exact function is smaller than float16's rounding error.
@@ -59,28 +50,14 @@ def why_not_llama_cpp(header: ModelHeader) -> str | None:
     kind = header.model_type
     if header.task == "causal-lm":
         if by_converter(header):
-            return next(_converted_differences(kind, header), None)
+            return next(converter_differences(header), None)
+        if kind in NOT_CONVERTED:
+            return NOT_CONVERTED[kind]
         if kind not in DECODERS:
             return f"of decoders it takes {', '.join(sorted(DECODERS | CONVERTED.keys()))}, and this is a {kind}"
     elif kind not in ENCODERS or header.task != "embedding":
         return f"llama.cpp runs language models and BERT embedders, and this is a {header.architecture}"
     return next(_differences(kind, header), None)
-
-
-def by_converter(header: ModelHeader) -> bool:
-    """Return whether llama.cpp's own converter writes the GGUF file of this model. It reads floats alone."""
-    return header.task == "causal-lm" and header.model_type in CONVERTED
-
-
-def _converted_differences(kind: str, header: ModelHeader) -> Iterator[str]:
-    for key in ("hidden_act", "hidden_activation", "activation_function"):
-        if (given := header.config.get(key)) is not None and given not in CONVERTED[kind]:
-            yield f"llama.cpp computes a {kind} with `{key}` {' or '.join(CONVERTED[kind])}, and config.json says {given!r}"
-    rope = header.config.get("rope_parameters") or header.config.get("rope_scaling") or {}
-    for part in (rope, *(value for value in rope.values() if isinstance(value, Mapping))):
-        turning = part.get("rope_type") or part.get("type") or "default"
-        if turning != "default":
-            yield f"its rotary positions are scaled by {turning!r}"
 
 
 def _differences(kind: str, header: ModelHeader) -> Iterator[str]:

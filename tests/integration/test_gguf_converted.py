@@ -1,5 +1,6 @@
 """GGUF files that llama.cpp's own converter writes, for the families that it knows and we don't."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -7,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from safetensors.torch import save_file
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from nightpress.core.compress.export import gguf
@@ -16,12 +18,20 @@ from nightpress.core.errors import ErrorCode, NightpressError
 from nightpress.core.recipes.exports import Export, runs_in_llama_cpp
 from nightpress.core.recipes.header import ModelHeader
 from nightpress.core.recipes.inspect import FolderFiles, inspect_model
-from nightpress.core.recipes.llama_cpp import CONVERTED
+from nightpress.core.recipes.llama_converter import CONVERTED, NOT_CONVERTED
 from nightpress.core.recipes.models import parse_recipe
 from nightpress.core.recipes.plan import make_plan
+from tests.folders import load_tensors
 from tests.models import save_smollm_tokenizer
 from tests.press import lay_out, press
+from tests.zoo.configs import shrunk
 from tests.zoo.models import config_for
+
+#: Shapes that the smallest config of a family hasn't.
+_SHAPES: dict[str, dict[str, Any]] = {
+    "cohere2": {"num_hidden_layers": 4, "layer_types": ["sliding_attention"] * 3 + ["full_attention"]},
+    "exaone4": {"sliding_window": None, "num_hidden_layers": 2, "layer_types": ["full_attention"] * 2},
+}
 
 _SOME = "arcee"  #: a family of those
 
@@ -37,7 +47,7 @@ def llama_cpp() -> Any:
 def _save(kind: str, folder: Path) -> Path:
     """Save a tiny model with random weights and SmolLM2's tokenizer: the converter takes none that it doesn't know."""
     model_class = getattr(transformers, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[kind])
-    config = config_for(kind, model_class)
+    config = shrunk(model_class.config_class, **_SHAPES[kind]) if kind in _SHAPES else config_for(kind, model_class)
     config.vocab_size, config.pad_token_id, config.bos_token_id, config.eos_token_id = 49152, 2, 1, 2
     torch.manual_seed(0)
     model = model_class(config)
@@ -70,6 +80,23 @@ def test_llama_cpp_answers_as_transformers_does(kind: str, llama_cpp: Any, tmp_p
     with torch.inference_mode():
         expected = model(torch.tensor([ids]), use_cache=False).logits[0].numpy()
     assert whole_cosine(found, expected) > 0.9999
+    compared = gguf.compare_layers(folder, tmp_path / "out", header)
+    assert compared.layers >= 4
+    assert compared.error < compared.bound, compared
+
+
+def test_a_matrix_that_the_converter_wrote_otherwise_is_named(llama_cpp: Any, tmp_path: Path):
+    """Queries have another order of rows in the file, which is no fault; rows that change places elsewhere are one."""
+    folder, out = _save(_SOME, tmp_path / "model"), tmp_path / "out"
+    header = inspect_model(FolderFiles(folder))
+    gguf.save(folder, out, header, weights="f16", pooling="mean")
+    tensors = load_tensors(folder)
+    name = "model.layers.1.mlp.down_proj.weight"
+    tensors[name] = tensors[name].flip(0).contiguous()
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    found = gguf.compare_layers(folder, out, header)
+    assert found.error > found.bound
+    assert found.worst == name.removesuffix(".weight")
 
 
 def test_a_job_writes_and_verifies_types_of_floats_and_of_codes(llama_cpp: Any, tmp_path: Path):
@@ -111,6 +138,22 @@ def test_what_the_converter_passes_over_is_refused_when_planned(config: dict[str
     Export(format="gguf").check(_header(hidden_act="relu2"))
     with pytest.raises(NightpressError, match=why) as caught:
         Export(format="gguf").check(_header(**config))
+    assert caught.value.code == ErrorCode.INVALID_RECIPE
+
+
+@pytest.mark.parametrize(
+    ("kind", "config", "why"),
+    [
+        ("exaone4", {"sliding_window": 4096}, "`sliding_window` none"),
+        ("cohere2", {"layer_types": ["full_attention"] * 4}, "each 4th has a window"),
+        *((kind, {}, why) for kind, why in NOT_CONVERTED.items()),
+    ],
+    ids=str,
+)
+def test_what_llama_cpps_graph_of_a_family_lacks_is_refused_when_planned(kind: str, config: dict[str, Any], why: str):
+    header = _header(**config).model_copy(update={"model_type": kind})
+    with pytest.raises(NightpressError, match=re.escape(why)) as caught:
+        Export(format="gguf").check(header)
     assert caught.value.code == ErrorCode.INVALID_RECIPE
 
 

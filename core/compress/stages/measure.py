@@ -23,7 +23,6 @@ from nightpress.core.compress.stages.state import Exported, State
 from nightpress.core.errors import ErrorCode, NightpressError
 from nightpress.core.handoff.report import Subject, Timing
 from nightpress.core.recipes.exports import Export
-from nightpress.core.recipes.llama_cpp import by_converter
 from nightpress.core.recipes.measuring import uncompressed_bytes
 from nightpress.core.recipes.passes import ShapeToSpeed
 from nightpress.core.recipes.passes.shape import FORMATS
@@ -93,8 +92,9 @@ def _measure(
     if artifact.export.format == "gguf":
         of_tokens = gguf.check_tokens(job.source, artifact.folder, name=name, scratch=job.scratch)
     probes = compare(pressed, observed.outputs, observed.loaded_as.get("dtype", "")) if packed else None
-    if artifact.export.format == "gguf" and not by_converter(state.header):  # its tensors have names that are not ours
-        probes = gguf.compare_layers(pressed, artifact.folder, state.header)
+    if artifact.export.format == "gguf":
+        compared = gguf.compare_layers(pressed, artifact.folder, state.header)
+        probes = compared if compared.layers else None
     verification = verify(
         job.recipe,
         artifact.export,

@@ -18,6 +18,7 @@ from nightpress.core.compress.export.consumer_environment import consumer_enviro
 from nightpress.core.compress.model.checkpoint import disk_errors, sync_folder
 from nightpress.core.errors import ErrorCode, NightpressError
 from nightpress.core.recipes.header import ModelHeader
+from nightpress.core.recipes.llama_converter import older_keys
 
 CONVERTER = Path(sys.prefix) / "share" / "llama.cpp"  #: where `make llama` puts it
 _RUNNER = Path(__file__).parents[2] / "runners" / "llamacpp_converter.py"
@@ -43,6 +44,7 @@ def convert(model_dir: Path, file: Path, header: ModelHeader, kind: gguf.LlamaFi
         asked = {
             "converter": str(CONVERTER),
             "model": str(model_dir.resolve()),
+            "config": older_keys(header),
             "floats": weights if weights in _FLOATS else _widest(header),
             "converted": str((file if weights in _FLOATS else floats).resolve()),
             "rounded": None

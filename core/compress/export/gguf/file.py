@@ -19,7 +19,7 @@ from nightpress.core.compress.grids.pressed_weights import PressedWeights
 from nightpress.core.compress.model.checkpoint import disk_errors, sync_folder
 from nightpress.core.errors import ErrorCode, NightpressError
 from nightpress.core.recipes.header import ModelHeader
-from nightpress.core.recipes.llama_cpp import by_converter
+from nightpress.core.recipes.llama_converter import by_converter
 
 CONSUMER = Path(__file__).parents[2] / "runners" / "llamacpp_runner.py"
 FILE_NAME = "model.gguf"
