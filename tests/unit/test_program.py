@@ -1,6 +1,7 @@
 """The programs of reports, for every format and task. Tests of whole jobs and of embedders run them; here they are only read."""
 
 import ast
+import json
 from itertools import product
 from pathlib import Path
 
@@ -73,3 +74,14 @@ def test_an_embedder_is_pooled_as_its_folder_says(pooling: str, tmp_path: Path) 
 
 def test_where_no_program_is_known_none_is_shown(tmp_path: Path) -> None:
     assert usage_program("safetensors", tmp_path, header("WhisperForAudioClassification", {})) == ""
+
+
+def test_fp4_weights_with_rounded_inputs_are_unpacked_first(tmp_path: Path) -> None:
+    """transformers leaves them packed, and its first call would fail in bfloat16."""
+    group = {"weights": {"num_bits": 4, "type": "float"}, "input_activations": {"num_bits": 8}}
+    for inputs, unpacked in ((group["input_activations"], True), (None, False)):
+        config = {"quantization_config": {"config_groups": {"group_0": group | {"input_activations": inputs}}}}
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        program = usage_program("compressed-tensors", tmp_path, header(*_HEADS["text"]))
+        check(program)
+        assert ("decompress_model" in program) is unpacked

@@ -36,6 +36,11 @@ folder = "{folder}"
 tokenizer = AutoTokenizer.from_pretrained(folder)
 model = {model_class}.from_pretrained(folder{own_code}).eval()
 """
+#: fp4 weights whose inputs are rounded stay packed, and the first call would unpack them to bfloat16 for every model.
+_UNPACK = """\
+model.hf_quantizer.compressor.decompress_model(model)
+torch.nn.Module.to(model, model.dtype)
+"""
 _ONNX = """\
 import numpy as np
 import onnxruntime
@@ -307,13 +312,25 @@ def _program(format_: str, artifact: Path, header: ModelHeader) -> str:
         "new_tokens": _NEW_TOKENS,
         "tensors": "np" if format_ in {"onnx", "openvino"} else "pt",
     }
+    torch_head = _TRANSFORMERS + (_UNPACK if rounds_fp4_inputs(artifact) else "")
     head, run, decode = {
         "onnx": (_ONNX, _RUN_ONNX, _DECODE_ONNX),
         "openvino": (_OPENVINO, _RUN_OPENVINO, _DECODE_OPENVINO),
-    }.get(format_, (_TRANSFORMERS, _RUN_TRANSFORMERS, _GENERATE))
+    }.get(format_, (torch_head, _RUN_TRANSFORMERS, _GENERATE))
     if task == "causal-lm":
         return (head + (_CHAT if chat else _PROMPT) + decode).format(**values)
     return (head + run).format(**values) + _answer(header.head if task == "classification" else task, format_, header)
+
+
+def rounds_fp4_inputs(artifact: Path) -> bool:
+    """Whether the folder holds fp4 weights whose inputs are rounded at each call."""
+    file = artifact / "config.json"
+    stored = (json.loads(file.read_bytes()).get("quantization_config") or {}) if file.is_file() else {}
+    return any(
+        group.get("input_activations") is not None
+        and (group["weights"]["num_bits"], group["weights"]["type"]) == (4, "float")
+        for group in (stored.get("config_groups") or {}).values()
+    )
 
 
 def _has_chat_template(format_: str, artifact: Path) -> bool:
