@@ -22,6 +22,8 @@ from tests.service import ROOT, eventually
 _CALLER = """#!{python} -IS
 import json, os, socket, sys
 
+if "--show-completion" in sys.argv:  # asks which shell its parent process is
+    os.execv(sys.executable, [sys.executable, "-m", "nightpress.client.cli.main", *sys.argv[1:]])
 files = [int(name) for name in os.listdir("/dev/fd")]
 files = [file for file in files if os.path.exists(f"/proc/self/fd/{{file}}") or file <= 2]
 with socket.socket(socket.AF_UNIX) as server:
