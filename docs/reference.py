@@ -3,6 +3,7 @@
 import inspect
 import json
 from collections.abc import Iterator
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -252,6 +253,61 @@ def families_page() -> str:
     return "".join(parts)
 
 
+_CONSUMERS = Path(__file__).parent.parent / "tests" / "consumers" / "results"
+#: File of results → the column's name.
+COLUMNS = {
+    f"{consumer}-{place.lower()}": f"{name}, {place}"
+    for consumer, name in (("transformers", "transformers"), ("vllm", "vLLM"), ("llama.cpp", "llama.cpp"))
+    for place in ("AVX2", "AVX-512", "GPU")[: 2 if consumer == "llama.cpp" else 3]
+}
+_LOADED = {"works": "yes", "refused": "no", "no kernel": "no kernel", "fails": "fails"}
+
+
+def consumers_page() -> str:
+    """What each consumer made of each scheme, from the files that `python -m tests.consumers` writes."""
+    runs = {name: json.loads(file.read_bytes()) for name in COLUMNS if (file := _CONSUMERS / f"{name}.json").exists()}
+    table: list[tuple[object, ...]] = []
+    for scheme in dict.fromkeys(scheme for run in runs.values() for scheme in run["outcomes"]):
+        states = [runs.get(name, {"outcomes": {}})["outcomes"].get(scheme, [""])[0] for name in COLUMNS]
+        asked = any(state for name, state in zip(COLUMNS, states, strict=True) if name.startswith("transformers"))
+        mark = ", **loaded by no consumer**" if asked and "works" not in states else ""
+        table.append((scheme + mark, *(_LOADED.get(state, "") for state in states)))
+    reasons: dict[str, list[str]] = {}
+    for name, run in runs.items():
+        for scheme, (state, why) in run["outcomes"].items():
+            if why:
+                reasons.setdefault(f"{COLUMNS[name]}: {_LOADED[state]}. {why}", []).append(scheme)
+    return "".join(
+        [
+            "# Schemes and consumers\n\n",
+            _GENERATED,
+            (
+                "Each scheme was written for a tiny decoder with random weights, and loaded by each consumer (`python -m tests.consumers`). "
+                "*yes*: its answers are those of the dequantized weights. *no*: the plan refuses it. *no kernel*: the library has none for it "
+                "on this processor. *fails*: it doesn't load, or answers otherwise. An empty cell was not run yet.\n\n"
+            ),
+            _table(("scheme", *COLUMNS.values()), table),
+            "\n## Why not\n\n",
+            *(f"- {', '.join(schemes)}: {_cell(why)}\n" for why, schemes in reasons.items()),
+            "\n## Versions and dates\n\n",
+            *(f"- {column}: {_tried(name, runs.get(name))}\n" for name, column in COLUMNS.items()),
+        ]
+    )
+
+
+def _tried(name: str, run: dict[str, Any] | None) -> str:
+    """When, where and with which versions a consumer was tried, or the command that tries it."""
+    if run is None:
+        consumer, _, place = name.partition("-")
+        where = "with a GPU" if place == "gpu" else f"with {place.upper()}"
+        return f"not run yet. On a machine {where}: `python -m tests.consumers {consumer}{' --device cuda' if place == 'gpu' else ''}`"
+    day = date.fromisoformat(run["date"])
+    versions = ", ".join(f"{package} {number}" for package, number in run["versions"].items())
+    left = sum(not state for state, _ in run["outcomes"].values())
+    unrun = f"; {left} schemes were not run yet" if left else ""
+    return f"{day.day} {day:%B %Y}, {run['processor']} ({', '.join(run['features'])}): {versions}{unrun}"
+
+
 def chart_page() -> str:
     """The README of the Helm chart, from its schema and its values."""
     chart = Path(__file__).parents[1] / "deploy" / "helm" / "nightpress"
@@ -285,6 +341,7 @@ def _json(value: object) -> str:
 
 PAGES = {
     "../deploy/helm/nightpress/README.md": chart_page,
+    "consumers.md": consumers_page,
     "families.md": families_page,
     "settings.md": settings_page,
     "errors.md": errors_page,

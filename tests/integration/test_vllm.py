@@ -16,17 +16,13 @@ from safetensors.torch import save_file
 from nightpress.core.compress import environment
 from nightpress.core.compress.evaluate import served
 from nightpress.core.compress.export import compressed_tensors, vllm
-from nightpress.core.compress.export.consumer import Observed
 from nightpress.core.compress.grids.packing import pack_bits, unpack_bits
-from nightpress.core.compress.passes import MODEL_PASSES, PassContext
 from nightpress.core.errors import ErrorCode, NightpressError
 from nightpress.core.handoff.frames import Metric, Result, parse_frame
 from nightpress.core.handoff.report import REPORT_FILE, read_report
 from nightpress.core.handoff.spec import OUT_DIR, SOURCE_DIR, SPEC_FILE
-from nightpress.core.recipes.calibration import Calibration
-from nightpress.core.recipes.inspect import FolderFiles, inspect_model
-from nightpress.core.recipes.models import parse_recipe
 from nightpress.worker.process import ChildProcess
+from tests.consumers.tries import asked, bound, pressed
 from tests.every_family import save_family
 from tests.folders import load_tensors
 from tests.press import lay_out, press
@@ -63,36 +59,9 @@ def tiny(folder: Path) -> Path:
     return folder
 
 
-def pressed(source: Path, work: Path, passes: list[dict[str, Any]]) -> Path:
-    recipe = parse_recipe({"name": "t", "passes": passes, "exports": ["compressed-tensors"], "evaluate": []})
-    folder = source
-    (work / "work").mkdir(parents=True)
-    for index, options in enumerate(recipe.passes):
-        context = PassContext(
-            header=inspect_model(FolderFiles(folder)),
-            work_dir=work / "work",
-            index=index,
-            calibration=Calibration(samples=4, length=32),
-        )
-        MODEL_PASSES[options.pass_](folder, work / str(index), options, context)
-        folder = work / str(index)
-    compressed_tensors.save(folder, work / "artifact")
+def written(source: Path, work: Path, passes: list[dict[str, Any]]) -> Path:
+    compressed_tensors.save(pressed(source, work, passes), work / "artifact")
     return work / "artifact"
-
-
-def asked(source: Path, artifact: Path, meant: Path, scratch: Path) -> tuple[served.Answers, Observed]:
-    """vLLM's answers with an artifact, beside those of the dequantized weights of the folder `meant`."""
-    assert PYTHON is not None
-    recipe = parse_recipe({"name": "t", "passes": [], "exports": ["safetensors"], "evaluate": []})
-    task = vllm.make_task(recipe, inspect_model(FolderFiles(source)), source, threads=1)
-    with vllm.start(artifact, task, PYTHON, name="artifact", scratch=scratch / "vllm") as consumer:
-        seen = consumer.run()
-    reference = vllm.dequantized_answers(meant, task, seen, scratch=scratch)
-    return served.answers(seen.outputs, reference.outputs), seen
-
-
-def bound(artifact: Path) -> float:
-    return served.ROUNDED_INPUTS if vllm.rounds_inputs(artifact, "cpu") else served.FLOAT_INPUTS
 
 
 @pytest.mark.parametrize("form", RUN)
@@ -100,7 +69,7 @@ def test_vllm_answers_as_the_dequantized_weights_do(form: str, tmp_path: Path):
     if form.startswith("int4") and "avx512f" not in environment.cpu_features():
         pytest.skip("vLLM's kernels for int4 need AVX-512")
     source = tiny(tmp_path / "source")
-    artifact = pressed(source, tmp_path / "pressed", RUN[form])
+    artifact = written(source, tmp_path / "pressed", RUN[form])
     found, seen = asked(source, artifact, artifact, tmp_path / "scratch")
     verification = served.verify_served(form, found, seen, bound=bound(artifact))
     assert verification.consumer.startswith("vllm ")
@@ -155,7 +124,7 @@ def test_a_broken_artifact_is_refused(case: str, tmp_path: Path):
     if form.startswith("int4") and "avx512f" not in environment.cpu_features():
         pytest.skip("vLLM's kernels for int4 need AVX-512")
     source = tiny(tmp_path / "source")
-    meant = pressed(source, tmp_path / "pressed", RUN[form])
+    meant = written(source, tmp_path / "pressed", RUN[form])
     artifact = _changed(meant, tmp_path / "broken", change)
     found, seen = asked(source, artifact, meant, tmp_path / "scratch")
     with pytest.raises(NightpressError, match="answers otherwise than it should") as refused:
@@ -165,7 +134,7 @@ def test_a_broken_artifact_is_refused(case: str, tmp_path: Path):
 
 def test_a_missing_shard_is_refused_with_what_vllm_said(tmp_path: Path):
     source = tiny(tmp_path / "source")
-    artifact = pressed(source, tmp_path / "pressed", RUN["int8 activations"])
+    artifact = written(source, tmp_path / "pressed", RUN["int8 activations"])
     missing = sorted(artifact.glob("*.safetensors"))[1]
     missing.unlink()
     with pytest.raises(NightpressError) as refused:

@@ -23,6 +23,7 @@ _FENCED = re.compile(r"^ *```.*?^ *```", re.MULTILINE | re.DOTALL)
         "errors.md",
         "recipes.md",
         "commands.md",
+        "consumers.md",
         "report.schema.json",
         "../deploy/helm/nightpress/README.md",
     ],
