@@ -17,6 +17,7 @@ import pytest
 from nightpress.core.handoff.manifest import MANIFEST_FILE, Manifest, describe_folder
 from nightpress.core.handoff.report import Report
 from tests.face import pulled_files
+from tests.patience import slowness
 from tests.servers import free_port
 from tests.service import ROOT, eventually
 
@@ -124,7 +125,7 @@ def test_an_interrupted_press_leaves_nothing(environment: dict[str, str], bert_t
     assert process.stderr is not None
     assert process.stderr.readline()  # wait until the first phase is shown
     process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=60)
+    _, err = process.communicate(timeout=60 * slowness())
     assert process.returncode == 130, err
     assert "nothing was written" in err
     assert not list(tmp_path.iterdir())
@@ -145,7 +146,7 @@ def test_an_interrupted_demo_takes_its_stack_along(environment: dict[str, str], 
     parts = eventually(lambda: stack[0].children() or not stack[0].is_running())
     time.sleep(0.5)
     process.send_signal(signal.SIGINT)
-    process.communicate(timeout=60)
+    process.communicate(timeout=60 * slowness())
     assert process.returncode == 130
     assert isinstance(parts, list)
     eventually(lambda: not any(process.is_running() for process in (*stack, *parts)))

@@ -58,6 +58,7 @@ class _Process(Protocol):
     """What is used of `subprocess.Popen`."""
 
     def poll(self) -> int | None: ...
+    def kill(self) -> None: ...
     def wait(self) -> int: ...
 
 
@@ -70,6 +71,10 @@ class _Forked:
 
     def poll(self) -> int | None:
         return self._reap(os.WNOHANG)
+
+    def kill(self) -> None:
+        if self.poll() is None:
+            os.kill(self._pid, signal.SIGKILL)
 
     def wait(self) -> int:
         status = self._reap(0)
@@ -116,7 +121,9 @@ class _Nursery:
         return fork
 
     def end(self) -> None:
+        """End it and its forks, even while it imports the libraries."""
         self._asking.close()
+        self._process.kill()
         self._process.wait()
 
 

@@ -84,6 +84,7 @@ class _Nursery:
 
     def end(self) -> None:
         self._asking.close()
+        self._process.kill()
         self._process.wait()
 
 
