@@ -3,7 +3,7 @@
 import re
 from typing import Annotated
 
-from fastapi import Depends, Header
+from fastapi import Header
 from starlette.responses import Response
 
 from nightpress.api.routes import answer
@@ -14,7 +14,7 @@ from nightpress.core.wire.schedules import ScheduleView
 from nightpress.core.wire.webhooks import WebhookView
 
 Versioned = CredentialView | ModelDestinationsView | ScheduleView | TenantView | WebhookView
-_IfMatch = Annotated[
+IfMatch = Annotated[
     str | None,
     Header(
         max_length=64,
@@ -28,8 +28,8 @@ def answer_version(view: Versioned, *, status: int = 200, headers: dict[str, str
     return answer(view, status=status, headers={"ETag": f'"v{view.version}"', **(headers or {})})
 
 
-def version_of(if_match: _IfMatch = None) -> int | None:
-    """The version that If-Match names; None for any version. Raises NightpressError(precondition_failed) for another ETag."""
+def version_of(if_match: str | None) -> int | None:
+    """The version that If-Match names; None for any version. To be asked after the body was found valid. Raises NightpressError(precondition_failed) for another ETag."""
     if if_match is None or if_match.strip() == "*":
         return None
     found = re.fullmatch(r'"v(\d{1,9})"', if_match.strip())
@@ -40,6 +40,3 @@ def version_of(if_match: _IfMatch = None) -> int | None:
             hint="Send the ETag as you received it.",
         )
     return int(found[1])
-
-
-Version = Annotated[int | None, Depends(version_of)]  #: the version that the caller's edit is based on

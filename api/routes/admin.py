@@ -8,7 +8,7 @@ from starlette.responses import Response
 from nightpress.api.deps import Admin, Cursor, Limit, ServicesDep
 from nightpress.api.problems import documented
 from nightpress.api.routes import answer
-from nightpress.api.versions import Version, answer_version
+from nightpress.api.versions import IfMatch, answer_version, version_of
 from nightpress.core.errors import ErrorCode
 from nightpress.core.wire.access import AuditView, QuotaChange, TenantId, TenantView
 from nightpress.core.wire.base import Page
@@ -42,9 +42,11 @@ async def get_tenant(tenant_id: Tenant, _caller: Admin, services: ServicesDep) -
     responses=documented(ErrorCode.INVALID_REQUEST, ErrorCode.PRECONDITION_FAILED),
 )
 async def change_tenant(
-    tenant_id: Tenant, _caller: Admin, services: ServicesDep, body: QuotaChange, version: Version
+    tenant_id: Tenant, _caller: Admin, services: ServicesDep, body: QuotaChange, if_match: IfMatch = None
 ) -> Response:
-    return answer_version(await services.call(services.resources.quotas.change, tenant_id, body, version=version))
+    return answer_version(
+        await services.call(services.resources.quotas.change, tenant_id, body, version=version_of(if_match))
+    )
 
 
 @router.get("/audit", response_model=Page[AuditView], summary="List what keys have changed, newest first")

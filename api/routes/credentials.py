@@ -9,7 +9,7 @@ from nightpress.api.deps import Cursor, DeliveriesReader, DeliveriesWriter, Limi
 from nightpress.api.once import OnceRoute
 from nightpress.api.problems import documented
 from nightpress.api.routes import answer
-from nightpress.api.versions import Version, answer_version
+from nightpress.api.versions import IfMatch, answer_version, version_of
 from nightpress.core.errors import ErrorCode
 from nightpress.core.wire.base import Page
 from nightpress.core.wire.deliveries import CredentialCreate, CredentialRotate, CredentialView
@@ -93,7 +93,9 @@ async def rotate_credential(
     responses=documented(ErrorCode.NOT_FOUND, ErrorCode.PRECONDITION_FAILED),
 )
 async def delete_credential(
-    credential_id: str, caller: DeliveriesWriter, services: ServicesDep, version: Version
+    credential_id: str, caller: DeliveriesWriter, services: ServicesDep, if_match: IfMatch = None
 ) -> Response:
-    await services.call(services.resources.credentials.delete, caller.tenant_id, credential_id, version=version)
+    await services.call(
+        services.resources.credentials.delete, caller.tenant_id, credential_id, version=version_of(if_match)
+    )
     return Response(status_code=204)

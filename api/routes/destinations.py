@@ -5,7 +5,7 @@ from starlette.responses import Response
 
 from nightpress.api.deps import DeliveriesReader, DeliveriesWriter, ServicesDep
 from nightpress.api.problems import documented
-from nightpress.api.versions import Version, answer_version
+from nightpress.api.versions import IfMatch, answer_version, version_of
 from nightpress.core.errors import ErrorCode
 from nightpress.core.wire.deliveries import ModelDestinations, ModelDestinationsView
 
@@ -33,11 +33,11 @@ async def get_destinations(reference: str, caller: DeliveriesReader, services: S
     ),
 )
 async def set_destinations(
-    reference: str, caller: DeliveriesWriter, services: ServicesDep, body: ModelDestinations, version: Version
+    reference: str, caller: DeliveriesWriter, services: ServicesDep, body: ModelDestinations, if_match: IfMatch = None
 ) -> Response:
     name = (await services.call(services.resources.models.get, caller.tenant_id, reference)).name
     store = services.resources.model_destinations
     now = await services.call(
-        store.set, caller.tenant_id, name, body.destinations, version=version, key_id=caller.key_id
+        store.set, caller.tenant_id, name, body.destinations, version=version_of(if_match), key_id=caller.key_id
     )
     return answer_version(now)

@@ -10,7 +10,7 @@ from nightpress.api.deps import Cursor, JobsReader, JobsWriter, Limit, Services,
 from nightpress.api.once import OnceRoute
 from nightpress.api.problems import documented
 from nightpress.api.routes import answer
-from nightpress.api.versions import Version, answer_version
+from nightpress.api.versions import IfMatch, answer_version, version_of
 from nightpress.core.errors import ErrorCode
 from nightpress.core.wire.base import Page
 from nightpress.core.wire.costs import CostView
@@ -97,10 +97,12 @@ async def get_schedule(reference: str, caller: JobsReader, services: ServicesDep
     responses=documented(ErrorCode.NOT_FOUND, ErrorCode.PRECONDITION_FAILED, *_REFUSALS),
 )
 async def edit_schedule(
-    reference: str, caller: JobsWriter, services: ServicesDep, body: ScheduleUpdate, version: Version
+    reference: str, caller: JobsWriter, services: ServicesDep, body: ScheduleUpdate, if_match: IfMatch = None
 ) -> Response:
     return answer_version(
-        await services.call(services.resources.schedules.edit, caller.tenant_id, reference, body, version=version)
+        await services.call(
+            services.resources.schedules.edit, caller.tenant_id, reference, body, version=version_of(if_match)
+        )
     )
 
 
@@ -111,8 +113,10 @@ async def edit_schedule(
     summary="Delete a schedule with its history; its jobs stay",
     responses=documented(ErrorCode.NOT_FOUND, ErrorCode.PRECONDITION_FAILED),
 )
-async def delete_schedule(reference: str, caller: JobsWriter, services: ServicesDep, version: Version) -> Response:
-    await services.call(services.resources.schedules.delete, caller.tenant_id, reference, version=version)
+async def delete_schedule(
+    reference: str, caller: JobsWriter, services: ServicesDep, if_match: IfMatch = None
+) -> Response:
+    await services.call(services.resources.schedules.delete, caller.tenant_id, reference, version=version_of(if_match))
     return Response(status_code=204)
 
 

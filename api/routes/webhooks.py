@@ -9,7 +9,7 @@ from nightpress.api.deps import Cursor, Limit, ServicesDep, WebhooksReader, Webh
 from nightpress.api.once import OnceRoute
 from nightpress.api.problems import documented
 from nightpress.api.routes import answer
-from nightpress.api.versions import Version, answer_version
+from nightpress.api.versions import IfMatch, answer_version, version_of
 from nightpress.core.errors import ErrorCode
 from nightpress.core.wire.base import Page
 from nightpress.core.wire.webhooks import (
@@ -92,10 +92,12 @@ async def get_webhook(webhook_id: str, caller: WebhooksReader, services: Service
     ),
 )
 async def edit_webhook(
-    webhook_id: str, caller: WebhooksWriter, services: ServicesDep, body: WebhookUpdate, version: Version
+    webhook_id: str, caller: WebhooksWriter, services: ServicesDep, body: WebhookUpdate, if_match: IfMatch = None
 ) -> Response:
     return answer_version(
-        await services.transfer(services.resources.webhooks.edit, caller.tenant_id, webhook_id, body, version=version)
+        await services.transfer(
+            services.resources.webhooks.edit, caller.tenant_id, webhook_id, body, version=version_of(if_match)
+        )
     )
 
 
@@ -106,8 +108,10 @@ async def edit_webhook(
     summary="Delete a webhook and its deliveries",
     responses=documented(ErrorCode.NOT_FOUND, ErrorCode.PRECONDITION_FAILED),
 )
-async def delete_webhook(webhook_id: str, caller: WebhooksWriter, services: ServicesDep, version: Version) -> Response:
-    await services.call(services.resources.webhooks.delete, caller.tenant_id, webhook_id, version=version)
+async def delete_webhook(
+    webhook_id: str, caller: WebhooksWriter, services: ServicesDep, if_match: IfMatch = None
+) -> Response:
+    await services.call(services.resources.webhooks.delete, caller.tenant_id, webhook_id, version=version_of(if_match))
     return Response(status_code=204)
 
 

@@ -7,10 +7,12 @@ import torch
 
 from nightpress.core.compress.executors.blocks import press_blocks
 from nightpress.core.compress.passes.sensitivity import Sensitivity
+from nightpress.core.compress.ranks.forks import end_nurseries
 from nightpress.core.compress.ranks.launch import Ranks
 from tests.block_models import context_of, linears_of, save_model, token_ids
 from tests.rank_presses import DENSE, load
 from tests.rank_rows import errors_of, factors_together, hands_factors_out, joins_rows, lingers
+from tests.service import eventually
 
 pytestmark = pytest.mark.usefixtures("tests_can_be_imported", "one_thread")
 
@@ -60,11 +62,18 @@ def test_processes_measure_the_sensitivity_of_some_weights_each(three: Ranks, tm
 def test_a_process_says_where_it_is(tmp_path: Path, capfd: pytest.CaptureFixture[str]):
     """As a benchmark asks before it ends a run that hangs. The process goes on."""
     until = tmp_path / "until"
+    said = [""]
+    end_nurseries()  # an earlier test's would write elsewhere
     with Ranks(1, tmp_path) as ranks:
 
         def told(*_: object) -> None:
             ranks.show_stacks()
+            eventually(heard)
             until.touch()
 
+        def heard() -> bool:
+            said[0] += capfd.readouterr().err
+            return "in lingers" in said[0]
+
         ranks.run(lingers, until, told=told)
-    assert "in lingers" in capfd.readouterr().err
+    end_nurseries()
