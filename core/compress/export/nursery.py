@@ -158,7 +158,7 @@ def _become(environment: Mapping[str, str], asked: socket.socket) -> NoReturn:
         tempfile.tempdir = None  # it is looked for again
         for name in [name for name in sys.modules if name.partition(".")[0] == "nightpress"]:
             del sys.modules[name]
-        program.serve(3)
+        program.serve(3, program.become_runner)
     except BaseException:
         traceback.print_exc()
     finally:

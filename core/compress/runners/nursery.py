@@ -6,6 +6,8 @@ used in a fork of a process that it has run in; if an import has started it, a r
 socket of whole messages. Each message is JSON (`runner`, `request`, `cwd`, `env` and `file_limit`) and carries four file descriptors: the
 fork's standard input, output and error, and a socket for its end. Its status is written there, as of `subprocess.Popen.returncode`. If the other
 side closes that socket first, the fork is killed. When FD's other side is closed, all forks are killed, and this process ends.
+
+ranks/nursery.py forks the processes of one model by the same loop.
 """
 
 import contextlib
@@ -20,14 +22,17 @@ import socket
 import sys
 import traceback
 import warnings
-from typing import Any, NoReturn
+from collections.abc import Callable
+from typing import NoReturn
 
 _LONGEST = 1 << 16  #: bytes of a message
-_SENT = 4  #: file descriptors of a message
+_SENT = 4  #: most file descriptors of a message
+#: What a fork does with a message and its file descriptors, without the last one, which is for its end.
+Become = Callable[[bytes, list[int]], None]
 
 
-def serve(descriptor: int) -> NoReturn:
-    """Start what is asked for at this socket, until its other side is closed."""
+def serve(descriptor: int, become: Become, *, tells_pid: bool = False) -> NoReturn:
+    """Start what is asked for at this socket, until its other side is closed. tells_pid: write each fork's process id before its status."""
     waiting = selectors.DefaultSelector()
     asked = socket.socket(fileno=descriptor)
     waiting.register(asked, selectors.EVENT_READ)
@@ -36,8 +41,12 @@ def serve(descriptor: int) -> NoReturn:
             if ready.fileobj is asked:
                 message, given, _, _ = socket.recv_fds(asked, _LONGEST, _SENT)
                 if not message:
-                    os._exit(0)  # the forks get SIGKILL: see `_become`
-                _start(json.loads(message), given, waiting)
+                    os._exit(0)  # the forks get SIGKILL: see `_die_with`
+                fork = _start(become, message, given)
+                if tells_pid:
+                    fork.tell(fork.pid)
+                for source in (fork.ended, fork.end):
+                    waiting.register(source, selectors.EVENT_READ, fork)
             elif isinstance(ready.data, _Fork):
                 _attend(ready.data, waiting)
 
@@ -57,7 +66,7 @@ def import_libraries() -> None:
 
 
 class _Fork:
-    """A runner that was started: its process, a descriptor that tells its end, and the socket that its starter waits at."""
+    """A fork that was started: its process, a descriptor that tells its end, and the socket that its starter waits at."""
 
     def __init__(self, pid: int, end: socket.socket) -> None:
         self.pid = pid
@@ -65,39 +74,28 @@ class _Fork:
         self.end = end
         self.over = False
 
+    def tell(self, number: int) -> None:
+        with contextlib.suppress(OSError):  # its starter has gone
+            self.end.send(str(number).encode())
 
-def _start(message: dict[str, Any], given: list[int], waiting: selectors.BaseSelector) -> None:
-    *standard, end = given
+
+def _start(become: Become, message: bytes, given: list[int]) -> _Fork:
+    *used, end = given
     parent = os.getpid()
     pid = os.fork()
     if not pid:
-        _become(message, standard, parent)
-    for descriptor in standard:
+        _run(become, message, used, parent)
+    for descriptor in used:
         os.close(descriptor)
-    fork = _Fork(pid, socket.socket(fileno=end))
-    for source in (fork.ended, fork.end):
-        waiting.register(source, selectors.EVENT_READ, fork)
+    return _Fork(pid, socket.socket(fileno=end))
 
 
-def _become(message: dict[str, Any], standard: list[int], parent: int) -> NoReturn:
-    """Run a runner's script as if it were this process's program."""
+def _run(become: Become, message: bytes, used: list[int], parent: int) -> NoReturn:
+    """Be what is asked for as if it were this process's program."""
     status = 1
     try:
         _die_with(parent)
-        for number, descriptor in enumerate(standard):
-            os.dup2(descriptor, number)
-        os.closerange(3, os.sysconf("SC_OPEN_MAX"))
-        os.chdir(message["cwd"])
-        resource.setrlimit(resource.RLIMIT_FSIZE, (message["file_limit"], message["file_limit"]))
-        for name, value in message["env"].items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value
-        if os.environ.get("CUDA_VISIBLE_DEVICES") != "" and _can_use_no_gpu():
-            os.execv(sys.executable, [sys.executable, "-I", "-B", message["runner"], message["request"]])  # noqa: S606 - it is this interpreter
-        sys.argv = [message["runner"], message["request"]]
-        runpy.run_path(message["runner"], run_name="__main__")
+        become(message, used)
         status = 0
     except SystemExit as error:
         status = error.code if isinstance(error.code, int) else int(error.code is not None)
@@ -109,7 +107,26 @@ def _become(message: dict[str, Any], standard: list[int], parent: int) -> NoRetu
         os._exit(status)
 
 
-def _can_use_no_gpu() -> bool:
+def become_runner(message: bytes, standard: list[int]) -> None:
+    """Run a runner's script. standard: its standard input, output and error."""
+    told = json.loads(message)
+    for number, descriptor in enumerate(standard):
+        os.dup2(descriptor, number)
+    os.closerange(3, os.sysconf("SC_OPEN_MAX"))
+    os.chdir(told["cwd"])
+    resource.setrlimit(resource.RLIMIT_FSIZE, (told["file_limit"], told["file_limit"]))
+    for name, value in told["env"].items():
+        if value is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = value
+    if os.environ.get("CUDA_VISIBLE_DEVICES") != "" and can_use_no_gpu():
+        os.execv(sys.executable, [sys.executable, "-I", "-B", told["runner"], told["request"]])  # noqa: S606 - it is this interpreter
+    sys.argv = [told["runner"], told["request"]]
+    runpy.run_path(told["runner"], run_name="__main__")
+
+
+def can_use_no_gpu() -> bool:
     """Whether CUDA ran in the process that this one was forked from: a library has looked for GPUs while it was imported."""
     import torch
 
@@ -136,12 +153,11 @@ def _attend(fork: _Fork, waiting: selectors.BaseSelector) -> None:
     fork.over = True
     waiting.unregister(fork.ended)
     waiting.unregister(fork.end)
-    with contextlib.suppress(OSError):  # its starter has gone
-        fork.end.send(str(os.waitstatus_to_exitcode(status)).encode())
+    fork.tell(os.waitstatus_to_exitcode(status))
     fork.end.close()
     os.close(fork.ended)
 
 
 if __name__ == "__main__":
     import_libraries()
-    serve(int(sys.argv[1]))
+    serve(int(sys.argv[1]), become_runner)
