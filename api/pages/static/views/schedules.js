@@ -3,7 +3,7 @@
 import { change, get, post } from "../api.js";
 import { announce, fill, h } from "../dom.js";
 import { age, moment, money, words } from "../format.js";
-import { poll } from "../live.js";
+import { newest, poll } from "../live.js";
 import { badge, button, confirmed, copyable, empty, facts, field, heading, row, table, trouble } from "../parts.js";
 
 const COLUMNS = ["Schedule", "State", "When", "Next", "Presses", ""];
@@ -65,7 +65,7 @@ export async function schedule(main, { signal, go }, id) {
   const editing = h("div");
   const runs = h("div");
   fill(main, head, notice, editing, h("section", { "aria-labelledby": "runs" }, h("h2", { id: "runs" }, "Fires"), runs));
-  let drawn = { version: 0 };
+  const show = newest(drawHead);
   await poll(signal, 4, refresh, (error) => fill(notice, trouble(error)));
 
   async function refresh() {
@@ -78,10 +78,8 @@ export async function schedule(main, { signal, go }, id) {
       run.job_id ? h("span", {}, h("a", { href: `#/jobs/${run.job_id}` }, run.job_id), " ", run.job_state ? badge(run.job_verdict ?? run.job_state) : null) : run.study_id ? h("span", {}, h("a", { href: `#/studies/${run.study_id}` }, run.study_id), " ", run.study_state ? badge(run.study_verdict ?? run.study_state) : null) : "–", run.cause]))));
   }
 
-  /** Draw what has changed, but for an answer that is older than what is shown. The buttons name the version that they change. */
-  function show(schedule) {
-    if (schedule.version < drawn.version || JSON.stringify(schedule) === JSON.stringify(drawn)) return;
-    drawn = schedule;
+  /** Its buttons name the version that they change. */
+  function drawHead(schedule) {
     document.title = `${schedule.name} · Nightpress`;
     fill(head, h("p", { class: "crumbs" }, h("a", { href: "#/schedules" }, "Schedules"), " / ", h("code", {}, schedule.id)),
       heading(schedule.name, actions(schedule, refresh),

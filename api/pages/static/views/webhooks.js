@@ -3,7 +3,7 @@
 import { change, get, post } from "../api.js";
 import { announce, fill, h, keyed } from "../dom.js";
 import { age, duration, moment } from "../format.js";
-import { poll } from "../live.js";
+import { newest, poll } from "../live.js";
 import { badge, button, confirmed, copyable, empty, facts, field, heading, row, shownOnce, table, trouble } from "../parts.js";
 
 const COLUMNS = ["Webhook", "State", "Events", "Made"];
@@ -50,7 +50,7 @@ export async function webhook(main, { signal, query, go }, id) {
   const opened = h("div", { tabindex: "-1" });
   const body = h("tbody");
   fill(main, head, notice, editing, h("section", { "aria-labelledby": "messages" }, h("h2", { id: "messages" }, "Messages"), messages, pages), opened);
-  let drawn = { version: 0 };
+  const show = newest(drawHead);
   await poll(signal, 3, refresh, (error) => fill(notice, trouble(error)));
 
   async function refresh() {
@@ -63,10 +63,8 @@ export async function webhook(main, { signal, query, go }, id) {
     fill(pages, page.next_cursor ? h("a", { href: `#/webhooks/${id}?cursor=${encodeURIComponent(page.next_cursor)}` }, "Older") : null);
   }
 
-  /** Draw what has changed, but for an answer that is older than what is shown. The buttons name the version that they change. */
-  function show(hook) {
-    if (hook.version < drawn.version || JSON.stringify(hook) === JSON.stringify(drawn)) return;
-    drawn = hook;
+  /** Its buttons name the version that they change. */
+  function drawHead(hook) {
     document.title = `${hook.url} · Nightpress`;
     fill(head, title(hook));
   }
