@@ -35,9 +35,10 @@ async def get_destinations(reference: str, caller: DeliveriesReader, services: S
 async def set_destinations(
     reference: str, caller: DeliveriesWriter, services: ServicesDep, body: ModelDestinations, if_match: IfMatch = None
 ) -> Response:
+    version = version_of(if_match)
     name = (await services.call(services.resources.models.get, caller.tenant_id, reference)).name
     store = services.resources.model_destinations
     now = await services.call(
-        store.set, caller.tenant_id, name, body.destinations, version=version_of(if_match), key_id=caller.key_id
+        store.set, caller.tenant_id, name, body.destinations, version=version, key_id=caller.key_id
     )
     return answer_version(now)
