@@ -38,17 +38,20 @@ def run_peer(
     place: Place,
     *,
     gpus: int = 1,
+    gpu: int | None = None,
     out: Path | None = None,
     limit: float | None = None,
 ) -> dict[str, float]:
     """Run it in a process of its own, or one for each GPU. Returns what it says, and `wall_seconds` of the whole process.
 
-    out: where the result is saved; None: it is not. limit: seconds after which it is ended. Raises SystemExit with what it said if it
+    gpu: the number of the one that it sees. out: where the result is saved; None: it is not. limit: seconds after which it is ended. Raises SystemExit with what it said if it
     fails or is ended.
     """
     start = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(gpus)] if gpus > 1 else []
     given = [str(_RUN), str(source), str(samples), str(length), *([] if out is None else [str(out)])]
     environment = {**os.environ, "PYTHONPATH": str(place.path), "HF_HUB_OFFLINE": "1"}
+    if gpu is not None:
+        environment["CUDA_VISIBLE_DEVICES"] = str(gpu)
     began = time.monotonic()
     command = [str(place.python), *start, *given]
     with subprocess.Popen(

@@ -1,7 +1,7 @@
 """A whole job on a GPU, in a worker's child: the seconds of each phase, and the peaks of host and GPU memory.
 
     python -m bench.whole_job [--shape 8b] [--layers 32] [--samples 128] [--length 2048] [--evaluate-on auto|cpu] [--timeline] [--second]
-    python -m bench.whole_job --peer-path DIR [--peer-python PYTHON]
+    python -m bench.whole_job --peer-path DIR [--peer-python PYTHON] [--peer-gpu N]
 
 The job is the recipe `int4-lm` on a Llama with random weights. It runs from the start of the child
 to its manifest; the model's files are linked into its folder, and nothing is uploaded. `floor` is the time to read the model's files three
@@ -10,6 +10,7 @@ times from the page cache, as the job does at least: to check them, to solve, an
 --timeline prints what the job does, second by second. --second also runs a second job on the same model, which reads the outputs of the
 source that the first has measured. --peer-path also runs llm-compressor on the same model with the same settings: one process that
 imports, loads, solves and saves. DIR holds llm-compressor and what it needs in its own versions; see bench/peer_llmcompressor_gpu.py.
+With --peer-gpu it runs at the same time as the jobs, on another GPU of the host.
 """
 
 import argparse
@@ -18,6 +19,8 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 from bench.estimates import random_llama, watch, words
@@ -142,9 +145,10 @@ def second_figures(row: str, measured: dict[str, float], report: Report) -> list
     ]
 
 
-def peer_figures(row: str, source: Path, root: Path, recipe: Recipe, place: Place) -> list[Figure]:
+def peer_figures(row: str, source: Path, root: Path, recipe: Recipe, place: Place, gpu: int | None) -> list[Figure]:
     """Of llm-compressor's own one-shot GPTQ and save of the same model."""
-    told = run_peer(source, recipe.calibration.samples, recipe.calibration.length, place, out=root / "peer")
+    calibration = recipe.calibration
+    told = run_peer(source, calibration.samples, calibration.length, place, out=root / "peer", gpu=gpu)
     return [
         Figure(f"{row}/peer_seconds", round(told["wall_seconds"], 1), "s"),
         *(
@@ -169,6 +173,7 @@ def main() -> int:
     parser.add_argument("--second", action="store_true", help="also a second job on the same model")
     parser.add_argument("--peer-path", type=Path, help="also llm-compressor, from this folder of packages")
     parser.add_argument("--peer-python", type=Path, default=Path(sys.executable), help="the interpreter of the peer")
+    parser.add_argument("--peer-gpu", type=int, help="run the peer beside the jobs, on this GPU")
     options = parser.parse_args()
     tell = tell_line if options.timeline else None
     with tempfile.TemporaryDirectory() as folder:
@@ -176,12 +181,16 @@ def main() -> int:
         source = random_llama(root / "model", f"{options.shape} {options.layers}")
         give_back_gpu_memory()  # of the random numbers
         row = f"{options.shape}-{options.layers}{'-on-cpu' if options.evaluate_on == 'cpu' else ''}"
-        figures = figures_of(row, source, recipe, *measure(source, root, recipe, tell))
-        if options.second:
-            figures += second_figures(row, *measure(source, root, recipe, tell))
-        if options.peer_path is not None:
-            figures += peer_figures(row, source, root, recipe, Place(options.peer_python, options.peer_path))
-    chosen = ("shape", "layers", "evaluate_on", "timeline", "second", "peer_path", "peer_python")
+        place = Place(options.peer_python, options.peer_path) if options.peer_path else None
+        with ThreadPoolExecutor(1) as threads:
+            peer = partial(peer_figures, row, source, root, recipe, place, options.peer_gpu) if place else None
+            beside = threads.submit(peer) if peer and options.peer_gpu is not None else None
+            figures = figures_of(row, source, recipe, *measure(source, root, recipe, tell))
+            if options.second:
+                figures += second_figures(row, *measure(source, root, recipe, tell))
+            if peer:
+                figures += beside.result() if beside else peer()
+    chosen = ("shape", "layers", "evaluate_on", "timeline", "second", "peer_path", "peer_python", "peer_gpu")
     return finish("whole_job", figures, parser, options, choices=chosen)
 
 

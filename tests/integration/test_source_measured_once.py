@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,9 @@ import pytest
 from sqlalchemy import Engine, select, update
 
 from nightpress.core.compress.evaluate import quality
-from nightpress.core.compress.export.task import Task
+from nightpress.core.compress.export import safetensors
+from nightpress.core.compress.export.consumer import Consumer
+from nightpress.core.compress.export.task import Task, TimedShape
 from nightpress.core.compress.stages import kept_source
 from nightpress.core.database import db_now, transaction
 from nightpress.core.handoff.report import Report, Subject
@@ -124,6 +127,15 @@ def test_outputs_that_do_not_fit_are_not_read(first: tuple[Report, Path], tmp_pa
         arrays: dict[str, Any] = {name: archive[name] for name in archive.files}
     np.savez(unfit, **(arrays | {"check.values": np.array([{}], object)}))
     assert kept_source.read(unfit, task) is None, "a pickle could run code"
+
+
+def test_a_source_that_is_only_timed_leaves_the_artifact_its_examples(tmp_path: Path, bert_tiny: Path):
+    """On a GPU, the process of a source whose outputs are kept starts first, and it has no examples."""
+    task = replace(examples(bert_tiny), shapes=(TimedShape(1, 16, 3),))
+    for part in (task.only_timed, task):
+        with Consumer(safetensors.CONSUMER, bert_tiny, part, name="m", scratch=tmp_path) as consumer:
+            found = consumer.run()
+    assert found.outputs.keys() >= {"check.values", "quality0.top1"}
 
 
 @pytest.mark.slow

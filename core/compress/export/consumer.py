@@ -7,6 +7,7 @@ that other work of the machine slows both alike.
 """
 
 import contextlib
+import hashlib
 import json
 import os
 import subprocess
@@ -26,7 +27,7 @@ from nightpress.core.compress.export import nursery
 from nightpress.core.compress.export.consumer_environment import Device, consumer_environment, runner_environment
 from nightpress.core.compress.export.consumer_faults import check_finite, failed
 from nightpress.core.compress.export.parts import join_outputs, variables_of_others
-from nightpress.core.compress.export.task import Task, TimedGeneration, TimedServing, TimedShape
+from nightpress.core.compress.export.task import Task, TimedGeneration, TimedServing, TimedShape, add_arrays
 from nightpress.core.compress.model.checkpoint import disk_errors
 from nightpress.core.processor import bfloat16_held_down
 
@@ -113,11 +114,8 @@ class Consumer:
         self._outputs, self._answer = scratch / f"{stem}.npz", scratch / f"{stem}.json"
         request = scratch / f"{stem}.request.json"
         with disk_errors():
-            inputs = scratch / "inputs.npz"
-            if not inputs.exists():
-                np.savez(inputs, **task.arrays())  # type: ignore[arg-type]  # numpy's stub reads ** as its keyword
             files = {
-                "inputs": inputs,
+                "inputs": _write_inputs(task, scratch),
                 "outputs": self._outputs,
                 "answer": self._answer,
                 "reference": reference,
@@ -221,6 +219,16 @@ class Consumer:
         self._errors.seek(0, os.SEEK_END)
         self._errors.seek(max(0, self._errors.tell() - _STDERR_READ))
         raise failed(self.name, status, self._errors.read().decode(errors="replace"))
+
+
+def _write_inputs(task: Task, scratch: Path) -> Path:
+    """Write a task's arrays, unless another process of the job has the same. Processes of one job have different tasks: one may only be timed."""
+    arrays, digest = task.arrays(), hashlib.sha256()
+    add_arrays(digest, arrays)
+    file = scratch / f"inputs-{digest.hexdigest()[:16]}.npz"
+    if not file.exists():
+        np.savez(file, **arrays)  # type: ignore[arg-type]  # numpy's stub reads ** as its keyword
+    return file
 
 
 #: Peak memory of an artifact's process in bytes → the consumer of another model, or None if memory does not hold it, too.

@@ -1,5 +1,7 @@
 """What a consumer is asked to run: examples whose outputs are kept, and what is timed. All models of a job get the same."""
 
+import hashlib
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -138,3 +140,10 @@ class Task:
         requests: tuple[TimedGeneration | TimedServing, ...] = (*self.writings, *self.servings)
         written = [request.prompt + request.tokens for request in requests]
         return max([*widths, *(shape.length for shape in self.shapes), *written])
+
+
+def add_arrays(digest: "hashlib._Hash", arrays: Mapping[str, NDArray[Any]]) -> None:
+    """Add arrays, by name, to a digest: their names, types, shapes and values."""
+    for name, array in sorted(arrays.items()):
+        digest.update(f"{name} {array.dtype} {array.shape}".encode())
+        digest.update(np.ascontiguousarray(array).tobytes())

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from nightpress.core.compress.export.consumer import Observed
-from nightpress.core.compress.export.task import Task
+from nightpress.core.compress.export.task import Task, add_arrays
 from nightpress.core.compress.model.checkpoint import disk_errors
 from nightpress.core.handoff.source_outputs import MAX_BYTES
 
@@ -56,8 +56,5 @@ def _digest(task: Task) -> str:
     """A SHA-256 of the examples as a runner gets them, and of what it keeps of each."""
     told = {"task": task.name, "pooling": task.pooling, "classes": task.classes, "sets": task.request()["sets"]}
     digest = hashlib.sha256(json.dumps(told, sort_keys=True).encode())
-    for name, array in sorted(task.arrays().items()):
-        if name != "timing.ids":
-            digest.update(f"{name} {array.dtype} {array.shape}".encode())
-            digest.update(np.ascontiguousarray(array).tobytes())
+    add_arrays(digest, {name: array for name, array in task.arrays().items() if name != "timing.ids"})
     return digest.hexdigest()
