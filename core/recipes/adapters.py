@@ -6,7 +6,7 @@ LoRA (Hu et al., arXiv 2106.09685): W' = W + s · B · A. DoRA (Liu et al., arXi
 import math
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from nightpress.core.errors import ErrorCode, NightpressError
@@ -102,7 +102,7 @@ def read_adapter(config: Any, tensors: Sequence[TensorInfo], base: Sequence[Tens
             raise _does_not_fit(f"it changes {stored.name[:200]} twice")
         if "new" in parts and (shape := _replacing_shape(found[parts["new"]], stored)) != stored.shape:
             grown[stored.name] = shape
-            stored = stored.model_copy(update={"shape": shape})
+            stored = replace(stored, shape=shape)
         if parts.keys() == {"new"}:
             merges[stored.name] = Merge("replaced", parts)
         else:

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Collection, Mapping
+from dataclasses import dataclass
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -66,10 +67,12 @@ def class_of(named: str, model_type: str, tensors: "Collection[TensorInfo]") -> 
     return f"{body}Model" if has_head and bare else named
 
 
-class TensorInfo(BaseModel):
-    """One tensor as its safetensors header describes it."""
+@dataclass(frozen=True, slots=True)
+class TensorInfo:
+    """One tensor as its safetensors header describes it.
 
-    model_config = ConfigDict(frozen=True, defer_build=True)
+    A model may have 100,000, so it is no pydantic model: making one would take ten times as long.
+    """
 
     name: str
     dtype: str  #: safetensors name, e.g. "F32", "BF16"

@@ -46,8 +46,8 @@ TOKENIZER_FILES = frozenset(
 _CONFIG_BYTES = 1024**2
 _JSON_BYTES = 16 * 1024**2
 _NOT_PARSED = frozenset(
-    {"tokenizer.json", "vocab.json", "added_tokens.json", "unigram.json"}
-)  #: large files that every reader treats as data
+    {"tokenizer.json", "vocab.json", "added_tokens.json", "unigram.json", INDEX_FILE}
+)  #: large files that every reader treats as data; the index is parsed where the tensors are read
 
 _MOST_ERRORS = 100  #: number of errors in a model's JSON after which the search ends
 _DUNDER = re.compile(r"__\w+__")

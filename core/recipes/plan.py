@@ -1,6 +1,7 @@
 """Makes a plan from a recipe and a model's header: the steps, the estimate, the queue and warnings. Nothing is run."""
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
@@ -176,7 +177,7 @@ def stored(recipe: Recipe, header: ModelHeader) -> ModelHeader:
     """Return the header with the bytes in which the passes store each tensor. header: of the float model that the passes leave."""
     passes = [options.settled(header) for options in recipe.passes]
     tensors = [
-        tensor.model_copy(update={"size": min([tensor.size, *(options.stored_bytes(tensor) for options in passes)])})
+        replace(tensor, size=min([tensor.size, *(options.stored_bytes(tensor) for options in passes)]))
         for tensor in header.tensors
     ]
     return header.model_copy(update={"tensors": tuple(tensors)})
@@ -212,7 +213,7 @@ def _further_copies(header: ModelHeader, export: Export, *, rounded: bool) -> tu
         return tuple(tables[:1]) * ((not header.hears) + (rounded and len(tables) == 1))
     if header.tied_table is not None and rounded:
         # A graph holds the tied table twice, for the lookup and for the product, and each copy has its own codes.
-        return (header.tied_table.model_copy(update={"name": _HEADS[header.task]}),)
+        return (replace(header.tied_table, name=_HEADS[header.task]),)
     return ()
 
 

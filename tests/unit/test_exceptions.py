@@ -3,6 +3,7 @@
 import json
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -87,4 +88,4 @@ def test_a_table_of_segments_is_no_linear_layer() -> None:
     """Kosmos-2.5 calls it `segment_emb`."""
     table = TensorInfo(name="text_model.model.segment_emb.weight", dtype="F32", shape=(2, 64), size=512)
     assert not is_linear_weight(table, ())
-    assert is_linear_weight(table.model_copy(update={"name": "text_model.model.layers.0.fc1.weight"}), ())
+    assert is_linear_weight(replace(table, name="text_model.model.layers.0.fc1.weight"), ())

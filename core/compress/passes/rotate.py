@@ -9,7 +9,7 @@ import hashlib
 import json
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -123,7 +123,7 @@ class _Turning:
     def outputs(self, info: TensorInfo) -> tuple[TensorInfo, ...]:
         """The tensors that replace a tensor: itself, and behind a tied table the output head."""
         if info.name == TABLE and self.tied:
-            return info, info.model_copy(update={"name": HEAD})
+            return info, replace(info, name=HEAD)
         return (info,)
 
     def __call__(self, name: str) -> Iterator[tuple[str, Tensor]]:

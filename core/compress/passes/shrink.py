@@ -4,6 +4,7 @@ import hashlib
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -293,7 +294,7 @@ def _copy_blocks(source: Path, target: Path, anatomy: Anatomy, kept: Sequence[in
                 names[tensor.name] = tensor.name if place is None else renumbered(tensor.name, anatomy, number)
         if not names:
             continue
-        infos = [files.stored(old).info.model_copy(update={"name": new}) for old, new in names.items()]
+        infos = [replace(files.stored(old).info, name=new) for old, new in names.items()]
         tensors = ((new, files.read(old)) for old, new in names.items())
         write_tensors(target / shard.path.name, infos, tensors, shard.metadata)
     write_index(target)

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Collection, Iterable, Mapping
+from dataclasses import replace
 from typing import Any, ClassVar, Literal, NamedTuple
 
 from pydantic import Field
@@ -139,7 +140,7 @@ class Place(NamedTuple):
 def info_after(tensor: TensorInfo, place: Place) -> TensorInfo:
     """Return the description of a tensor after the pass."""
     shape = tensor.shape if place.rows is None else (len(place.rows), *tensor.shape[1:])
-    return reshaped(tensor, shape).model_copy(update={"name": place.name})
+    return replace(reshaped(tensor, shape), name=place.name)
 
 
 def places_of(tensors: Collection[TensorInfo], kept: Mapping[str, tuple[int, ...]]) -> dict[str, Place | None]:

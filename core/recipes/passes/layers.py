@@ -1,5 +1,6 @@
 """Structured pruning: the options of the pass that removes whole blocks."""
 
+from dataclasses import replace
 from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
@@ -99,7 +100,7 @@ class Layers(Shrinking):
             if place is None:
                 tensors.append(tensor)
             elif place[0] in number:
-                tensors.append(tensor.model_copy(update={"name": renumbered(tensor.name, anatomy, number)}))
+                tensors.append(replace(tensor, name=renumbered(tensor.name, anatomy, number)))
         config = {**header.config, anatomy.family.layers: len(kept)}
         for key in BY_LAYER:
             if isinstance(config.get(key), list) and len(config[key]) == anatomy.layers:

@@ -1,6 +1,7 @@
 """The options of `rotate`."""
 
 import re
+from dataclasses import replace
 from typing import ClassVar, Literal
 
 from pydantic import Field
@@ -67,7 +68,7 @@ class Rotate(PassOptions):
         for tensor in header.tensors:
             tensors.append(tensor)
             if tensor.name == TABLE and is_tied(header):
-                tensors.append(tensor.model_copy(update={"name": HEAD}))
+                tensors.append(replace(tensor, name=HEAD))
         config = {**header.config, "tie_word_embeddings": False}
         return header.model_copy(update={"tensors": tuple(tensors), "config": config})
 

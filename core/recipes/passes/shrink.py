@@ -1,6 +1,7 @@
 """Structured pruning: what its passes have in common, and the options of those that remove feed-forward channels or attention heads."""
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
@@ -330,4 +331,4 @@ def reshaped(tensor: TensorInfo, shape: Iterable[int]) -> TensorInfo:
         before *= dim
     for dim in new:
         after *= dim
-    return tensor.model_copy(update={"shape": new, "size": tensor.size // before * after if before else 0})
+    return replace(tensor, shape=new, size=tensor.size // before * after if before else 0)
