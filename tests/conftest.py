@@ -13,6 +13,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # for tests that import ONNX Runtime before anything of ours
 
+import hypothesis
 import pytest
 from sqlalchemy import Engine
 
@@ -24,6 +25,10 @@ from tests.models import bert_tiny_dir, minilm_dir, remove_shared_models, smollm
 from tests.servers import S3, Postgres, Valkey
 
 pytest_plugins = ["tests.cpu_time", "tests.leftovers"]
+
+# No property is judged by the time that an example takes: other work may slow the machine.
+hypothesis.settings.register_profile("untimed", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])
+hypothesis.settings.load_profile("untimed")
 
 #: imports of libraries whose arithmetic differs between processors, and with it a test's figures
 _ARITHMETIC = re.compile(

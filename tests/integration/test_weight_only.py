@@ -263,7 +263,7 @@ def test_an_ignored_layer_stays_float_and_loads(tmp_path: Path):
         min_size=1,
     )
 )
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_targets_and_ignore_mean_exactly_what_was_quantized(quantized: list[str]):
     from compressed_tensors.utils.match import match_name
 

@@ -34,7 +34,7 @@ def weights(draw: st.DrawFn, columns_of: int = 1) -> torch.Tensor:
 
 
 @given(weights(columns_of=32), st.sampled_from([4, 8]), st.sampled_from([None, 16, 32]), st.booleans())
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_every_weight_lies_within_half_a_step(source: torch.Tensor, bits: int, group_size: int | None, symmetric: bool):
     rounded = round_to_grid(source, Grid(bits, group_size, symmetric))
     back = dequantize(rounded.codes, rounded.scale, rounded.zero_point).double()
@@ -47,7 +47,7 @@ def test_every_weight_lies_within_half_a_step(source: torch.Tensor, bits: int, g
 
 
 @given(weights(columns_of=32), st.sampled_from([4, 8]))
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_rounding_what_lies_on_the_grid_changes_nothing(source: torch.Tensor, bits: int):
     first = round_to_grid(source.float(), Grid(bits))
     again = torch.round(dequantize(first.codes, first.scale) / first.scale)
@@ -55,7 +55,7 @@ def test_rounding_what_lies_on_the_grid_changes_nothing(source: torch.Tensor, bi
 
 
 @given(st.integers(1, 9), st.integers(1, 70), st.sampled_from([4, 8]), st.integers(0, 2**31))
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_packing_is_the_librarys(rows: int, columns: int, bits: int, seed: int):
     top = 2 ** (bits - 1)
     codes = torch.randint(-top, top, (rows, columns), dtype=torch.int8, generator=torch.Generator().manual_seed(seed))
@@ -63,7 +63,7 @@ def test_packing_is_the_librarys(rows: int, columns: int, bits: int, seed: int):
 
 
 @given(weights(), st.data())
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_radix_selection_finds_the_key_of_any_rank(source: torch.Tensor, data: st.DataObject):
     keys = magnitude_keys(source)
     rank = data.draw(st.integers(0, keys.numel() - 1))
@@ -75,7 +75,7 @@ def test_radix_selection_finds_the_key_of_any_rank(source: torch.Tensor, data: s
 
 
 @given(st.sampled_from([(1, 2), (2, 4), (1, 4), (3, 8), (5, 7)]), st.data())
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_a_pattern_keeps_the_largest_of_each_group(pattern: tuple[int, int], data: st.DataObject):
     kept, group = pattern
     source = data.draw(weights(columns_of=group))

@@ -30,7 +30,7 @@ sizes = {
 }
 
 
-@settings(max_examples=60, deadline=None, derandomize=True)
+@settings(max_examples=60, derandomize=True)
 @given(
     **sizes,
     bits=st.sampled_from([2, 3, 4, 8]),
@@ -69,7 +69,7 @@ def test_codes_are_in_range_and_no_row_loses_more_than_by_rounding(
     assert bool((solved_loss <= nearest_loss * (1 + 1e-4)).all())
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(**sizes, pattern=st.sampled_from([(2, 4), (1, 4), (3, 4), (4, 8), (1, 2)]), quantized=st.booleans())
 def test_a_pattern_leaves_exactly_so_many_of_every_group(
     seed: int, rows: int, groups: int, group_size: int, tokens: int, pattern: tuple[int, int], quantized: bool
@@ -83,7 +83,7 @@ def test_a_pattern_leaves_exactly_so_many_of_every_group(
         assert int(left.min()) == pattern[0]
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(**sizes, sparsity=st.floats(0.05, 0.95))
 def test_unstructured_pruning_meets_its_share_in_every_block(
     seed: int, rows: int, groups: int, group_size: int, tokens: int, sparsity: float
@@ -94,7 +94,7 @@ def test_unstructured_pruning_meets_its_share_in_every_block(
         assert int((block == 0).sum()) == round(sparsity * block.numel())
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(seed=st.integers(0, 2**31), bits=st.sampled_from([2, 3, 4, 8]), symmetric=st.booleans())
 def test_a_searched_range_is_never_worse_than_the_extremes(seed: int, bits: int, symmetric: bool):
     generator = torch.Generator().manual_seed(seed)

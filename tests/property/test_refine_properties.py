@@ -42,7 +42,7 @@ shapes = {
 }
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     **shapes,
     bits=st.sampled_from([2, 3, 4, 8]),
@@ -74,7 +74,7 @@ def test_no_row_costs_the_outputs_more_than_rounded_to_nearest(
     assert -top <= int(coded.codes.min()) <= int(coded.codes.max()) < top
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(**shapes, symmetric=st.booleans())
 def test_fitted_scales_never_cost_more(seed: int, rows: int, groups: int, tokens: int, symmetric: bool):
     weight, gram = (tensor.double() for tensor in _draw(seed, rows, 32 * groups, tokens))
@@ -107,7 +107,7 @@ def test_one_fitted_scale_is_the_least_squares_one():
     torch.testing.assert_close(found[positive, 0], exact[positive])
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(seed=st.integers(0, 2**31), bits=st.sampled_from([2, 3, 4]), symmetric=st.booleans())
 def test_half_quadratic_ranges_are_never_worse_than_the_extremes_in_their_norm(seed: int, bits: int, symmetric: bool):
     weight = torch.randn(6, 64, generator=torch.Generator().manual_seed(seed)) ** 3
@@ -122,7 +122,7 @@ def test_half_quadratic_ranges_are_never_worse_than_the_extremes_in_their_norm(s
     assert torch.equal(found[0], found[0].half().float())
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     seed=st.integers(0, 2**31),
     rows=st.integers(1, 140),
@@ -155,7 +155,6 @@ def test_the_largest_weight_of_nvfp4_never_takes_its_groups_scale_past_the_large
         assert float(coded.scale.float()) == 448
 
 
-@settings(deadline=None)
 @given(st.lists(st.floats(-500, 500), min_size=1, max_size=20), st.sampled_from([4, 8]))
 def test_no_float_of_the_grid_is_nearer(values: list[float], bits: int):
     given_values = torch.tensor(values)
@@ -169,7 +168,7 @@ def test_no_float_of_the_grid_is_nearer(values: list[float], bits: int):
     torch.testing.assert_close((nearest_floats(given_values, bits) - given_values).abs(), nearest)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.data())
 def test_the_choice_is_the_best_that_fits(data: st.DataObject):
     items = data.draw(st.integers(1, 6))

@@ -71,13 +71,13 @@ def theirs(data: bytes) -> dict[str, tuple[int, ...]]:
 
 @given(files())
 @example(PICKLE_LIKE)
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_every_valid_file_is_read_as_the_library_reads_it(data: bytes) -> None:
     assert ours(data) == theirs(data)
 
 
 @given(files(), st.lists(st.tuples(st.integers(0, 400), st.binary(max_size=3)), min_size=1, max_size=3))
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_what_is_accepted_of_damaged_files_the_library_accepts_too(
     data: bytes, damage: list[tuple[int, bytes]]
 ) -> None:

@@ -322,7 +322,6 @@ def test_no_sequence_of_calls_leaves_the_model(store: JobStore):
         settings=settings(
             max_examples=40,
             stateful_step_count=30,
-            deadline=None,
             suppress_health_check=list(HealthCheck),
             print_blob=True,
         ),

@@ -90,7 +90,7 @@ ZONES = st.sampled_from(
 )
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     minute=st.integers(0, 59),
     hour=st.integers(0, 23),

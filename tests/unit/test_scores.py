@@ -64,7 +64,7 @@ def test_spearman_shares_ranks_among_ties():
     assert once(spearman(x, y), np.ones(4)) == pytest.approx(np.corrcoef([1, 2.5, 2.5, 4], [1, 2, 3, 4])[0, 1])
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.integers(0, 2**31), st.integers(3, 30))
 def test_a_drawn_correlation_is_that_of_the_drawn_pairs(seed: int, count: int):
     rng = np.random.default_rng(seed)

@@ -48,7 +48,7 @@ def test_pairing_makes_a_constant_ratio_certain():
     assert both.figure.high - both.figure.low > 0.5
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(arrays(np.float64, st.integers(1, 30), elements=st.floats(0, 100)), st.sampled_from([0.5, 0.9, 0.99, 1.0]))
 def test_a_quantile_over_all_rows_is_numpys(values: NDArray[np.float64], share: float):
     rows = np.arange(len(values)) % 4
@@ -76,7 +76,7 @@ def test_a_source_at_zero_has_no_relative_change():
     assert against(np.ones(5), np.zeros(5)).change is None
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(arrays(np.float64, st.integers(2, 40), elements=st.floats(-100, 100)), st.integers(0, 2**31))
 def test_the_value_lies_within_its_interval(values: NDArray[np.float64], seed: int):
     interval = mean_interval(values, seed=seed)
