@@ -25,15 +25,32 @@ class Converted:
     )  #: config key → allowed values. None: the key is missing.
 
 
+_GELUS = ("gelu", "gelu_new", "gelu_pytorch_tanh", "gelu_fast", "gelu_python")
+
 CONVERTED: Mapping[str, Converted] = {
     "arcee": Converted(("relu2",)),
     "bloom": Converted(),
     "cohere": Converted(("silu",)),
     "cohere2": Converted(("silu",), period=4),
     "exaone4": Converted(("silu",), keys={"sliding_window": (None,)}),
+    "glm": Converted(("silu",)),
+    "glm4": Converted(("silu",)),
+    "gpt2": Converted(
+        _GELUS,
+        keys={
+            "scale_attn_weights": (None, True),
+            "scale_attn_by_inverse_layer_idx": (None, False),
+            "add_cross_attention": (None, False),
+        },
+    ),
     "gpt_bigcode": Converted(("gelu_pytorch_tanh",)),
+    "gpt_neox": Converted(_GELUS, keys={"attention_bias": (None, True)}),
+    "granite": Converted(("silu",)),
     "granitemoe": Converted(("silu",)),
     "hunyuan_v1_dense": Converted(("silu",)),
+    "mixtral": Converted(("silu",)),
+    "olmo": Converted(("silu",)),
+    "olmo2": Converted(("silu",)),
 }
 
 #: Families that the converter names, and that were tried in the same way without success → what came of it.
@@ -67,6 +84,12 @@ def converter_differences(header: ModelHeader) -> Iterator[str]:
         places = [(at + 1) % family.period == 0 for at in range(len(layers))]
         if [layer == "full_attention" for layer in layers] != places:
             yield f"in llama.cpp every layer of a {kind} but each {family.period}th has a window, and config.json names other `layer_types`"
+    width = config.get("n_inner")
+    if kind == "gpt2" and width and width != 4 * config.get("n_embd", 768):
+        yield (
+            "llama.cpp's converter writes feed-forward layers of four times `n_embd`, and config.json says `n_inner` "
+            + str(width)
+        )
     yield from _rotary_differences(config)
 
 
@@ -83,6 +106,11 @@ def older_keys(header: ModelHeader) -> dict[str, Any]:
     config = header.config
     rope = config.get("rope_parameters") or {}
     share = rope.get("partial_rotary_factor", config.get("partial_rotary_factor", config.get("rotary_pct")))
-    if header.model_type == "cohere2":
-        return {"rotary_pct": 1.0 if share is None else share}
+    match header.model_type:
+        case "gpt2":
+            return {"n_ctx": config.get("n_positions") or config.get("n_ctx") or 1024}
+        case "gpt_neox":
+            return {"rotary_pct": 0.25 if share is None else share}
+        case "cohere2":
+            return {"rotary_pct": 1.0 if share is None else share}
     return {}
