@@ -263,6 +263,8 @@ def press(
     context = PassContext(header=header, work_dir=scratch / "work", device="cuda", ranks=ranks, progress=progress)
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
+    if ranks is not None:
+        ranks.peak_gpu_bytes = 0
     torch.cuda.synchronize()
     start = time.perf_counter()
     step = options.batch if isinstance(options, LearnedRounding) else None
