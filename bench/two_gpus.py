@@ -4,7 +4,7 @@
 
 Parts: `alone` (one GPU: GPTQ, AWQ and SparseGPT of the 8B shape and GPTQ of the 70B shape on the first; beside them, on the second, a mixture's
 GPTQ and AWQ and GPTQ of a DeepSeek-V3's layers), `together` (the 8B shape and the mixture on both GPUs) and `train` (FSDP2). Figures are
-written to FOLDER/blocks_gpu.json after each measurement, so that a run that is cut off leaves what it has. They have the names of `blocks_gpu`.
+written to FOLDER/blocks_gpu.json after each measurement, so that a run that is cut off leaves what it has.
 
 A model has six layers (70B four, DeepSeek-V3 three), 128 × 2048 tokens run through it, and seconds a layer are those between the starts of
 the second and the last. A run with few tokens comes first and compiles the kernels. Every measurement has a limit; then its processes write
@@ -53,6 +53,11 @@ PART_LIMITS = {"alone": 420.0, "together": 150.0}  #: writing DeepSeek-V3's laye
 SAMPLES, LENGTH, VOCABULARY = 128, 2048, 32000
 PARTS = ("alone", "together", "train")
 _FIGURES = "FIGURES "
+
+
+def title_of(shape: str, gpus: int) -> str:
+    """What the names of figures begin with. Figures of `blocks_gpu` have no number of GPUs: they were taken on another machine."""
+    return f"{shape} on {gpus} GPU{'s' if gpus > 1 else ''}"
 
 
 def write_deepseek(folder: Path, layers: int) -> None:
@@ -124,7 +129,7 @@ class HostPeak(threading.Thread):
 
 def measure(shape: str, methods: Sequence[str], gpus: int, folder: Path, tell: Callable[[list[Figure]], None]) -> None:
     """Measure methods on a shape, in this process or in one for each GPU. `tell` gets the figures of each."""
-    model, title = folder / shape, shape + (f" on {gpus} GPUs" if gpus > 1 else "")
+    model, title = folder / shape, title_of(shape, gpus)
     if not model.exists():
         say(f"{shape}: writing")
         if shape == "deepseek-v3":
@@ -187,12 +192,12 @@ class Keeper:
                 if not figure.name.endswith("/seconds"):
                     continue
                 self._seconds[figure.name] = figure.value
-                shape, *rest = figure.name.split("/")
-                alone = self._seconds.get("/".join([shape.removesuffix(" on 2 GPUs"), *rest]))
-                if shape.endswith(" on 2 GPUs") and alone:
+                title, *rest = figure.name.split("/")
+                shape = title.split(" ")[0]
+                alone = self._seconds.get("/".join([title_of(shape, 1), *rest]))
+                if title == title_of(shape, 2) and alone:
                     name = figure.name.removesuffix("seconds") + "ratio"
-                    ratio = round(alone / figure.value, 2)
-                    figures.append(Figure(name, ratio, "of one GPU's speed", bar=BARS[shape.split(" ")[0]]))
+                    figures.append(Figure(name, round(alone / figure.value, 2), "of one GPU's speed", bar=BARS[shape]))
             keep("blocks_gpu", figures, self._folder)
 
     def listen(self, child: "subprocess.Popen[str]") -> None:
