@@ -143,7 +143,14 @@ FAMILIES: Mapping[str, Family] = {
 }
 
 #: Lists in config.json with an entry for each block.
-BY_LAYER = ("layer_types", "no_rope_layers", "mlp_layer_types", "layers_block_type", "attention_layers")
+BY_LAYER = (
+    "layer_types",
+    "no_rope_layers",
+    "mlp_layer_types",
+    "layers_block_type",
+    "attention_layers",
+    "attention_window",
+)
 #: Keys of config.json for the number of blocks.
 _DEPTHS = ("num_hidden_layers", "n_layers", "n_layer", "num_layers", "encoder_layers", "decoder_layers")
 _BLOCK = re.compile(r"(?P<prefix>(?:[^.]*[^.0-9][^.]*\.)*)(?P<number>\d+)\.(?P<rest>.+)")

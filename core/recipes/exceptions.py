@@ -13,7 +13,36 @@ _NOT_ALONE = "its blocks can't be run by themselves, so that no exchange of fact
 _NO_FOLD = "no layer before its linear layers can take factors: the block would answer otherwise"
 _WHOLE_MASK = "its decoder takes no mask but that of a whole text, and a graph caches a part of it"
 _ROUTED = "its decoder asks for what its encoder's routers chose, which no graph of an encoder returns"
+_COLOURS = "it reads the numbers of colours, and no images"
 _BY_NUMBER = "its attention finds the tokens that see the whole text by their number, which a traced graph can't decide"
+
+#: Encoder-decoders: a block of the decoder also reads what the encoder answered. Their decoders alone are other classes.
+_CROSS_ATTENTION = (
+    "BartForConditionalGeneration",
+    "BigBirdPegasusForConditionalGeneration",
+    "BlenderbotForConditionalGeneration",
+    "BlenderbotSmallForConditionalGeneration",
+    "EncoderDecoderModel",
+    "FSMTForConditionalGeneration",
+    "LEDForConditionalGeneration",
+    "LongT5ForConditionalGeneration",
+    "M2M100ForConditionalGeneration",
+    "MBartForConditionalGeneration",
+    "MT5ForConditionalGeneration",
+    "MarianMTModel",
+    "MvpForConditionalGeneration",
+    "NllbMoeForConditionalGeneration",
+    "PLBartForConditionalGeneration",
+    "PegasusForConditionalGeneration",
+    "PegasusXForConditionalGeneration",
+    "ProphetNetForConditionalGeneration",
+    "SeamlessM4TForTextToText",
+    "SeamlessM4Tv2ForTextToText",
+    "SwitchTransformersForConditionalGeneration",
+    "T5ForConditionalGeneration",
+    "T5GemmaForConditionalGeneration",
+    "UMT5ForConditionalGeneration",
+)
 
 #: Pass, export, or `graph` for all exports of graphs → `model_type` or class → why it can't be had.
 _WHY_NOT: Mapping[str, Mapping[str, str]] = {
@@ -25,14 +54,25 @@ _WHY_NOT: Mapping[str, Mapping[str, str]] = {
     },
     "awq": {
         **dict.fromkeys(("gemma4", "gemma4_text", "gemma4_unified", "gemma4_unified_text", "xlm"), _NOT_ALONE),
-        **dict.fromkeys(("jetmoe", "xlnet"), _NO_FOLD),
-        "BartForConditionalGeneration": _NOT_ALONE,
+        **dict.fromkeys(_CROSS_ATTENTION, _NOT_ALONE),
+        **dict.fromkeys(("canine", "flaubert", "funnel"), _NOT_ALONE),
+        **dict.fromkeys(("convnext", "convnextv2", "donut-swin", "focalnet", "mobilevit"), _NOT_ALONE),
+        **dict.fromkeys(("pvt", "pvt_v2", "segformer", "swin", "swinv2"), _NOT_ALONE),
+        **dict.fromkeys(
+            ("convbert", "deberta", "fnet", "jetmoe", "mra", "neomme", "swiftformer", "xlnet", "yoso"), _NO_FOLD
+        ),
     },
+    "smoothquant": {"swiftformer": _NOT_ALONE},
     "openvino": {"fnet": "OpenVINO computes its Fourier transforms otherwise, and the answers differ"},
-    "layers": {"openai-gpt": "its blocks return other things than hidden states, and can't be compared"},
+    "layers": {
+        "neomme": "transformers wants a layer that sees the whole text in its config, and that may be the one that goes",
+        "openai-gpt": "its blocks return other things than hidden states, and can't be compared",
+    },
     "graph": {
         **dict.fromkeys(("led", "longformer"), _BY_NUMBER),
         **dict.fromkeys(("fsmt", "prophetnet"), _WHOLE_MASK),
+        "imagegpt": _COLOURS,
+        "pp_lcnet": "its classifier gives its answers no name",
         "funnel": "it makes its positions from the length of the text, which a traced graph would fix",
         "mvp": "its attention compares the size of its mask with that of all keys, which a graph with a cache can't decide",
         **dict.fromkeys(("nllb-moe", "switch_transformers"), _ROUTED),
@@ -46,6 +86,11 @@ _NOT_BY_BLOCKS: Mapping[str, str] = {
         ("inkling2", "inkling2_text", "inkling_mm_model", "kimi_linear", "olmo_hybrid"),
         "transformers joins tensors of its files as it loads them",
     ),
+    **dict.fromkeys(
+        ("gte", "jina_embeddings_v3", "nomic_bert"), "transformers takes tensors of its files apart as it loads them"
+    ),
+    "ibert": "its linear layers are of its own kind, and hold more than weights",
+    "imagegpt": _COLOURS,
     "squeezebert": "its blocks are convolutions, without linear layers",
     "t5gemma2": "layers of its decoder read two things in turn, the text and what the encoder answered",
 }

@@ -148,6 +148,22 @@ def test_a_global_share_leaves_layers_of_differing_widths_that_sum_up(which: str
     assert torch.isfinite(_answers(again)).all()
 
 
+@pytest.mark.parametrize("importance", ["block-influence", "taylor"])
+@pytest.mark.parametrize("kind", ["vit", "beit"])
+def test_a_model_that_sees_is_judged_by_what_images_show(kind: str, importance: str, tmp_path: Path):
+    model_class = {"vit": transformers.ViTForImageClassification, "beit": transformers.BeitForImageClassification}[kind]
+    sizes = {"hidden_size": 32, "num_attention_heads": 4, "intermediate_size": 64, "num_hidden_layers": 3}
+    torch.manual_seed(0)
+    config = model_class.config_class(**sizes, image_size=32, patch_size=8, num_labels=3)
+    model_class(config).save_pretrained(tmp_path / "model")
+    out, record = _shrink(tmp_path / "model", tmp_path / "work", {"pass": "layers", "importance": importance})
+    assert len(record.summary["kept"]) == 2
+    assert all(value > 0 for value in record.summary["importance"])
+    loaded = load_model(out, inspect_model(FolderFiles(out))).eval()
+    with torch.no_grad():
+        assert torch.isfinite(loaded(pixel_values=torch.rand(2, 3, 32, 32)).logits).all()
+
+
 def test_blocks_go_by_influence_by_gradient_or_by_name(tmp_path: Path):
     source = _model("Gemma2ForCausalLM", tmp_path / "source")
     tensors = _tensors(source)

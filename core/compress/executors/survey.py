@@ -16,9 +16,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from nightpress.core.compress.context import PassContext
+from nightpress.core.compress.executors.batches import alone, count_of, split_mask, tokens_a_sample
 from nightpress.core.compress.executors.calls import Calls
 from nightpress.core.compress.executors.live_block import probe_of
-from nightpress.core.compress.executors.watch import split_mask, without_padding
+from nightpress.core.compress.executors.watch import without_padding
 from nightpress.core.compress.model.networks import load_model
 from nightpress.core.compress.model.rows import unsupported
 from nightpress.core.compress.model.skeleton import Batch, Skeleton
@@ -44,9 +45,9 @@ class SourceBlock:
 
 
 def survey(source: Path, samples: Batch, context: PassContext, watched: str | None) -> Iterator[SourceBlock]:
-    """Run texts through the model's blocks one after the other. Yields a description of each block.
+    """Run texts or images through the model's blocks one after the other. Yields a description of each block.
 
-    samples: `input_ids` [samples, length], and their mask if they are padded. watched: path of a module in a block, or None.
+    samples: `input_ids` [samples, length], and their mask if they are padded; or `pixel_values`. watched: path of a module in a block, or None.
     The processes of `context.group` share out the samples, and all yield the same figures.
     Raises NightpressError(numerical_failure) for a block whose input or output is not finite.
     """
@@ -57,20 +58,20 @@ def survey(source: Path, samples: Batch, context: PassContext, watched: str | No
     skeleton = Skeleton(source, files, context.device, torch.float32, probe, group)
     if skeleton.whole is not None:
         raise unsupported(f"The model's blocks can't be compared: {skeleton.whole}")
-    most = math.ceil(len(samples["input_ids"]) / group.size)  # texts of a process
-    own = group.share(len(samples["input_ids"]))
+    most = math.ceil(count_of(samples) / group.size)  # samples of a process
+    own = group.share(count_of(samples))
     samples, real = {name: tensor[own] for name, tensor in samples.items()}, None if real is None else real[own]
-    total, length = samples["input_ids"].shape
-    rows = max(1, min(most, BATCH_TOKENS[device.type] // length))
-    starts = range(0, total, rows)
+    rows = max(1, min(most, BATCH_TOKENS[device.type] // tokens_a_sample(samples, skeleton.config)))
+    starts = range(0, count_of(samples), rows)
     masks = [None if real is None else real[at : at + rows].to(device) for at in starts]
-    tokens = group.total(total * length if real is None else int(real.sum()))
     with torch.no_grad():
         hidden, calls = [], Calls(device)
         batches = ({name: tensor[at : at + rows] for name, tensor in samples.items()} for at in starts)
         for entered, heard in skeleton.capture(0, batches, []):
             hidden.append(entered.clone())
             calls.add(heard, keep_on=device)
+        whole = sum(entered.shape[:-1].numel() for entered in hidden)
+        tokens = group.total(whole if real is None else int(real.sum()))
         for index in range(len(skeleton.blocks)):
             context.progress(index / len(skeleton.blocks), f"looking at block {index + 1} of {len(skeleton.blocks)}")
             tensors = {name: files.read(name) for name in skeleton.held_names(index)}
@@ -170,7 +171,7 @@ def unit_gradients(source: Path, samples: Batch, context: PassContext, anatomy: 
     for at, sums in enumerate(found):
         context.group.sum(sums)
         check_finite([anatomy.name(at, watched, "weight").removesuffix(".weight")], sums)
-    return [sums / len(samples["input_ids"]) for sums in found]
+    return [sums / count_of(samples) for sums in found]
 
 
 def block_gradients(source: Path, samples: Batch, context: PassContext, anatomy: Anatomy) -> list[float]:
@@ -179,11 +180,11 @@ def block_gradients(source: Path, samples: Batch, context: PassContext, anatomy:
     The score is Σ_i |Σ_tokens a_i ∂L/∂a_i|, as a mean over samples. The processes of `context.group` share out the samples.
     Raises NightpressError(numerical_failure).
     """
-    found, texts = [0.0] * anatomy.layers, len(samples["input_ids"])
+    found, count = [0.0] * anatomy.layers, count_of(samples)
 
     def collect(index: int, entered: Tensor, left: Tensor) -> None:
         assert left.grad is not None
-        found[index] += float(((left - entered).detach() * left.grad).sum((0, 1)).abs().sum()) / texts
+        found[index] += float(((left - entered).detach() * left.grad).sum((0, 1)).abs().sum()) / count
 
     model = _load_whole(source, context)
     _backwards(model, samples, context, _blocks(model, anatomy), collect)
@@ -202,12 +203,16 @@ def _load_whole(source: Path, context: PassContext) -> nn.Module:
 
 
 def _blocks(model: nn.Module, anatomy: Anatomy) -> list[nn.Module]:
-    rows = [
-        module
+    """The model's blocks. Where transformers calls them otherwise than the files do, they are the only list of so many modules."""
+    rows = {
+        f".{name}": list(module)
         for name, module in model.named_modules()
-        if isinstance(module, nn.ModuleList) and f".{name}".endswith(f".{anatomy.family.blocks}")
-    ]
-    return list(rows[0])
+        if isinstance(module, nn.ModuleList) and len(module) == anatomy.layers
+    }
+    found = [row for name, row in rows.items() if name.endswith(f".{anatomy.family.blocks}")] or list(rows.values())
+    if len(found) != 1:
+        raise unsupported(f"transformers has {len(found)} rows of {anatomy.layers} blocks for this model")
+    return found[0]
 
 
 def _backwards(
@@ -217,11 +222,11 @@ def _backwards(
     modules: Sequence[nn.Module],
     collect: Callable[[int, Tensor, Tensor], None],
 ) -> None:
-    """Run each text forwards and backwards. Calls `collect` (index of the module, its input, its output with its gradient) for each module.
+    """Run each sample forwards and backwards. Calls `collect` (index of the module, its input, its output with its gradient) for each module.
 
-    Each text runs in a batch of its own, with its padding cut off.
+    Each runs in a batch of its own, a text with its padding cut off.
     """
-    ids, real = samples["input_ids"], split_mask(samples)[1]
+    count = count_of(samples)
     kept: list[tuple[Tensor, Tensor]] = []
 
     def hook(_module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor], out: Any) -> None:
@@ -231,24 +236,24 @@ def _backwards(
 
     embeddings = model.get_input_embeddings()  # type: ignore[operator]
     with ExitStack() as stack:
-        # No weight requires gradients here. The embedded tokens do, so that gradients flow back through all blocks.
+        # No weight requires gradients here. The embedded tokens or patches do, so that gradients flow back through all blocks.
         stack.callback(embeddings.register_forward_hook(lambda _module, _args, out: out.requires_grad_(True)).remove)
         for module in modules:
             stack.callback(module.register_forward_hook(hook, with_kwargs=True).remove)
-        for at in range(len(ids))[context.group.share(len(ids))]:
-            sample = ids[at : at + 1] if real is None else ids[at : at + 1, real[at]]
-            context.progress(at / len(ids), f"gradients of text {at + 1} of {len(ids)}")
+        for at in range(count)[context.group.share(count)]:
+            sample = {name: tensor.to(context.device) for name, tensor in alone(samples, at).items()}
+            context.progress(at / count, f"gradients of sample {at + 1} of {count}")
             generator = torch.Generator(context.device).manual_seed(
                 context.seed + at
-            )  # whichever process runs the text
-            _loss(model, sample.to(context.device), context, generator).backward()  # type: ignore[no-untyped-call]
+            )  # whichever process runs the sample
+            _loss(model, sample, context, generator).backward()  # type: ignore[no-untyped-call]
             for index, (entered, left) in enumerate(kept):
                 collect(index, entered, left)
             kept.clear()
 
 
-def _loss(model: nn.Module, ids: Tensor, context: PassContext, generator: torch.Generator) -> Tensor:
-    """The loss for ids [1, L], a scalar whose gradient measures importance.
+def _loss(model: nn.Module, sample: Batch, context: PassContext, generator: torch.Generator) -> Tensor:
+    """The loss for a text [1, L] or an image, a scalar whose gradient measures importance.
 
     For a causal language model, it is the loss of the next token. For other models no label is known. There a label is drawn from the
     model's own distribution, or an embedding is projected on a random direction. The expectation of the squared gradient is then the Fisher
@@ -256,13 +261,15 @@ def _loss(model: nn.Module, ids: Tensor, context: PassContext, generator: torch.
     """
     task = context.header.task
     if task == "causal-lm":
-        logits = model(input_ids=ids, use_cache=False).logits
+        ids, logits = sample["input_ids"], model(**sample, use_cache=False).logits
         # A text of one token has no next token. Its sum is 0; `reduction="mean"` would give NaN.
         return F.cross_entropy(logits[0, :-1].float(), ids[0, 1:], reduction="sum") / max(1, ids.shape[1] - 1)
-    out = model(input_ids=ids)
+    out = model(**sample)
     if task == "embedding":
         pooled = out.last_hidden_state.mean(1).float()
-        return (F.normalize(pooled, dim=-1) * torch.randn(pooled.shape, generator=generator, device=ids.device)).sum()
+        return (
+            F.normalize(pooled, dim=-1) * torch.randn(pooled.shape, generator=generator, device=pooled.device)
+        ).sum()
     logits = out.logits.float().reshape(-1, out.logits.shape[-1])
     drawn = torch.multinomial(logits.detach().softmax(-1), 1, generator=generator)[:, 0]
     return F.cross_entropy(logits, drawn)

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 
 from nightpress.core.compress.model.rows import is_conv1d
-from nightpress.core.compress.model.skeleton import Batch
 from nightpress.core.compress.ranks.group import ALONE, Group
 
 
@@ -154,16 +153,6 @@ def hooked(hooks: Mapping[str, Hook], modules: Mapping[str, nn.Module]) -> Itera
 def in_features(module: Any) -> int:
     """The number of inputs of a linear layer."""
     return int(module.weight.shape[0] if is_conv1d(module) else module.weight.shape[1])
-
-
-def split_mask(samples: Batch) -> tuple[Batch, Tensor | None]:
-    """Return the samples and their mask as bool [samples, length]. If no sample is padded: the samples without masks, and None."""
-    mask = samples.get("attention_mask")
-    if mask is None:
-        return samples, None
-    if bool(mask.all()):
-        return {name: tensor for name, tensor in samples.items() if not name.endswith("attention_mask")}, None
-    return samples, mask.bool()
 
 
 def without_padding(inputs: Tensor, real: Tensor | None) -> Tensor:

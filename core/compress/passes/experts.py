@@ -14,6 +14,7 @@ from torch import Tensor
 
 from nightpress.core.compress.calibration.samples import calibration_samples
 from nightpress.core.compress.context import PassContext, over_ranks
+from nightpress.core.compress.executors.batches import count_of
 from nightpress.core.compress.executors.survey import survey
 from nightpress.core.compress.model.checkpoint import write_index, write_json, write_tensors
 from nightpress.core.compress.model.companions import copy_companions
@@ -34,7 +35,7 @@ def experts(source: Path, target: Path, options: ExpertPruning, context: PassCon
     """Remove experts from every mixture. `target` becomes a smaller mixture."""
     start = time.monotonic()
     samples = calibration_samples(source, context)
-    saliency = over_ranks(_saliency, source, samples, samples=len(samples["input_ids"]), context=context)
+    saliency = over_ranks(_saliency, source, samples, samples=count_of(samples), context=context)
     if not saliency:
         raise NightpressError(
             ErrorCode.UNSUPPORTED_ARCHITECTURE,

@@ -99,9 +99,9 @@ class Folding:
         self._held: dict[tuple[str, ...], list[tuple[Proposal, ...]]] = {}
         config = header.text_config
         self._clips = config.get("clip_qkv") is not None
-        heads = int(config.get("num_attention_heads") or 1)
-        self._heads = int(config.get("num_key_value_heads") or heads)
-        self._share = (self._heads, int(config.get("head_dim") or config.get("hidden_size", 0) // heads))
+        heads = _count(config.get("num_attention_heads")) or 1
+        self._heads = _count(config.get("num_key_value_heads")) or heads
+        self._share = (self._heads, _count(config.get("head_dim")) or _count(config.get("hidden_size")) // heads)
 
     def places(self, block: LiveBlock, seen: Mapping[str, Inputs]) -> list[BlockFold]:
         """Return the places of a block where factors can be exchanged.
@@ -198,6 +198,11 @@ def _proofs(folds: Sequence[Sequence[BlockFold]], block: LiveBlock) -> list[bool
         change, left = (float((answer - before).norm()) for answer in islice(answers, 2)) if fit else (0.0, 0.0)
         proofs.append(change > 0 and left <= _SAME * change)
     return block.group.collect(proofs)[0]
+
+
+def _count(value: object) -> int:
+    """A number of the config; 0 if there is none, or one for each stage of a model."""
+    return value if isinstance(value, int) else 0
 
 
 def _trials(places: Sequence[BlockFold], block: LiveBlock) -> Iterator[dict[str, Tensor]]:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from nightpress.core.compress.calibration.samples import calibration_samples
 from nightpress.core.compress.context import PassContext, over_ranks
+from nightpress.core.compress.executors.batches import count_of
 from nightpress.core.compress.executors.blocks import FinalTensor, Inputs, press_blocks
 from nightpress.core.compress.executors.rewrite import Effect
 from nightpress.core.compress.executors.survey import block_gradients, survey, unit_gradients
@@ -47,7 +48,7 @@ def narrow(source: Path, target: Path, options: Narrowing, context: PassContext)
     samples = calibration_samples(source, context)
     scores: list[Tensor] | None = None
     if options.by_gradient or options.across == "global":
-        work, count = (source, samples, options, anatomy), len(samples["input_ids"])
+        work, count = (source, samples, options, anatomy), count_of(samples)
         scores = over_ranks(_scores_ahead, *work, samples=count, context=context)
     inner = options.inner(anatomy)
     axis = 0 if anatomy.transposed else 1
@@ -83,7 +84,7 @@ def layers(source: Path, target: Path, options: Layers, context: PassContext) ->
     influence: list[float] = []
     if options.remove is None:
         samples = calibration_samples(source, context)
-        work, count = (source, samples, options, anatomy), len(samples["input_ids"])
+        work, count = (source, samples, options, anatomy), count_of(samples)
         influence = over_ranks(_influence, *work, samples=count, context=context)
     order = sorted(range(len(influence)), key=lambda at: (influence[at], at))
 

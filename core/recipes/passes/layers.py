@@ -1,7 +1,8 @@
 """Structured pruning: the options of the pass that removes whole blocks."""
 
+from collections.abc import Mapping
 from dataclasses import replace
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -101,13 +102,22 @@ class Layers(Shrinking):
                 tensors.append(tensor)
             elif place[0] in number:
                 tensors.append(replace(tensor, name=renumbered(tensor.name, anatomy, number)))
-        config = {**header.config, anatomy.family.layers: len(kept)}
+        config = {**header.config, anatomy.family.layers: len(kept), **_stages(header.config, len(kept))}
         for key in BY_LAYER:
             if isinstance(config.get(key), list) and len(config[key]) == anatomy.layers:
                 config[key] = [config[key][at] for at in kept]
         if "max_window_layers" in config and isinstance(config["max_window_layers"], int):
             config["max_window_layers"] = sum(at < config["max_window_layers"] for at in kept)
         return header.model_copy(update={"tensors": tuple(tensors), "config": config})
+
+
+def _stages(config: Mapping[str, Any], blocks: int) -> dict[str, Any]:
+    """The keys by which a model that sees names its blocks, for so many: those who take its hidden states take the last."""
+    names = config.get("stage_names")
+    if not isinstance(names, list):
+        return {}
+    left = names[: blocks + 1]  # the first is that of the patches
+    return {"stage_names": left, "out_features": left[-1:], "out_indices": [len(left) - 1]}
 
 
 def renumbered(name: str, anatomy: Anatomy, number: dict[int, int]) -> str:

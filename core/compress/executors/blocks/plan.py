@@ -7,14 +7,13 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, count, pairwise
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from nightpress.core.compress.context import PassContext
+from nightpress.core.compress.executors.batches import split_mask, tokens_a_sample
 from nightpress.core.compress.executors.live_block import probe_of
-from nightpress.core.compress.executors.watch import split_mask
 from nightpress.core.compress.model.checkpoint import SAFETENSORS_DTYPES
 from nightpress.core.compress.model.experts import Experts
 from nightpress.core.compress.model.skeleton import Batch, Skeleton
@@ -88,7 +87,7 @@ def make_plan(
     shared = step is None and _all_or_none_chosen(source.names(), chosen)
     skeleton = Skeleton(folder, source, context.device, dtype, probe_of(unmasked), group if shared else ALONE)
     total = len(next(iter(unmasked.values())))
-    length = _tokens_a_sample(samples, skeleton.config)
+    length = tokens_a_sample(samples, skeleton.config)
     mixture = any(isinstance(module, Experts) for module in skeleton.model.modules())
     batch = max(1, min(total, step or total, batch_tokens(skeleton.device.type, mixture=mixture) // share // length))
     digest = hashlib.sha256(f"{RECORD_FORMAT}\n{recipe}\n{batch}\n{skeleton.dtype}\n{target.name}".encode())
@@ -154,18 +153,3 @@ def _compute_dtype(source: SourceTensors, chosen: frozenset[str], context: PassC
     return next(
         (dtype for dtype in (torch.float32, torch.bfloat16) if SAFETENSORS_DTYPES[dtype] in stored), torch.float16
     )
-
-
-def _tokens_a_sample(samples: Batch, config: Any) -> int:
-    if "input_ids" in samples:
-        return int(samples["input_ids"].shape[1])
-    height, width = samples["pixel_values"].shape[-2:]
-    rows, columns = _patch(config)
-    return int(height // rows * (width // columns)) + 1
-
-
-def _patch(config: Any) -> tuple[int, int]:
-    """Pixels of a patch, from the config of the tower that sees. A model without patches counts as one with 16 × 16."""
-    tower = getattr(config, "vision_config", config)
-    size = getattr(tower, "patch_size", 16)
-    return (size[0], size[1]) if isinstance(size, list | tuple) else (size, size)
