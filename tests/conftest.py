@@ -12,6 +12,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # for tests that import ONNX Runtime before anything of ours
+# torch's cache of operations on tensors without data costs a trace of one or two blocks a second, and pays from about six blocks on.
+os.environ.setdefault("TORCH_FAKE_TENSOR_DISPATCH_CACHE", "0")
 
 import hypothesis
 import pytest
@@ -66,6 +68,25 @@ def pytest_collection() -> None:
 def pytest_collection_finish() -> None:
     gc.freeze()
     gc.enable()
+
+
+def _name_no_test() -> None:
+    """Take the name of the current test from the environment variables.
+
+    A process that loads models with transformers is forked from one that has imported the libraries, and only if both have the same
+    variables. With this one, each test would import the libraries anew.
+    """
+    os.environ.pop("PYTEST_CURRENT_TEST", None)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_fixture_setup() -> None:
+    _name_no_test()
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_pyfunc_call() -> None:
+    _name_no_test()
 
 
 def pytest_sessionfinish() -> None:
