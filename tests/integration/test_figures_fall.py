@@ -23,7 +23,7 @@ from nightpress.core.handoff.report import Measurement
 from nightpress.core.recipes.exports import Export
 from nightpress.core.recipes.inspect import FolderFiles, inspect_model
 from nightpress.core.recipes.models import Recipe, parse_recipe
-from tests.models import minilm_dir, smollm_dir
+from tests.models import minilm_dir
 from tests.training import classifier
 
 #: Noise on every weight, in the weight's standard deviations: too little to show in a figure, some, and so much that the model is lost.
@@ -69,6 +69,27 @@ def _says_lamp(bert_tiny: Path, folder: Path) -> Path:
     lamp = Tokenizer.from_file(str(folder / "tokenizer.json")).token_to_id("lamp")
     weights["cls.predictions.bias"][lamp] = 12.0
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+def _writes_lamp(bert_tiny: Path, folder: Path) -> Path:
+    """A language model that continues every text with "lamp", the most frequent word. It has learned nothing else."""
+    from tokenizers import Tokenizer
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(0)
+    ids = {"vocab_size": 30522, "bos_token_id": 101, "eos_token_id": 102, "pad_token_id": 0}
+    shape = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64}
+    model = GPT2LMHeadModel(GPT2Config(**ids, **shape, initializer_range=0.3, tie_word_embeddings=False))
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(bert_tiny / name, folder.parent / name)
+    lamp = Tokenizer.from_file(str(folder.parent / "tokenizer.json")).token_to_id("lamp")
+    with torch.no_grad():
+        model.transformer.ln_f.bias.fill_(1.0)
+        model.lm_head.weight[lamp] += 0.4  # of 32 channels: 12.8 more than other words
+    model.save_pretrained(folder)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.move(folder.parent / name, folder / name)
     return folder
 
 
@@ -173,7 +194,7 @@ CASES = {
     "embedder": Case(
         lambda _bert_tiny, folder: minilm_dir(folder.parent / "minilm"),
         {"spearman", "pearson", "ndcg", "recall", "cosine", "centred_cosine"},
-        ({"metric": "similarity", "data": "pairs"}, {"metric": "retrieval", "samples": 48}),
+        ({"metric": "similarity", "data": "pairs"}, {"metric": "retrieval", "samples": 48, "length": 32}),
         _pairs,
     ),
     "classifier": Case(
@@ -210,12 +231,13 @@ CASES = {
         _lamps,
     ),
     "causal LM": Case(
-        lambda _bert_tiny, _folder: smollm_dir(),
+        _writes_lamp,
         {"perplexity", "bits_per_byte", "generation_match", "prefix_match", *_NEXT_TOKENS},
         (
-            {"metric": "perplexity", "samples": 12, "length": 32},
+            {"metric": "perplexity", "data": "rows", "samples": 12, "length": 32},
             {"metric": "generation", "samples": 12, "length": 12, "new_tokens": 6},
         ),
+        _lamps,
     ),
     "images": Case(_vit, {"flips", *_TOKENS}, ({"metric": "fidelity", "samples": 48},)),
     "encoder-decoder": Case(_t5, _TOKENS, ({"metric": "fidelity", "samples": 12, "length": 24},)),
