@@ -139,7 +139,7 @@ def test_families_whose_norms_do_not_allow_it_are_refused_when_planned(class_nam
 
 @pytest.mark.slow
 def test_it_is_followed_by_a_pass_that_rounds_and_exported(tmp_path: Path):
-    source = save_llama(tmp_path / "source", tie_word_embeddings=True)
+    source = save_llama(tmp_path / "source", tie_word_embeddings=True, num_hidden_layers=1)
     recipe = {
         "passes": [{"pass": "rotate"}, {"pass": "gptq", "group_size": 32}],
         "exports": ["compressed-tensors", "onnx", "openvino"],
