@@ -23,7 +23,7 @@ from nightpress.core.database import make_engine
 from nightpress.core.service.jobs.store import JobStore
 from tests.databases import migrated_postgres, migrated_sqlite
 from tests.jobs import add_model
-from tests.models import bert_tiny_dir, minilm_dir, remove_shared_models, smollm_dir
+from tests.models import bert_tiny_dir, minilm_dir, remove_shared_models
 from tests.servers import S3, Postgres, Valkey
 
 pytest_plugins = ["tests.cpu_time", "tests.leftovers"]
@@ -153,8 +153,3 @@ def bert_tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def minilm(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return minilm_dir(tmp_path_factory.mktemp("models"))
-
-
-@pytest.fixture(scope="session")
-def smollm() -> Path:
-    return smollm_dir()
