@@ -34,15 +34,15 @@ def classifier(bert_tiny: Path, folder: Path, *, blocks: int = 4, seed: int = 0,
     return _with_tokenizer(bert_tiny, folder)
 
 
-def language_model(bert_tiny: Path, folder: Path) -> Path:
-    """A Llama with random weights and BERT-tiny's tokenizer: 4 blocks × 32."""
+def language_model(bert_tiny: Path, folder: Path, *, blocks: int = 4) -> Path:
+    """A Llama with random weights and BERT-tiny's tokenizer: `blocks` × 32."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=30522,
         hidden_size=32,
-        num_hidden_layers=4,
+        num_hidden_layers=blocks,
         num_attention_heads=4,
         num_key_value_heads=2,
         intermediate_size=64,

@@ -49,7 +49,8 @@ def test_a_decoder_goes_on_from_its_cache_there(tmp_path: Path):
         "exports": ["transformers.js"],
         "evaluate": [],
     }
-    manifest, report, _ = press(lay_out(tmp_path / "job", save_llama(tmp_path / "llama"), recipe))
+    source = save_llama(tmp_path / "llama", num_hidden_layers=1)
+    manifest, report, _ = press(lay_out(tmp_path / "job", source, recipe))
     assert "onnx/model_q4.onnx" in {file.path for file in manifest.artifacts[0].files}
     assert report.artifacts[0].verification is not None
     assert report.artifacts[0].verification.value > 0.99

@@ -140,7 +140,7 @@ def test_an_embedder_gives_the_same_vectors_with_a_twentieth_of_its_tokens(bert_
 
 
 def test_a_language_model_is_measured_by_its_own_tokens(bert_tiny: Path, tmp_path: Path) -> None:
-    source = language_model(bert_tiny, tmp_path / "model")
+    source = language_model(bert_tiny, tmp_path / "model", blocks=1)
     evaluate = [
         {"metric": "perplexity", "data": "texts", "samples": 4, "length": 24},
         {"metric": "generation", "samples": 3, "length": 8, "new_tokens": 4},
