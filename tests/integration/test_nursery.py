@@ -155,6 +155,17 @@ def test_other_variables_get_another_nursery(start: Start):
     assert not psutil.pid_exists(seen["nursery"])
 
 
+@pytest.fixture
+def of_a_fixture(tmp_path: Path) -> dict[str, str]:
+    return runner_environment("cpu", 1, tmp_path)
+
+
+def test_tests_and_their_fixtures_share_a_nursery(of_a_fixture: dict[str, str], tmp_path: Path):
+    """pytest tells each process which test runs: tests/conftest.py removes that variable."""
+    assert of_a_fixture == runner_environment("cpu", 1, tmp_path)
+    assert "PYTEST_CURRENT_TEST" not in of_a_fixture
+
+
 def test_a_nursery_that_was_begun_before_its_job_serves_it(start: Start, runner: Path, errors: IO[bytes]):
     """A spare child begins it. Which GPUs the job has, and how long its files may be, is known later."""
     nursery.begin({"TMPDIR": "/", "PATH": os.environ["PATH"]})
