@@ -46,6 +46,19 @@ FORMS: dict[str, tuple[list[dict[str, Any]], float]] = {
     "cache": ([{"pass": "kv-cache"}], 0.1),
     "int8 cache, then int4": ([{"pass": "kv-cache", "format": "int8"}, _INT4], 0.1),
 }
+#: Families whose models have the modules and names of another family here, and differ in their arithmetic. Of four of them, each has another
+#: quarter of the forms. All other families have all forms.
+_SIBLINGS = (
+    *("roberta", "xlm-roberta", "camembert", "electra"),  # of bert
+    *("qwen2", "qwen3", "mistral", "starcoder2"),  # of llama
+    *("gemma", "gemma2"),  # of gemma3_text
+)
+_FAMILIES_WITH_FORMS = [
+    (family, form)
+    for family in FAMILIES
+    for at, form in enumerate(FORMS)
+    if family not in _SIBLINGS or at % 4 == _SIBLINGS.index(family) % 4
+]
 _HEADS = ("Model", "ForSequenceClassification", "ForTokenClassification")
 _OF_HEADS = ("int8", "int4, zero points", "int8 activations")
 #: Each family has each head and each of these forms, and each head has each form.
@@ -130,8 +143,7 @@ def _check(class_name: str, source: Path, work: Path, form: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(("family", "form"), _FAMILIES_WITH_FORMS)
 def test_a_form_loads_with_the_right_answer_or_is_refused_when_planned(
     family: str, form: str, sources: Callable[[str], Path], tmp_path: Path
 ):
