@@ -124,6 +124,7 @@ def service(python: str, tmp_path: Path) -> Iterator[dict[str, str]]:
         "NIGHTPRESS_API_PORT": str(free_port()),
         "NIGHTPRESS_PASSES": ALLOWED,
         "NIGHTPRESS_DRAIN_S": "2",
+        "NIGHTPRESS_WORKER_SPARE": "false",
         "NIGHTPRESS_MAX_FAILURES": "1",
     }
     nightpress(python, "up", "--detach", cwd=tmp_path, **environment)
