@@ -64,7 +64,7 @@ def _same(source: Path, family: str, name: str, work: Path, ranks: Ranks, sample
     return found
 
 
-#: Each method in two processes. Four of them add more than two partners: to exchange tokens, and to sum over; so once a way to sum.
+#: Each method in two processes. Three methods also in four: there each process exchanges tokens with more than one other.
 _SIZES = [*((name, 2) for name in METHODS), *((name, 4) for name in ("gptq", "awq", "smoothquant"))]
 
 
