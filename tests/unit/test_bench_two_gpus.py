@@ -22,7 +22,7 @@ def test_seconds_a_layer_are_those_between_the_second_block_and_the_last(monkeyp
 
 def test_figures_of_children_are_kept_as_they_come_with_the_ratio_of_two_gpus(tmp_path: Path):
     lines = [
-        [{"name": "8b/awq/seconds", "value": 1.0, "unit": "s a layer"}],
+        [{"name": "8b on 1 GPU/awq/seconds", "value": 1.0, "unit": "s a layer"}],
         [{"name": "8b on 2 GPUs/awq/seconds", "value": 0.5, "unit": "s a layer"}],
         [{"name": "8b on 2 GPUs/gptq/seconds", "value": 0.5, "unit": "s a layer"}],
     ]
@@ -32,7 +32,7 @@ def test_figures_of_children_are_kept_as_they_come_with_the_ratio_of_two_gpus(tm
     kept = {figure.name: figure for run in read("blocks_gpu", tmp_path) for figure in run.figures}
     assert kept["8b on 2 GPUs/awq/ratio"] == Figure("8b on 2 GPUs/awq/ratio", 2.0, "of one GPU's speed", bar=">= 1.85")
     assert kept.keys() == {
-        "8b/awq/seconds",
+        "8b on 1 GPU/awq/seconds",
         "8b on 2 GPUs/awq/seconds",
         "8b on 2 GPUs/awq/ratio",
         "8b on 2 GPUs/gptq/seconds",
