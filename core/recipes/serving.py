@@ -4,6 +4,7 @@ from nightpress.core.recipes.costs import GPU_CONSUMER_BYTES, Cost
 from nightpress.core.recipes.exports import Export
 from nightpress.core.recipes.header import ModelHeader
 from nightpress.core.recipes.models import GenerationSpeed, Latency, Recipe
+from nightpress.core.recipes.passes import KvCache
 
 REQUESTS = (1, 8, 64)  #: requests that are served at a time
 PROMPT, WRITTEN = 64, 32  #: tokens of a request, and tokens that are written for it
@@ -23,7 +24,12 @@ _START_S = 25.0  #: to import vLLM and start its engine
 
 
 def serves(recipe: Recipe, export: Export, header: ModelHeader) -> bool:
-    """Return whether vLLM is to load this artifact: codes of compressed-tensors, and floats that the target means for vLLM."""
+    """Return whether vLLM is to load this artifact: codes of compressed-tensors, and floats that the target means for vLLM.
+
+    vLLM has no cache in int8.
+    """
+    if any(isinstance(options, KvCache) and options.format == "int8" for options in recipe.passes):
+        return False
     return header.task == "causal-lm" and (
         export.format == "compressed-tensors" or (export.format == "safetensors" and recipe.target == "gpu-vllm")
     )

@@ -1,6 +1,7 @@
 """Tries a scheme in a consumer: it answers as the weights that were meant, is refused when planned, has no kernel, or fails."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -107,11 +108,17 @@ def try_scheme(scheme: str, consumer: str, device: Device) -> Outcome:
     except NightpressError as error:
         said = error.message + str(error.details.get("stderr", ""))
         missing = next((sign for sign in vllm.NO_KERNEL if sign in said), None)
-        return Outcome("no kernel", _line(said, missing)) if missing else Outcome("fails", error.message)
+        return Outcome("no kernel" if missing else "fails", _reason(error.message))
     except Exception as error:
         return Outcome("fails", f"{type(error).__name__}: {_line(str(error), '')}")
     finally:
         shutil.rmtree(work)
+
+
+def _reason(message: str) -> str:
+    """What a consumer said as it ended, without our words before it, and without what vLLM's other processes wrote in between."""
+    said = message.split("which ended with status 1: ")[-1]
+    return re.split(r"\.? Reasons:|:? {2,}|\n", said)[0][:200]
 
 
 def _line(said: str, sign: str) -> str:

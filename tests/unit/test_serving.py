@@ -54,6 +54,13 @@ def test_which_artifacts_vllm_must_load(target: str | None, export: str, task: s
     assert serves(recipe, Export(format=export), LLAMA.model_copy(update={"architecture": task})) == expected
 
 
+@pytest.mark.parametrize(("form", "expected"), [("fp8", True), ("int8", False)])
+def test_vllm_has_no_cache_in_int8(form: str, expected: bool):
+    passes = [{"pass": "kv-cache", "format": form}, INT4]
+    recipe = parse_recipe({"name": "t", "passes": passes, "exports": ["compressed-tensors"]})
+    assert serves(recipe, recipe.exports[0], LLAMA) == expected
+
+
 def test_a_short_model_gets_shorter_texts():
     short = LLAMA.model_copy(update={"config": {"max_position_embeddings": 64}})
     assert lengths(short, 96, 16) == (48, 16)

@@ -27,7 +27,15 @@ CONSUMER = Path(__file__).parents[1] / "runners" / "vllm_runner.py"
 VARIABLE = "NIGHTPRESS_VLLM_PYTHON"  #: the interpreter of that environment
 WRITTEN = "vllm"  #: the name of the set whose prompts are read and continued
 #: What vLLM says if it has no kernel for a form on this device. It says nothing about other devices.
-NO_KERNEL = ("Failed to find a kernel", "cpu_gemm_wna16", "convert_weight_packed_scale_zp")
+NO_KERNEL = (
+    "Failed to find a kernel",
+    "cpu_gemm_wna16",
+    "convert_weight_packed_scale_zp",
+    "MoE backend",  # none for a mixture's scheme
+    "FP8 KV cache on CPU requires",
+    "Marlin FP4 not available",
+    "expected at most 0 argument(s)",  # an operation that the build for this processor only declares
+)
 _REPEATS = 5
 
 
