@@ -31,13 +31,10 @@ def split_mask(samples: Batch) -> tuple[Batch, Tensor | None]:
     return samples, mask.bool()
 
 
-def alone(samples: Batch, at: int) -> Batch:
-    """The sample number `at` in a batch of its own: a text without its padding and its mask, or an image."""
-    given, real = split_mask(samples)
-    if real is None:
-        return {name: tensor[at : at + 1] for name, tensor in given.items()}
-    texts = {name: tensor for name, tensor in given.items() if not name.endswith("attention_mask")}
-    return {name: tensor[at : at + 1, real[at]] for name, tensor in texts.items()}
+def alone(samples: Batch, real: Tensor | None, at: int) -> Batch:
+    """The sample number `at` in a batch of its own: a text without its padding and its mask, or an image. real: as of `split_mask`."""
+    given = {name: tensor[at : at + 1] for name, tensor in samples.items() if not name.endswith("attention_mask")}
+    return given if real is None else {name: tensor[:, real[at]] for name, tensor in given.items()}
 
 
 def _patch(config: Any) -> tuple[int, int]:

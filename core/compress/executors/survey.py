@@ -226,7 +226,7 @@ def _backwards(
 
     Each runs in a batch of its own, a text with its padding cut off.
     """
-    count = count_of(samples)
+    count, real = count_of(samples), split_mask(samples)[1]
     kept: list[tuple[Tensor, Tensor]] = []
 
     def hook(_module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor], out: Any) -> None:
@@ -241,7 +241,7 @@ def _backwards(
         for module in modules:
             stack.callback(module.register_forward_hook(hook, with_kwargs=True).remove)
         for at in range(count)[context.group.share(count)]:
-            sample = {name: tensor.to(context.device) for name, tensor in alone(samples, at).items()}
+            sample = {name: tensor.to(context.device) for name, tensor in alone(samples, real, at).items()}
             context.progress(at / count, f"gradients of sample {at + 1} of {count}")
             generator = torch.Generator(context.device).manual_seed(
                 context.seed + at

@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from nightpress.core.compress.executors.batches import count_of
 from nightpress.core.compress.executors.blocks.method import CacheStandIn
 from nightpress.core.compress.executors.blocks.plan import BlockPlan
 from nightpress.core.compress.executors.calls import Calls
@@ -46,7 +47,7 @@ class ForwardPass:
             self._probe = entered.shape[1], calls
         for number, (entered, calls) in enumerate(captured):
             if hidden is None:
-                shape = (len(next(iter(plan.samples.values()))), *entered.shape[1:])
+                shape = (count_of(plan.samples), *entered.shape[1:])
                 sizes = [part.stop - part.start for part in plan.batches]
                 hidden = HiddenStates(shape, sizes, entered.dtype, plan.device, self._folder, plan.group.size)
             hidden.put(number, entered.clone())

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from nightpress.core.compress.context import PassContext
-from nightpress.core.compress.executors.batches import split_mask, tokens_a_sample
+from nightpress.core.compress.executors.batches import count_of, split_mask, tokens_a_sample
 from nightpress.core.compress.executors.live_block import probe_of
 from nightpress.core.compress.model.checkpoint import SAFETENSORS_DTYPES
 from nightpress.core.compress.model.experts import Experts
@@ -86,7 +86,7 @@ def make_plan(
     # Gradients don't travel between processes, so that a block that learns is whole in each of them.
     shared = step is None and _all_or_none_chosen(source.names(), chosen)
     skeleton = Skeleton(folder, source, context.device, dtype, probe_of(unmasked), group if shared else ALONE)
-    total = len(next(iter(unmasked.values())))
+    total = count_of(unmasked)
     length = tokens_a_sample(samples, skeleton.config)
     mixture = any(isinstance(module, Experts) for module in skeleton.model.modules())
     batch = max(1, min(total, step or total, batch_tokens(skeleton.device.type, mixture=mixture) // share // length))

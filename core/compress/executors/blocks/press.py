@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from nightpress.core.compress.context import PassContext, over_ranks
+from nightpress.core.compress.executors.batches import count_of
 from nightpress.core.compress.executors.blocks.forward import ForwardPass
 from nightpress.core.compress.executors.blocks.in_turn import GroupFinder, press_in_turn
 from nightpress.core.compress.executors.blocks.lessons import RunLessons
@@ -53,7 +54,7 @@ def press_blocks(
     If memory does not suffice, the run is tried once more with smaller batches. Several processes share out the samples if `context.ranks`
     has some, and there are as many samples. Raises NightpressError.
     """
-    count = len(next(iter(samples.values())))
+    count = count_of(samples)
     given = (source, target, method, samples, chosen, recipe, outside or {}, cache, step)
     try:
         return cast("RunResult", over_ranks(_run, *given, 1, samples=count, context=context))
