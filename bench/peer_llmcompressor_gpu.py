@@ -44,8 +44,8 @@ def run_peer(
 ) -> dict[str, float]:
     """Run it in a process of its own, or one for each GPU. Returns what it says, and `wall_seconds` of the whole process.
 
-    gpu: the number of the one that it sees. out: where the result is saved; None: it is not. limit: seconds after which it is ended. Raises SystemExit with what it said if it
-    fails or is ended.
+    gpu: the number of the one that it sees; None: it sees all that this process does. out: where the result is saved; None: it is not.
+    limit: seconds after which it is ended. Raises SystemExit with what it said if it fails or is ended.
     """
     start = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(gpus)] if gpus > 1 else []
     given = [str(_RUN), str(source), str(samples), str(length), *([] if out is None else [str(out)])]

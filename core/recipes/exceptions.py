@@ -55,9 +55,8 @@ _WHY_NOT: Mapping[str, Mapping[str, str]] = {
     "awq": {
         **dict.fromkeys(("gemma4", "gemma4_text", "gemma4_unified", "gemma4_unified_text", "xlm"), _NOT_ALONE),
         **dict.fromkeys(_CROSS_ATTENTION, _NOT_ALONE),
-        **dict.fromkeys(("canine", "flaubert", "funnel"), _NOT_ALONE),
-        **dict.fromkeys(("convnext", "convnextv2", "donut-swin", "focalnet", "mobilevit"), _NOT_ALONE),
-        **dict.fromkeys(("pvt", "pvt_v2", "segformer", "swin", "swinv2"), _NOT_ALONE),
+        **dict.fromkeys(("canine", "convnext", "convnextv2", "donut-swin", "flaubert", "focalnet"), _NOT_ALONE),
+        **dict.fromkeys(("funnel", "mobilevit", "pvt", "pvt_v2", "segformer", "swin", "swinv2"), _NOT_ALONE),
         **dict.fromkeys(
             ("convbert", "deberta", "fnet", "jetmoe", "mra", "neomme", "swiftformer", "xlnet", "yoso"), _NO_FOLD
         ),

@@ -107,10 +107,10 @@ def try_scheme(scheme: str, consumer: str, device: Device) -> Outcome:
         return load(Case(recipe, source, pressed(source, work / "passes", SCHEMES[scheme], export), work), device)
     except NightpressError as error:
         said = error.message + str(error.details.get("stderr", ""))
-        missing = next((sign for sign in vllm.NO_KERNEL if sign in said), None)
+        missing = any(sign in said for sign in vllm.NO_KERNEL)
         return Outcome("no kernel" if missing else "fails", _reason(error.message))
     except Exception as error:
-        return Outcome("fails", f"{type(error).__name__}: {_line(str(error), '')}")
+        return Outcome("fails", f"{type(error).__name__}: {_line(str(error))}")
     finally:
         shutil.rmtree(work)
 
@@ -121,9 +121,9 @@ def _reason(message: str) -> str:
     return re.split(r"\.? Reasons:|:? {2,}|\n", said)[0][:200]
 
 
-def _line(said: str, sign: str) -> str:
-    """The line that has the sign, cut to a length that a table takes."""
-    return next((line.strip() for line in said.splitlines() if sign in line), "")[:200]
+def _line(said: str) -> str:
+    """The first line, cut to a length that a table takes."""
+    return next((line.strip() for line in said.splitlines()), "")[:200]
 
 
 def _judged(found: NDArray[Any], meant: NDArray[Any], *, rounds: bool) -> Outcome:
