@@ -1,7 +1,11 @@
 """Learned rounding, GPTQ and plain rounding at 4 bits and below, beside auto-round: same model, same calibration tokens, by turns.
 
-    python -m bench.low_bits --peer PYTHON [--only NAME …] [--methods NAME …] [--models offgrid smollm] [--seeds 3] [--device cuda]
-        [--calibrations text builtin:prose builtin:mixture] [--grids symmetric zero-points]
+    python -m bench.low_bits --peer PYTHON [--only NAME …] [--methods NAME …] [--models offgrid smollm] [--seeds 0 1 2] [--device cuda]
+        [--calibrations text builtin:prose builtin:mixture] [--grids symmetric zero-points] [--keep FOLDER]
+    python -m bench.low_bits --kept FOLDER ...
+
+All of it takes hours. So several calls may share the work on one machine: with `--keep` each writes its runs to FOLDER, and `--kept` takes the
+figures from there and runs nothing. Seconds are then those of runs side by side.
 
 PYTHON: of an environment with auto-round 0.16 (bench/peer-autoround-requirements.txt). Without it, only our figures are taken.
 
@@ -20,6 +24,7 @@ built-in texts hold about 65,000 tokens of each kind: `--samples 64 --length 102
 import gc
 import json
 import logging
+import os
 import shutil
 import statistics
 import subprocess
@@ -27,7 +32,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -131,12 +136,15 @@ def main() -> int:
     parser.add_argument("--recover-rate", type=float, default=1e-3, help="its learning rate")
     parser.add_argument("--models", nargs="*", choices=("offgrid", "smollm"), default=("offgrid", "smollm"))
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2])
     parser.add_argument("--samples", type=int, default=128, help="of calibration text")
     parser.add_argument("--length", type=int, default=2048, help="tokens of each")
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--held-out", type=int, default=32, help="samples of 512 tokens of each domain")
+    parser.add_argument("--keep", type=Path, help="write each run to a file of this folder")
+    parser.add_argument("--kept", type=Path, help="run nothing: take the runs of this folder")
     options = parser.parse_args()
+    kept = None if options.kept is None else read_runs(options.kept)
     logging.getLogger("transformers").setLevel(logging.ERROR)
     from transformers.utils import logging as library
 
@@ -155,9 +163,13 @@ def main() -> int:
         for ref in options.calibrations:
             told = model if ref == "text" else f"{model} by {ref}"
             for name in options.only or SETTINGS:
-                figures += figures_of(told, name, list(measure(source, name, ref, texts, options)))
+                what = f"{told}/{name}/{options.samples} x {options.length}/{options.steps} steps"
+                if kept is None:
+                    figures += figures_of(told, name, list(measure(source, name, ref, what, texts, options)))
+                else:
+                    figures += figures_of(told, name, kept.get(what, []))
         figures += mixture_over_prose(model, figures)
-    choices = ("only", "methods", "models", "device", "peer", "calibrations")
+    choices = ("only", "methods", "models", "device", "peer", "calibrations", "keep", "kept")
     return finish("low_bits", figures, parser, options, choices=choices)
 
 
@@ -172,12 +184,29 @@ class Taken:
     seconds: float
 
 
-def measure(source: Path, name: str, ref: str, texts: Texts, options: Any) -> Iterator[Taken]:
-    """Each method in turn, for each seed and each variant of a setting. ref: the calibration data."""
+def keep_run(folder: Path, what: str, taken: Taken) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / f"{os.getpid()}.jsonl").open("a") as file:
+        file.write(json.dumps({"what": what, "taken": asdict(taken)}) + "\n")
+
+
+def read_runs(folder: Path) -> dict[str, list[Taken]]:
+    """The runs that `keep_run` has written: what was measured → its runs."""
+    found: dict[str, list[Taken]] = {}
+    for file in sorted(folder.glob("*.jsonl")):
+        for line in file.read_text().splitlines():
+            row = json.loads(line)
+            taken = {key: tuple(value) if isinstance(value, list) else value for key, value in row["taken"].items()}
+            found.setdefault(row["what"], []).append(Taken(**taken))
+    return found
+
+
+def measure(source: Path, name: str, ref: str, what: str, texts: Texts, options: Any) -> Iterator[Taken]:
+    """Each method in turn, for each seed and each variant of a setting. ref: the calibration data. what: its name among runs that are kept."""
     files = {"text": NOVELS} if NOVELS.exists() else {}
     if ref == "text" and not files:
         ref = PROSE
-    for seed in range(options.seeds):
+    for seed in options.seeds:
         with tempfile.TemporaryDirectory() as folder:
             work = Path(folder)
             calibration = Calibration(data=ref, samples=options.samples, length=options.length, seed=seed)
@@ -208,6 +237,8 @@ def measure(source: Path, name: str, ref: str, texts: Texts, options: Any) -> It
                     lost, divergence = compare(out, texts, options.device, rounds, peaks)
                     taken = Taken(method, variant, lost, divergence, seconds)
                     print(name, ref, "seed", seed, taken, file=sys.stderr, flush=True)
+                    if options.keep is not None:
+                        keep_run(options.keep, what, taken)
                     yield taken
 
 
