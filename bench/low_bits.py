@@ -24,15 +24,13 @@ built-in texts hold about 65,000 tokens of each kind: `--samples 64 --length 102
 import gc
 import json
 import logging
-import os
 import shutil
-import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +38,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from bench.low_bits_runs import DOMAINS, MIXTURE, PROSE, Taken, figures_of, keep_run, mixture_over_prose, read_runs
 from bench.offgrid import UPDATE, offgrid_dir
 from bench.quality import SHARED, press, windows
 from bench.record import BENCH, Figure, finish, make_parser
@@ -110,10 +109,8 @@ PASSES: dict[str, tuple[dict[str, Any], bool]] = {
 }
 METHODS = (*PASSES, "auto-round")
 USUAL = ("nearest", "gptq", "learned", "auto-round")
-PROSE, MIXTURE = "builtin:prose", "builtin:mixture"
 CALIBRATIONS = ("text", PROSE, MIXTURE)
 GRIDS = {"symmetric": True, "zero-points": False}
-DOMAINS = ("in domain", "out of domain")
 
 
 @dataclass(frozen=True)
@@ -171,34 +168,6 @@ def main() -> int:
         figures += mixture_over_prose(model, figures)
     choices = ("only", "methods", "models", "device", "peer", "calibrations", "keep", "kept")
     return finish("low_bits", figures, parser, options, choices=choices)
-
-
-@dataclass(frozen=True)
-class Taken:
-    """What a method lost with a seed."""
-
-    method: str
-    variant: int  #: index into the setting's list
-    lost: tuple[float, ...]  #: nats over the float model, by domain
-    divergence: tuple[float, ...]  #: KL in nats, by domain
-    seconds: float
-
-
-def keep_run(folder: Path, what: str, taken: Taken) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / f"{os.getpid()}.jsonl").open("a") as file:
-        file.write(json.dumps({"what": what, "taken": asdict(taken)}) + "\n")
-
-
-def read_runs(folder: Path) -> dict[str, list[Taken]]:
-    """The runs that `keep_run` has written: what was measured → its runs."""
-    found: dict[str, list[Taken]] = {}
-    for file in sorted(folder.glob("*.jsonl")):
-        for line in file.read_text().splitlines():
-            row = json.loads(line)
-            taken = {key: tuple(value) if isinstance(value, list) else value for key, value in row["taken"].items()}
-            found.setdefault(row["what"], []).append(Taken(**taken))
-    return found
 
 
 def measure(source: Path, name: str, ref: str, what: str, texts: Texts, options: Any) -> Iterator[Taken]:
@@ -363,65 +332,6 @@ def compare(
         divergence.append(total / ids.numel())
     gc.collect()
     return tuple(lost), tuple(divergence)
-
-
-def figures_of(model: str, name: str, taken: list[Taken]) -> list[Figure]:
-    figures = []
-    best: dict[tuple[str, int], float] = {}
-    divergence: dict[tuple[str, int], float] = {}
-    seconds: dict[str, float] = {}
-    for method in METHODS:
-        runs = [run for run in taken if run.method == method]
-        if not runs:
-            continue
-        seconds[method] = statistics.mean(run.seconds for run in runs)
-        for at, domain in enumerate(DOMAINS):
-            by_variant = {
-                variant: [run for run in runs if run.variant == variant] for variant in {run.variant for run in runs}
-            }
-            chosen = min(by_variant.values(), key=lambda group: statistics.mean(run.lost[at] for run in group))
-            values = [run.lost[at] for run in chosen]
-            best[method, at] = statistics.mean(values)
-            figures.append(
-                Figure(
-                    f"{model}/{name}/{method} {domain}", round(best[method, at], 4), "nats", (min(values), max(values))
-                )
-            )
-            kl = [run.divergence[at] for run in chosen]
-            divergence[method, at] = statistics.mean(kl)
-            figures.append(
-                Figure(
-                    f"{model}/{name}/{method} {domain} KL", round(statistics.mean(kl), 4), "nats", (min(kl), max(kl))
-                )
-            )
-        figures.append(Figure(f"{model}/{name}/{method} seconds", round(seconds[method], 1), "s"))
-    for at, domain in enumerate(DOMAINS):
-        if ("learned", at) in best and ("auto-round", at) in best:
-            ratio = best["learned", at] / best["auto-round", at]
-            figures.append(Figure(f"{model}/{name}/learned over auto-round, {domain}", round(ratio, 3), bar="<= 0.9"))
-        if ("learned", at) in best and ("nearest", at) in best:
-            ratio = best["learned", at] / best["nearest", at]
-            figures.append(Figure(f"{model}/{name}/learned over nearest, {domain}", round(ratio, 3), bar="<= 1"))
-        for method in ("gptq", "learned"):
-            if (method, at) in divergence and (f"{method}+recover", at) in divergence:
-                share = 1 - divergence[f"{method}+recover", at] / divergence[method, at]
-                bar = ">= 0.4" if name.startswith(("W3", "W4")) else ""
-                figures.append(Figure(f"{model}/{name}/recovered of {method}, {domain} KL", round(share, 3), bar=bar))
-    if {"learned", "auto-round"} <= seconds.keys():
-        ratio = seconds["learned"] / seconds["auto-round"]
-        figures.append(Figure(f"{model}/{name}/seconds over auto-round's", round(ratio, 3), bar="<= 0.5"))
-    return figures
-
-
-def mixture_over_prose(model: str, figures: list[Figure]) -> list[Figure]:
-    """The loss after calibrating on the mixture, as a share of the loss after calibrating on prose."""
-    known, found = {figure.name: figure.value for figure in figures}, []
-    for name, value in known.items():
-        path = name.removeprefix(f"{model} by {MIXTURE}/")
-        prose = known.get(f"{model} by {PROSE}/{path}")
-        if path != name and path.endswith(DOMAINS) and prose:
-            found.append(Figure(f"{model} by {MIXTURE} over {PROSE}/{path}", round(value / prose, 3)))
-    return found
 
 
 if __name__ == "__main__":

@@ -9,8 +9,8 @@ DataRef = Annotated[str, Field(pattern=r"^(builtin:[a-z]+|[A-Za-z0-9][A-Za-z0-9.
 PROSE = "builtin:prose"
 BUILTIN_DATA = frozenset({PROSE, "builtin:code"})
 MIXTURE = "builtin:mixture"  #: prose, code, chats and the model's own texts; for the calibration alone
-#: What recipes without `calibration` get. `bench.low_bits --calibrations` compares the two.
-DEFAULT = PROSE
+#: What recipes without `calibration` get. `bench.low_bits --calibrations` compares it with prose.
+DEFAULT = MIXTURE
 SLICES = "builtin:slices"  #: prose, code and chats, each a slice of its own; for the evaluation alone
 
 
@@ -28,8 +28,8 @@ class Calibration(BaseModel):
     """The text that passes may use.
 
     The built-in data sets have separate text for the evaluation. For other data, the plan warns if the evaluation reads the same data set.
-    `calibration: auto` stands for the data `builtin:mixture`: for a language model, equal shares of prose, code, chats in its own template
-    and texts that it writes itself. Other models get the prose.
+    The default, `builtin:mixture`, is for a language model equal shares of prose, code, chats in its own template and texts that it writes
+    itself. Other models get the prose. `calibration: auto` stands for the defaults.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, serialize_by_alias=True, defer_build=True)
@@ -51,8 +51,8 @@ class Calibration(BaseModel):
     @classmethod
     def _auto(cls, raw: object) -> object:
         if raw == "auto":
-            return {"data": MIXTURE}
-        if isinstance(raw, dict) and raw.get("packing") is False:  # the mixture can't be the default here
+            return {}
+        if isinstance(raw, dict) and raw.get("packing") is False:  # the mixture is running text
             return {"data": PROSE, **raw}
         return raw
 

@@ -7,7 +7,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict
 
 from nightpress.core.recipes import measuring
-from nightpress.core.recipes.calibration import BUILTIN_DATA, MIXTURE
+from nightpress.core.recipes.calibration import BUILTIN_DATA
 from nightpress.core.recipes.checks import check_exports, check_model, check_order
 from nightpress.core.recipes.costs import (
     CONSUMER_BYTES,
@@ -163,8 +163,6 @@ def _warnings(recipe: Recipe, header: ModelHeader | None) -> Iterable[str]:
         if any(ref.startswith("builtin:") for ref in (*used, *([recipe.calibration.data] if calibrated else []))):
             what, how = ("sees images", "sees") if header.sees_images else ("hears sounds", "understands speech")
             yield f"The model {what}, and the recipe names none: synthetic ones stand in. Figures on them say how near the result is to its source, not how well it {how}."
-    if calibrated and recipe.calibration.data == MIXTURE and header is not None and header.task != "causal-lm":
-        yield "`calibration: auto` mixes texts for causal language models: this model gets prose alone."
     if (
         calibrated
         and recipe.calibration.data

@@ -1,4 +1,4 @@
-"""`calibration: auto`: equal shares of prose, code, chats and the model's own texts, the same ones for the same seed."""
+"""The default calibration text: equal shares of prose, code, chats and the model's own texts, the same ones for the same seed."""
 
 import json
 from pathlib import Path
@@ -16,7 +16,6 @@ from nightpress.core.errors import NightpressError
 from nightpress.core.recipes.calibration import MIXTURE, Calibration
 from nightpress.core.recipes.inspect import FolderFiles, inspect_model
 from nightpress.core.recipes.models import parse_recipe
-from nightpress.core.recipes.plan import make_plan
 from tests.press import lay_out, press
 from tests.training import classifier, language_model
 
@@ -101,11 +100,12 @@ def test_a_job_tells_which_texts_it_used(model: Path, tmp_path: Path):
     assert {data.license for data in report.data} == {"public domain"}
 
 
-def test_the_plan_says_which_models_get_prose_alone(model: Path, bert_tiny: Path):
-    raw = {**_RECIPE, "passes": [{"pass": "gptq", "group_size": 16}], "calibration": "auto"}
-    recipe = parse_recipe({**raw, "exports": ["compressed-tensors"]})
-    told = [make_plan(recipe, inspect_model(FolderFiles(folder))).warnings for folder in (model, bert_tiny)]
-    assert [any("prose alone" in text for text in warnings) for warnings in told] == [False, True]
+def test_recipes_get_the_mixture_unless_they_say_otherwise():
+    raw = {**_RECIPE, "passes": [{"pass": "gptq", "group_size": 16}], "exports": ["compressed-tensors"]}
+    given = [{}, {"calibration": "auto"}, {"calibration": {"samples": 8}}, {"calibration": {"packing": False}}]
+    found = [parse_recipe({**raw, **calibration}).calibration.data for calibration in given]
+    assert found == ["builtin:mixture", "builtin:mixture", "builtin:mixture", "builtin:prose"]
+
 
 
 def test_it_is_for_the_calibration_alone():
