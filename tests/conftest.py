@@ -1,8 +1,10 @@
 """Fixtures that every kind of test shares: real servers, migrated databases, real models."""
 
+import functools
 import gc
 import os
 import re
+import sys
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -87,6 +89,16 @@ def pytest_fixture_setup() -> None:
 @pytest.hookimpl(tryfirst=True)
 def pytest_pyfunc_call() -> None:
     _name_no_test()
+
+
+def pytest_runtest_setup() -> None:
+    """Let torch's exporter read its translations of operators once, and not for each graph, which would take a second.
+
+    This changes nothing before the first graph was exported: only then is the module there.
+    """
+    module = sys.modules.get("torch.onnx._internal.exporter._registration")
+    if module is not None and not hasattr(module.ONNXRegistry.from_torchlib, "cache_info"):
+        module.ONNXRegistry.from_torchlib = staticmethod(functools.cache(module.ONNXRegistry.from_torchlib))
 
 
 def pytest_sessionfinish() -> None:

