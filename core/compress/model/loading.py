@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from nightpress.core.compress.model.on_meta import Built, build
+from nightpress.core.compress.model.on_meta import Built, WithoutWeights, build
 from nightpress.core.errors import NightpressError
 from nightpress.core.recipes.linears import is_expert
 
@@ -39,8 +39,9 @@ def _starts_without_weights(built: Built, modules: Collection[str]) -> bool:
         if isinstance(layer, nn.Linear):
             del layer._parameters["weight"]
     try:
-        for module in built.model.modules():
-            built.model._init_weights(module)
+        with WithoutWeights():
+            for module in built.model.modules():
+                built.model._init_weights(module)
     except AttributeError:
         return False
     except (RuntimeError, NotImplementedError, ValueError, IndexError, TypeError):

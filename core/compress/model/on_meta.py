@@ -59,7 +59,7 @@ def build(folder: Path, stored: Collection[str], dtype: torch.dtype) -> Built:
 def _built(make: Any, config: Any, stored: Collection[str], dtype: torch.dtype) -> Built:
     from accelerate import init_empty_weights
 
-    with init_empty_weights(include_buffers=False), _NothingAllocated():
+    with init_empty_weights(include_buffers=False), WithoutWeights():
         model: Any = make(config, dtype=dtype)
     model.eval().requires_grad_(False)
     take_apart(model, stored)
@@ -98,8 +98,12 @@ def names_in_files(model: nn.Module, stored_names: Iterable[str]) -> dict[str, s
     return names
 
 
-class _NothingAllocated(TorchFunctionMode):
-    """Makes weights on the meta device. Layers make weights with `torch.empty`; buffers are made with values and are not affected.
+#: transformers draws each weight. On the meta device this changes nothing and takes most of the time in which a model is built.
+_DRAWN = {torch.Tensor.normal_, torch.Tensor.uniform_}
+
+
+class WithoutWeights(TorchFunctionMode):
+    """Makes weights on the meta device, and draws none. Layers make weights with `torch.empty`; buffers are made with values and are not affected.
 
     Making and dropping a weight per layer would be enough, but malloc does not return freed chunks to the system. The process would take as
     much address space as the whole model, and a limit on the address space may be lower.
@@ -108,6 +112,8 @@ class _NothingAllocated(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
+        if func in _DRAWN and args[0].is_meta:
+            return args[0]
         elsewhere = {"device": "meta"} if func is torch.empty else {}
         return func(*args, **{**(kwargs or {}), **elsewhere})
 
