@@ -2,6 +2,7 @@
 
 import functools
 import gc
+import logging
 import os
 import re
 import sys
@@ -70,6 +71,9 @@ def pytest_collection() -> None:
 def pytest_collection_finish() -> None:
     gc.freeze()
     gc.enable()
+    # torch describes each step of a trace to this logger as soon as it has a handler. pytest adds one to each logger that does not propagate.
+    # Without it, a trace takes a quarter less time.
+    logging.getLogger("torch.__trace").propagate = True
 
 
 def _name_no_test() -> None:
