@@ -267,7 +267,7 @@ def test_each_training_of_a_recipe_is_its_own_though_two_read_alike(model: Path,
 def test_the_graph_with_exits_answers_as_the_module_and_skips_blocks(
     policy: str, bert_tiny: Path, data: Path, tmp_path: Path
 ):
-    model = classifier(bert_tiny, tmp_path / "model", blocks=2 if policy == "length" else 3)
+    model = classifier(bert_tiny, tmp_path / "model", blocks=3 if policy == "patience" else 2)
     options = {
         "pass": "early-exit",
         "policy": policy,

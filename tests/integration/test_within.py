@@ -207,7 +207,7 @@ def _job(source: Path, folder: Path, passes: list[dict[str, Any]], data: str) ->
 def test_a_job_measures_candidates_in_their_consumers_with_the_users_labels_and_reports_other_rows(
     bert_tiny: Path, tmp_path: Path
 ):
-    source = classifier(bert_tiny, tmp_path / "source")
+    source = classifier(bert_tiny, tmp_path / "source", blocks=3)
     passes = [
         {"pass": "layers", "count": 2, "within": "accuracy >= -45%"},
         {"pass": "static-int8", "within": "kl_divergence <= 0.02"},
@@ -233,7 +233,7 @@ def test_a_job_measures_candidates_in_their_consumers_with_the_users_labels_and_
 
 @pytest.mark.slow
 def test_without_labels_agreement_stands_in_for_accuracy_and_other_figures_are_refused(bert_tiny: Path, tmp_path: Path):
-    source = classifier(bert_tiny, tmp_path / "source", blocks=2)
+    source = classifier(bert_tiny, tmp_path / "source", blocks=1)
     plain = "".join(
         json.dumps({"text": json.loads(line)["text"]}) + "\n" for line in _labelled(source, tmp_path / "r").splitlines()
     )

@@ -26,11 +26,15 @@ def config_for(model_type: str, model_class: Any) -> Any:
     return text if isinstance(text, wanted) else tiny_config(wanted.model_type)
 
 
-def save_tiny(model_type: str, class_name: str, folder: Path) -> Path:
-    """Save a model of this class with random weights. Its norms and biases are random, too: as ones and zeros they would hide errors."""
+def save_tiny(model_type: str, class_name: str, folder: Path, **changes: Any) -> Path:
+    """Save a model of this class with random weights. Its norms and biases are random, too: as ones and zeros they would hide errors.
+
+    changes: values of its config.
+    """
     model_class = getattr(transformers, class_name)
     torch.manual_seed(0)
     config = config_for(model_type, model_class)
+    config.update(changes)
     if "SequenceClassification" in class_name and config.get_text_config().pad_token_id is None:
         config.get_text_config().pad_token_id = 0  # a decoder's classifier finds a text's end by it
     model = model_class(config)
