@@ -38,9 +38,8 @@ GGUF_FORMS: dict[str, tuple[list[dict[str, Any]], str]] = {
 }
 #: Pass, and the faults to try: each starts a process that imports MLX. Between them, the forms have all faults.
 MLX_FORMS: dict[str, tuple[dict[str, Any], list[str]]] = {
-    "int4": (_INT | {"bits": 4}, ["scale"]),
     "int4 asymmetric": (_INT | {"bits": 4, "symmetric": False}, ["zeros", "missing"]),
-    "int8": (_INT | {"bits": 8}, ["swapped"]),
+    "int8": (_INT | {"bits": 8}, ["scale", "swapped"]),
 }
 Read = Callable[[str], Any]
 

@@ -106,20 +106,10 @@ def test_the_stack_starts_serves_refuses_a_second_and_leaves_nothing_running(sta
 
 
 @pytest.mark.slow
-def test_when_one_process_ends_all_end_and_it_is_named(stack: Stack) -> None:
-    stack.start()
-    pids = stack.pids
-    os.kill(pids["control"], signal.SIGKILL)
-    assert stack.process is not None
-    assert stack.process.wait(40 * slowness()) == 1
-    assert not running(list(pids.values()))
-    assert "The control process ended with status -9" in stack.service.output()
-
-
-@pytest.mark.slow
 def test_f28_a_killed_stack_takes_all_along_and_the_next_one_goes_on_with_its_jobs(
     stack: Stack, bert_tiny: Path
 ) -> None:
+    """Where another process than the stack's own is killed, all end as well, and it is named."""
     service = stack.service
     service.model_id, service.model_digest = service.register(new_id("mdl"), bert_tiny)
     stack.start()
@@ -145,3 +135,8 @@ def test_f28_a_killed_stack_takes_all_along_and_the_next_one_goes_on_with_its_jo
     assert (job.attempt, job.failures) == (2, 0)
     assert (stack.folder / "key").read_text() == key
     service.check_invariants(job_id)
+    pids = stack.pids
+    os.kill(pids["control"], signal.SIGKILL)
+    assert stack.process.wait(40 * slowness()) == 1
+    assert not running(list(pids.values()))
+    assert "The control process ended with status -9" in service.output()

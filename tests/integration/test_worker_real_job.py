@@ -9,7 +9,6 @@ import pytest
 from sqlalchemy import select
 
 from nightpress.core.database import transaction
-from nightpress.core.ids import new_id
 from nightpress.core.service.registry.models import ModelRegistry
 from nightpress.core.service.tables.registry import models
 from nightpress.core.wire.models import ModelCreate
@@ -22,25 +21,6 @@ HALF: dict[str, Any] = {
     "exports": ["safetensors"],
     "evaluate": [{"metric": "fidelity", "samples": 4, "length": 16}],
 }
-
-
-@pytest.mark.slow
-def test_a_real_model_goes_through_the_confined_child(tmp_path: Path, sqlite_url: str, bert_tiny: Path) -> None:
-    service = Service(tmp_path, sqlite_url, lease_ttl_s=20)
-    service.model_id, service.model_digest = service.register(new_id("mdl"), bert_tiny)
-    latency = {"metric": "latency", "length": 16, "repeats": 3}
-    job_id = service.submit({**HALF, "evaluate": [*HALF["evaluate"], latency]})
-    slot, _ = service.slot(None, memory=4 * 1024**3)
-    slot.serve()
-    job = service.job(job_id)
-    assert job.state == "succeeded", f"{job.error}\n{service.log(job_id)}"
-    (artifact,) = service.store.reader.artifacts(job_id)
-    assert artifact.format == "safetensors"
-    report = service.store.reader.report(job_id)
-    assert report is not None
-    assert report["artifacts"][0]["verification"]["passed"]
-    service.check_invariants(job_id)
-    service.close()
 
 
 def _registered_in_place(service: Service, folder: Path) -> None:
@@ -64,16 +44,22 @@ def _with_an_inner_link(folder: Path, root: Path) -> Path:
 
 @pytest.mark.parametrize("lay_out", [_with_an_inner_link, hub_snapshot])
 @pytest.mark.slow
-def test_a_folder_with_links_is_pressed_in_place(
+def test_a_real_model_in_a_folder_with_links_goes_through_the_confined_child(
     tmp_path: Path, sqlite_url: str, bert_tiny: Path, lay_out: Callable[[Path, Path], Path]
 ) -> None:
     service = Service(tmp_path, sqlite_url, lease_ttl_s=20, model_roots=[tmp_path / "hub"])
     _registered_in_place(service, lay_out(bert_tiny, tmp_path / "hub"))
-    job_id = service.submit(HALF)
+    latency = {"metric": "latency", "length": 16, "repeats": 3}
+    job_id = service.submit({**HALF, "evaluate": [*HALF["evaluate"], latency]})
     slot, _ = service.slot(None, memory=4 * 1024**3)
     slot.serve()
     job = service.job(job_id)
     assert job.state == "succeeded", f"{job.error}\n{service.log(job_id)}"
+    (artifact,) = service.store.reader.artifacts(job_id)
+    assert artifact.format == "safetensors"
+    report = service.store.reader.report(job_id)
+    assert report is not None
+    assert report["artifacts"][0]["verification"]["passed"]
     service.check_invariants(job_id)
     service.close()
 
