@@ -41,7 +41,7 @@ PASSES: dict[str, dict[str, Any]] = {
     "recover": {"train": _TRAIN},
     "early-exit": {"exits": [1]},
     "generation-cache": {"mode": "dynamic"},
-    "vocabulary": {"data": "builtin:prose"},
+    "vocabulary": {"data": "letters"},
     "qat": {"bits": 8, "group_size": 16, "train": _TRAIN},
 }
 _OF_MIXTURES = {"experts"}
@@ -170,8 +170,15 @@ def _run(name: str, source: Path, work: Path) -> Path:
         "exports": ["compressed-tensors" if name in _STORES_CODES else "safetensors"],
     }
     options = parse_recipe(raw).passes[0]
-    context = PassContext(header=header, work_dir=work / "work", calibration=Calibration(samples=4, length=16))
     (work / "work").mkdir(parents=True)
+    letters = work / "letters.jsonl"
+    letters.write_text(json.dumps({"text": string.ascii_letters}))
+    context = PassContext(
+        header=header,
+        work_dir=work / "work",
+        calibration=Calibration(samples=4, length=16),
+        data_files={"letters": letters},
+    )
     MODEL_PASSES[name](source, work / "out", options, context)
     return work / "out"
 
