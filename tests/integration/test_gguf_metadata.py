@@ -16,6 +16,7 @@ from nightpress.core.compress.export import gguf
 from nightpress.core.compress.export.gguf import converted, tokens
 from nightpress.core.recipes.inspect import FolderFiles, inspect_model
 from nightpress.core.recipes.llama_cpp import DECODERS
+from tests.integration.test_decoder_exports import save_llama
 from tests.models import save_smollm_tokenizer
 
 #: Keys in which we differ from the converter on purpose
@@ -45,6 +46,12 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ).save_pretrained(folder)
     save_smollm_tokenizer(folder)
     return folder
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Llama with a tokenizer of 400 tokens: the keys of a file with 49,152 take seconds to read."""
+    return save_llama(tmp_path_factory.mktemp("model") / "small", num_hidden_layers=1)
 
 
 def _save(model: Path, out: Path) -> Path:
@@ -92,36 +99,39 @@ def test_the_keys_are_those_of_llama_cpps_converter(model: Path, monkeypatch: py
     assert ours.keys() - found.keys() <= _OURS
 
 
-def test_the_card_and_the_sampling_are_in_the_file(model: Path, tmp_path: Path):
+def test_the_card_and_the_sampling_are_in_the_file(small: Path, tmp_path: Path):
     folder = tmp_path / "model"
-    shutil.copytree(model, folder)
+    shutil.copytree(small, folder)
     (folder / "README.md").write_text(_CARD)
     (folder / "generation_config.json").write_text(json.dumps({"temperature": 0.5, "top_k": 20, "top_p": "high"}))
     found = _keys(_save(folder, tmp_path / "out"))
     assert found["general.license"] == "apache-2.0"
     assert found["general.languages"] == ["en", "de"]
     assert found["general.base_model.0.repo_url"] == "https://huggingface.co/someone/Some-Model-1B"
-    assert found["general.size_label"] == "3.2M"
-    assert found["general.name"] == "Llama 3.2M"
+    assert found["general.size_label"] == "74K"
+    assert found["general.name"] == "Llama 74K"
     assert found["general.sampling.temp"] == 0.5
     assert found["general.sampling.top_k"] == 20
     assert "general.sampling.top_p" not in found
 
 
-def test_merges_keep_their_spaces(model: Path, tmp_path: Path):
+def test_merges_keep_their_spaces(small: Path, tmp_path: Path):
     """A part of a merge may be a space itself. The file separates parts by spaces, so a space in a part is its byte's letter."""
     folder = tmp_path / "model"
-    shutil.copytree(model, folder)
+    shutil.copytree(small, folder)
     raw = json.loads((folder / "tokenizer.json").read_bytes())
-    raw["model"]["vocab"] |= {" ": 49150, " a": 49151}
+    last = max(raw["model"]["vocab"].values())
+    raw["model"]["vocab"] |= {" ": last - 1, " a": last}
     raw["model"]["merges"] = [[" ", "a"]]
     (folder / "tokenizer.json").write_text(json.dumps(raw))
     assert _keys(_save(folder, tmp_path / "out"))["tokenizer.ggml.merges"] == ["Ġ a"]
 
 
-def test_several_chat_templates_are_kept(model: Path, tmp_path: Path):
+def test_several_chat_templates_are_kept(small: Path, tmp_path: Path):
     folder = tmp_path / "model"
-    shutil.copytree(model, folder)
+    shutil.copytree(small, folder)
+    (folder / "tokenizer_config.json").write_text('{"bos_token": "<|end|>", "eos_token": "<|end|>"}')
+    (folder / "chat_template.jinja").write_text("{{ messages[0].content }}")
     (folder / "additional_chat_templates").mkdir()
     (folder / "additional_chat_templates" / "tools.jinja").write_text("{{ tools }}")
     found = _keys(_save(folder, tmp_path / "out"))

@@ -247,7 +247,8 @@ def test_what_cannot_work_is_refused_before_it_runs(pass_: dict[str, Any], says:
 def test_every_export_that_carries_it_is_loaded_by_its_consumer(exports: list[str], tmp_path: Path):
     if "gguf" in exports:
         pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed: pip install '.[llama]'")
-    source = save_llama(tmp_path / "source")
+    blocks = 2 if "gguf" in exports else 1  # a trace takes long
+    source = save_llama(tmp_path / "source", num_hidden_layers=blocks)
     recipe = {
         "passes": [{"pass": "learned-rounding", "group_size": 32, "steps": 10, "batch": 2}],
         "exports": exports,
@@ -259,7 +260,7 @@ def test_every_export_that_carries_it_is_loaded_by_its_consumer(exports: list[st
     assert all(artifact.verification is not None and artifact.verification.passed for artifact in report.artifacts)
     (pressed,) = report.passes
     assert pressed.summary["steps"] == 10
-    assert len(pressed.layers) == 14
+    assert len(pressed.layers) == 7 * blocks
     (errors,) = pressed.series
-    assert errors.x == (1, 2)
+    assert errors.x == tuple(range(1, blocks + 1))
     assert all(0 < share <= 1 for share in errors.y)

@@ -50,7 +50,7 @@ class Killed(BaseException):
 def folders(bert_tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("models")
     classifier(bert_tiny, root / "classifier")
-    classifier(bert_tiny, root / "small", blocks=1)
+    classifier(bert_tiny, root / "small", blocks=2)
     embedder(bert_tiny, root / "embedder")
     rows(root / "rows.jsonl", 48)
     return root
