@@ -98,8 +98,9 @@ def names_in_files(model: nn.Module, stored_names: Iterable[str]) -> dict[str, s
     return names
 
 
-#: transformers draws each weight. On the meta device this changes nothing and takes most of the time in which a model is built.
-_DRAWN = {torch.Tensor.normal_, torch.Tensor.uniform_}
+#: Names of a tensor's methods, and of the functions of torch.nn.init, by which transformers draws each weight. On the meta device they change
+#: nothing, and take most of the time in which a model is built.
+_DRAWING = {"normal_", "uniform_", "kaiming_uniform_"}
 
 
 class WithoutWeights(TorchFunctionMode):
@@ -112,8 +113,10 @@ class WithoutWeights(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        if func in _DRAWN and args[0].is_meta:
-            return args[0]
+        if getattr(func, "__name__", "") in _DRAWING:
+            drawn = args[0] if args else (kwargs or {})["tensor"]
+            if drawn.is_meta:
+                return drawn
         elsewhere = {"device": "meta"} if func is torch.empty else {}
         return func(*args, **{**(kwargs or {}), **elsewhere})
 
