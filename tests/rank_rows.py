@@ -1,5 +1,6 @@
 """Functions that several processes run in tests: they compute factors and settle rows together."""
 
+import os
 import time
 from pathlib import Path
 from typing import Any
@@ -84,8 +85,10 @@ def errors_of(weight: torch.Tensor, gram: torch.Tensor) -> list[float]:
     return [float(weight.double().square().sum()), float(gram.double().sum())]
 
 
-def lingers(until: Path, *, group: Group, tell: Any) -> None:
-    """Says that it has begun, and ends when there is a file."""
+def lingers(until: Path, errors: Path, *, group: Group, tell: Any) -> None:
+    """Says that it has begun, and ends when there is a file. Its standard error goes to `errors`."""
+    with errors.open("wb") as stream:
+        os.dup2(stream.fileno(), 2)
     tell("progress", 0.0, "lingering")
     while not until.exists():
         time.sleep(0.01)

@@ -7,14 +7,14 @@ import torch
 
 from nightpress.core.compress.executors.blocks import press_blocks
 from nightpress.core.compress.passes.sensitivity import Sensitivity
-from nightpress.core.compress.ranks.forks import end_nurseries
 from nightpress.core.compress.ranks.launch import Ranks
 from tests.block_models import context_of, linears_of, save_model, token_ids
 from tests.rank_presses import DENSE, load
 from tests.rank_rows import errors_of, factors_together, hands_factors_out, joins_rows, lingers
 from tests.service import eventually
 
-pytestmark = pytest.mark.usefixtures("tests_can_be_imported", "one_thread")
+# Slow: its processes import the libraries.
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("tests_can_be_imported", "one_thread")]
 
 
 def test_rows_are_joined_in_their_order_whether_or_not_they_divide(three: Ranks):
@@ -59,21 +59,14 @@ def test_processes_measure_the_sensitivity_of_some_weights_each(three: Ranks, tm
         torch.testing.assert_close(found["three"][name], errors, rtol=1e-4, atol=1e-4)
 
 
-def test_a_process_says_where_it_is(tmp_path: Path, capfd: pytest.CaptureFixture[str]):
+def test_a_process_says_where_it_is(tmp_path: Path):
     """As a benchmark asks before it ends a run that hangs. The process goes on."""
-    until = tmp_path / "until"
-    said = [""]
-    end_nurseries()  # an earlier test's would write elsewhere
+    until, errors = tmp_path / "until", tmp_path / "errors"
     with Ranks(1, tmp_path) as ranks:
 
         def told(*_: object) -> None:
             ranks.show_stacks()
-            eventually(heard)
+            eventually(lambda: "in lingers" in errors.read_text())
             until.touch()
 
-        def heard() -> bool:
-            said[0] += capfd.readouterr().err
-            return "in lingers" in said[0]
-
-        ranks.run(lingers, until, told=told)
-    end_nurseries()
+        ranks.run(lingers, until, errors, told=told)
