@@ -66,13 +66,13 @@ def masked_model(bert_tiny: Path, folder: Path) -> Path:
     return _with_tokenizer(bert_tiny, folder)
 
 
-def embedder(bert_tiny: Path, folder: Path) -> Path:
-    """A BERT with random weights and BERT-tiny's tokenizer, without a head: 4 blocks × 32."""
+def embedder(bert_tiny: Path, folder: Path, *, blocks: int = 4) -> Path:
+    """A BERT with random weights and BERT-tiny's tokenizer, without a head: `blocks` × 32."""
     from transformers import BertConfig, BertModel
 
     torch.manual_seed(0)
     config = BertConfig(
-        hidden_size=32, num_hidden_layers=4, num_attention_heads=4, intermediate_size=64, initializer_range=0.2
+        hidden_size=32, num_hidden_layers=blocks, num_attention_heads=4, intermediate_size=64, initializer_range=0.2
     )
     BertModel(config).save_pretrained(folder)
     return _with_tokenizer(bert_tiny, folder)

@@ -37,6 +37,7 @@ def api(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningApi]:
         yield running
 
 
+@pytest.mark.slow
 def test_these_are_all_that_can_be_edited(api: RunningApi):
     with api.client() as client:
         paths = client.get("/openapi.json").json()["paths"]

@@ -86,7 +86,7 @@ class _WholeModel:
 @pytest.mark.parametrize("in_turn", [False, True])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_each_layer_is_seen_with_the_inputs_it_has_in_the_whole_model(family: str, in_turn: bool, tmp_path: Path):
-    model = save_model(family, tmp_path / "source")
+    model = save_model(family, tmp_path / "source", layers=2)
     looks, samples = _Looks(by_group=in_turn), samples_of(family, token_ids())
     chosen = linears_of(tmp_path / "source")
     pressed = press_blocks(
@@ -150,7 +150,7 @@ def test_awq_leaves_the_function_as_it_is_but_for_rounding(model_type: str, tmp_
         for name in FAMILIES
         if name.lower().removesuffix("forcausallm") == model_type.removesuffix("_text").replace("_", "")
     )
-    model = save_model(family, tmp_path / "source")
+    model = save_model(family, tmp_path / "source", layers=2)
     source, out, again = tmp_path / "source", tmp_path / "out", tmp_path / "again"
     options = Awq(bits=8, group_size=16)
     method = ActivationAware(options, options.scheme, _header(model_type, family))

@@ -59,6 +59,7 @@ def pickled(base: Path, folder: Path, **layout: Any) -> dict[str, torch.Tensor]:
     return tensors
 
 
+@pytest.mark.slow
 def test_a_folder_with_pickles_becomes_a_model(tmp_path: Path) -> None:
     base = save_family("llama", tmp_path / "base")
     tensors = pickled(base, tmp_path / "old")
@@ -103,6 +104,7 @@ class Bomb:
 
 
 @pytest.mark.parametrize("form", ["torch", pytest.param("plain", marks=pytest.mark.slow)])
+@pytest.mark.slow
 def test_a_pickle_that_runs_a_program_is_refused_and_does_not_run(tmp_path: Path, form: str) -> None:
     folder = tmp_path / "old"
     shutil.copytree(save_family("llama", tmp_path / "base"), folder)
@@ -193,9 +195,7 @@ def first_blocks(file: Path, target: Path, blocks: int, tokens: int) -> Path:
         **{name: blocks for name in told if name.endswith(".block_count")},
         **{name: tokens for name in told if name.endswith(".vocab_size")},
         **{f"tokenizer.ggml.{part}": told[f"tokenizer.ggml.{part}"][:tokens] for part in ("tokens", "token_type")},
-        "tokenizer.ggml.merges": [
-            merge for merge in told["tokenizer.ggml.merges"] if merge.replace(" ", "") in kept
-        ],
+        "tokenizer.ggml.merges": [merge for merge in told["tokenizer.ggml.merges"] if merge.replace(" ", "") in kept],
     }
     for name, value in (told | changed).items():
         if name != "general.architecture":

@@ -93,10 +93,12 @@ def _in_onnxruntime(folder: Path) -> np.ndarray:
     return np.concatenate(found, axis=1)
 
 
+@pytest.mark.slow
 def test_a_decoders_graph_writes_token_by_token_what_the_model_says_of_the_whole(bart: Exported):
     np.testing.assert_allclose(_in_onnxruntime(bart.work / "onnx"), bart.expected(), atol=1e-4)
 
 
+@pytest.mark.slow
 def test_the_decoders_weights_lie_in_one_graph_once(bart: Exported):
     graph = onnx.load(bart.work / "onnx" / "decoder_model_merged.onnx").graph
     weights = [tensor.name for tensor in graph.initializer if len(tensor.dims) == 2]
@@ -106,6 +108,7 @@ def test_the_decoders_weights_lie_in_one_graph_once(bart: Exported):
     assert not any(node.op_type == "If" for node in graph.node)
 
 
+@pytest.mark.slow
 def test_openvino_keeps_both_caches_and_forgets_them_at_a_reset(bart: Exported):
     core, plain = openvino.Core(), {"INFERENCE_PRECISION_HINT": "f32"}
     folder = bart.work / "openvino"
@@ -130,6 +133,7 @@ def test_openvino_keeps_both_caches_and_forgets_them_at_a_reset(bart: Exported):
         np.testing.assert_allclose(np.concatenate(found, axis=1), bart.expected()[rows], atol=1e-4)
 
 
+@pytest.mark.slow
 def test_static_int8_rounds_both_graphs_and_leaves_in_float_what_costs_most(bart: Exported):
     traced, record = static_int8(bart.source, bart.traced, StaticInt8(min_cosine=0.99), bart.context)
     for graph in traced.graphs.values():

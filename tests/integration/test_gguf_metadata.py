@@ -73,6 +73,7 @@ def _texts() -> list[str]:
     return [*tokens.TEXTS, *topics.values(), *scripts, *code, *spaces]
 
 
+@pytest.mark.slow
 def test_many_texts_have_equal_tokens(model: Path, tmp_path: Path):
     llama_cpp = pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed: pip install '.[llama]'")
     reader = llama_cpp.Llama(str(_save(model, tmp_path / "out")), vocab_only=True, verbose=False)

@@ -21,10 +21,17 @@ VARIANTS: list[tuple[str, dict[str, Any]]] = [
     ("falcon", {"new_decoder_architecture": True, "num_kv_heads": 2}),
     ("gpt_bigcode", {"multi_query": False}),
     ("gpt_neox", {"use_parallel_residual": False, "attention_bias": False}),
-    ("llama", {"rope_parameters": {"rope_type": "linear"} | _BASE, "attention_bias": True, "mlp_bias": True}),
     ("llama", {"rope_parameters": {"rope_type": "dynamic"} | _BASE}),
-    ("llama", {"rope_parameters": {"rope_type": "yarn"} | _BASE, "tie_word_embeddings": True}),
-    ("mistral", {"sliding_window": 4}),
+    (
+        "llama",
+        {
+            "rope_parameters": {"rope_type": "yarn"} | _BASE,
+            "tie_word_embeddings": True,
+            "attention_bias": True,
+            "mlp_bias": True,
+        },
+    ),
+    ("mistral", {"rope_parameters": {"rope_type": "linear"} | _BASE, "sliding_window": 4}),
     ("qwen2", {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1}),
     (
         "phi",

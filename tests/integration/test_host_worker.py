@@ -20,6 +20,7 @@ def service(tmp_path: Path, sqlite_url: str) -> Iterator[Service]:
     service.close()
 
 
+@pytest.mark.slow
 def test_jobs_run_side_by_side_and_each_sees_its_own_gpus(service: Service) -> None:
     usual, supervisor = service.slot("tells_its_share")
     offer = host(usual._offer.worker_id, 4, threads=15, cpu_jobs=1)

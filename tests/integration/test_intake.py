@@ -92,6 +92,7 @@ def test_what_nobody_foresaw_in_a_request_is_left_to_the_intake(
     world.close()
 
 
+@pytest.mark.slow
 def test_data_that_takes_long_to_read_is_read_beside_the_request(tmp_path: Path, sql_url: str):
     world = World(tmp_path, sql_url, model_roots=[tmp_path])
     (tmp_path / "a.jsonl").write_text('{"text": "a"}\n' * 60_000)

@@ -51,6 +51,7 @@ def chosen(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path,
     return _press(llama, tmp_path_factory.mktemp("chosen"), bits_per_weight=4.25)
 
 
+@pytest.mark.slow
 def test_a_file_holds_exactly_the_numbers_of_the_pass(llama: Path, chosen: tuple[Path, PassRecord], tmp_path: Path):
     folder, _ = chosen
     header = inspect_model(FolderFiles(llama))
@@ -95,6 +96,7 @@ def test_more_bits_lose_less(llama: Path, chosen: tuple[Path, PassRecord]):
         assert list(errors.values()) == sorted(errors.values(), reverse=True)
 
 
+@pytest.mark.slow
 def test_with_real_inputs_it_loses_less_than_the_nearest_codes_of_the_same_grid(minilm: Path, tmp_path: Path):
     """The feed-forward layers of a real encoder: the outputs' error on text that calibrated nothing."""
     from transformers import AutoModel, AutoTokenizer
@@ -182,6 +184,7 @@ def test_without_llama_cpp_the_error_says_what_to_install(monkeypatch: pytest.Mo
     assert "nightpress[llama]" in caught.value.hint
 
 
+@pytest.mark.slow
 def test_a_killed_pass_goes_on_to_the_same_bytes(llama: Path, chosen: tuple[Path, PassRecord], tmp_path: Path):
     folder, _ = chosen
     recipe = parse_recipe({"name": "r", "passes": [{"pass": "k-quants", "bits_per_weight": 4.25}], "exports": ["gguf"]})

@@ -129,6 +129,7 @@ class _Judged:
         ("ViTForImageClassification", {"format": "mxfp4"}),
     ],
 )
+@pytest.mark.slow
 def test_no_blocks_output_is_worse_than_with_plain_rounding(family: str, options: dict[str, Any], tmp_path: Path):
     """With few batches, the batches that judge are those that teach. So what was chosen by them must hold here."""
     source = tmp_path / "source"
@@ -172,6 +173,7 @@ class _KilledError(Exception):
 
 
 @pytest.mark.parametrize("family", ["LlamaForCausalLM", "T5ForConditionalGeneration"])
+@pytest.mark.slow
 def test_an_attempt_killed_after_a_block_ends_with_the_same_bytes(family: str, tmp_path: Path):
     source = tmp_path / "source"
     save_model(family, source)

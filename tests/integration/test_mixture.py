@@ -37,6 +37,7 @@ def _samples(model: Path, work: Path, **options: int) -> torch.Tensor:
     return calibration_samples(model, PassContext(header=header, work_dir=work, calibration=calibration))["input_ids"]
 
 
+@pytest.mark.slow
 def test_a_language_model_gets_all_kinds_by_turns(model: Path, tmp_path: Path):
     ids = _samples(model, tmp_path / "a", samples=40, length=200)
     assert ids.shape == (40, 200)
@@ -57,6 +58,7 @@ def test_a_language_model_gets_all_kinds_by_turns(model: Path, tmp_path: Path):
     assert len(np.unique(own[:, 1])) == len(own)
 
 
+@pytest.mark.slow
 def test_the_same_seed_gives_the_same_texts_and_another_gives_others(model: Path, tmp_path: Path):
     first = _samples(model, tmp_path / "a", seed=1)
     assert torch.equal(first, _samples(model, tmp_path / "b", seed=1))

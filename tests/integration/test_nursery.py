@@ -20,6 +20,9 @@ from nightpress.core.compress.export import nursery
 from nightpress.core.compress.export.consumer_environment import runner_environment, variables_as_now
 from tests.patience import slowness
 
+# Slow: each process that forks the others imports the libraries.
+pytestmark = pytest.mark.slow
+
 Start = Callable[..., tuple[nursery.Fork, dict[str, Any]]]
 
 SCRIPT = """

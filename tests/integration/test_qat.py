@@ -65,7 +65,8 @@ def test_the_written_model_answers_as_the_trained_one(options: dict[str, Any], m
 
 
 @pytest.mark.slow
-def test_dynamic_int8_finds_the_trained_grid_again(model: Path, data: Path, tmp_path: Path):
+def test_dynamic_int8_finds_the_trained_grid_again(bert_tiny: Path, data: Path, tmp_path: Path):
+    model = classifier(bert_tiny, tmp_path / "model", blocks=1)
     pass_ = {"pass": "qat", "leaves": "float", "train": _TRAIN}
     out, _ = run_pass(model, tmp_path, pass_, export="onnx", data_files={"mine": data})
     name = "bert.encoder.layer.0.output.dense.weight"

@@ -67,7 +67,8 @@ _BY_BLOCK = (
 _EXPORTS = {"early-exit": "onnx", "qat": "compressed-tensors"}
 
 
-pytestmark = pytest.mark.usefixtures("tests_can_be_imported", "one_thread")
+# Slow: its processes import the libraries.
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("tests_can_be_imported", "one_thread")]
 
 
 @pytest.fixture(scope="module")

@@ -85,6 +85,7 @@ def _answers(model: Any) -> Tensor:
 
 
 @pytest.mark.parametrize("kind", _ROUNDINGS)
+@pytest.mark.slow
 def test_it_recovers_a_part_of_the_loss_and_leaves_the_codes(kind: str, model: Path, data: Path, tmp_path: Path):
     rounded = _round(model, tmp_path, _ROUNDINGS[kind])
     out, record = _recover(model, data, tmp_path, rounded, "out")
@@ -117,6 +118,7 @@ class _KilledError(Exception):
     pass
 
 
+@pytest.mark.slow
 def test_an_attempt_killed_while_it_trains_ends_with_the_same_bytes(model: Path, data: Path, tmp_path: Path):
     rounded = _round(model, tmp_path, _ROUNDINGS["int"])
     train = {**_TRAIN, "checkpoint_every": 4}

@@ -44,7 +44,7 @@ def cross_encoder(bert_tiny: Path, folder: Path) -> Path:
     torch.manual_seed(1)
     config = BertConfig(
         hidden_size=32,
-        num_hidden_layers=2,
+        num_hidden_layers=1,
         num_attention_heads=4,
         intermediate_size=64,
         num_labels=1,
@@ -88,6 +88,7 @@ def _rank(scores: np.ndarray, labels: list[int]) -> tuple[float, float]:
     return gained / best, 1 / (1 + next(rank for rank, at in enumerate(order) if labels[at]))
 
 
+@pytest.mark.slow
 def test_the_source_is_measured_as_its_library_ranks(source: Path, pressed: tuple[Path, Report]) -> None:
     from sentence_transformers import CrossEncoder
 
@@ -101,6 +102,7 @@ def test_the_source_is_measured_as_its_library_ranks(source: Path, pressed: tupl
     assert figures["ndcg"].n == len(QUERIES)
 
 
+@pytest.mark.slow
 def test_each_artifact_is_compared_with_the_source_query_by_query(pressed: tuple[Path, Report]) -> None:
     for artifact in pressed[1].artifacts:
         figures = _figures(artifact.measurements)
@@ -111,6 +113,7 @@ def test_each_artifact_is_compared_with_the_source_query_by_query(pressed: tuple
     assert all(gate.passed for gate in pressed[1].gates)
 
 
+@pytest.mark.slow
 def test_the_library_loads_the_artifact_and_the_graph_gives_its_scores(
     source: Path, pressed: tuple[Path, Report]
 ) -> None:
@@ -213,6 +216,7 @@ def test_pairs_are_cut_as_transformers_cuts_them(length: int, source: Path) -> N
 
 
 @pytest.mark.parametrize("family", ["xlm-roberta", "deberta-v2"])
+@pytest.mark.slow
 def test_rerankers_of_other_families_answer_alike_in_a_graph(family: str, bert_tiny: Path, tmp_path: Path) -> None:
     """XLM-R tells texts apart by separators alone. DeBERTa's relative positions depend on the length, which the graph must compute."""
     import onnxruntime

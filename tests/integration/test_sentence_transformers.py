@@ -35,7 +35,7 @@ def source(bert_tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     from sentence_transformers.sentence_transformer.modules import Normalize, Pooling, Transformer
 
     tmp = tmp_path_factory.mktemp("embedder")
-    transformer = Transformer(str(embedder(bert_tiny, tmp / "bare")))
+    transformer = Transformer(str(embedder(bert_tiny, tmp / "bare", blocks=1)))
     modules = [transformer, Pooling(32, pooling_mode="max"), Normalize()]
     model = SentenceTransformer(
         modules=modules, prompts=PROMPTS, default_prompt_name="any", similarity_fn_name="euclidean"
@@ -61,6 +61,7 @@ def _texts() -> tuple[list[str], list[str]]:
     return [row["query"] for row in ROWS], [text for row in ROWS for text in (row["positive"], row["negative"])]
 
 
+@pytest.mark.slow
 def test_retrieval_is_measured_as_the_library_itself_retrieves(source: Path, pressed: tuple[Path, Report]) -> None:
     from sentence_transformers import SentenceTransformer
 
@@ -74,6 +75,7 @@ def test_retrieval_is_measured_as_the_library_itself_retrieves(source: Path, pre
     assert sum(ranks) > 0, "every query finds its document first: prompts and similarity would not be seen"
 
 
+@pytest.mark.slow
 def test_the_library_loads_the_weights_and_keeps_everything(source: Path, pressed: tuple[Path, Report]) -> None:
     from sentence_transformers import SentenceTransformer
 
@@ -89,6 +91,7 @@ def test_the_library_loads_the_weights_and_keeps_everything(source: Path, presse
     ("format_", "backend", "name", "glob"),
     [("onnx", "ONNX", "model.onnx", "*.onnx"), ("openvino", "OpenVINO", "openvino_model.xml", "openvino*.xml")],
 )
+@pytest.mark.slow
 def test_the_librarys_backends_find_the_graph_and_its_modules_make_the_same_vectors(
     format_: str, backend: str, name: str, glob: str, source: Path, pressed: tuple[Path, Report]
 ) -> None:
@@ -129,6 +132,7 @@ def _run(file: Path, inputs: dict[str, Any]) -> np.ndarray:
     return np.asarray(session.run(["last_hidden_state"], {key: inputs[key] for key in names})[0])
 
 
+@pytest.mark.slow
 def test_the_programs_of_the_report_embed_as_the_library_does(source: Path, pressed: tuple[Path, Report]) -> None:
     """Each is run as it stands. The folder's default prompt is put before the text, and the vector is normalized."""
     from sentence_transformers import SentenceTransformer
@@ -143,6 +147,7 @@ def test_the_programs_of_the_report_embed_as_the_library_does(source: Path, pres
 @pytest.mark.parametrize(
     "pooling", ["mean", "cls", "lasttoken", "mean_sqrt_len_tokens", "weightedmean", "mean+cls", "max"]
 )
+@pytest.mark.slow
 def test_the_programs_pool_and_truncate_as_the_library_does(
     pooling: str, source: Path, pressed: tuple[Path, Report]
 ) -> None:
@@ -160,6 +165,7 @@ def test_the_programs_pool_and_truncate_as_the_library_does(
 
 
 @pytest.mark.parametrize("format_", ["safetensors", "onnx", "openvino"])
+@pytest.mark.slow
 def test_text_embeddings_inference_and_fastembed_find_what_they_read(
     format_: str, pressed: tuple[Path, Report]
 ) -> None:
@@ -176,6 +182,7 @@ def test_text_embeddings_inference_and_fastembed_find_what_they_read(
     assert json.loads((folder / "config.json").read_bytes())["pad_token_id"] == 0
 
 
+@pytest.mark.slow
 def test_a_layout_that_is_complete_is_left_alone(pressed: tuple[Path, Report]) -> None:
     folder = pressed[0] / "safetensors"
     file = folder / "1_Pooling" / "config.json"

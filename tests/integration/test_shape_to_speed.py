@@ -76,13 +76,14 @@ def _bytes(folder: Path) -> dict[str, bytes]:
     "class_name",
     [
         "BertForMaskedLM",
-        pytest.param("RobertaForSequenceClassification", marks=pytest.mark.slow),
-        pytest.param("DistilBertForMaskedLM", marks=pytest.mark.slow),
-        pytest.param("MPNetForMaskedLM", marks=pytest.mark.slow),
-        pytest.param("ElectraForMaskedLM", marks=pytest.mark.slow),
-        pytest.param("DebertaV2ForMaskedLM", marks=pytest.mark.slow),
+        "RobertaForSequenceClassification",
+        "DistilBertForMaskedLM",
+        "MPNetForMaskedLM",
+        "ElectraForMaskedLM",
+        "DebertaV2ForMaskedLM",
     ],
 )
+@pytest.mark.slow
 def test_a_narrowed_graph_computes_what_the_model_without_those_units_does(class_name: str, tmp_path: Path):
     source = tmp_path / "source"
     # Two blocks show that each is narrowed by its own channels. What differs between families is in one.
@@ -125,6 +126,7 @@ def test_a_narrowed_graph_computes_what_the_model_without_those_units_does(class
     assert answered.shape == expected.shape
 
 
+@pytest.mark.slow
 def test_a_model_that_is_broken_off_anywhere_ends_with_the_same_bytes(folders: Path, tmp_path: Path):
     options = _options(speeds=[2, 4])
     out, record = _shaped(folders, "classifier", tmp_path / "whole", options)
@@ -172,6 +174,7 @@ def test_a_speed_that_the_rest_of_the_model_forbids_is_refused(folders: Path, tm
         _shaped(folders, "classifier", tmp_path, _options(speed=">= 90x"))
 
 
+@pytest.mark.slow
 def test_a_job_makes_models_of_two_speeds_and_says_what_was_estimated_and_measured(folders: Path, tmp_path: Path):
     recipe = {
         "passes": [

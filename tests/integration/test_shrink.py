@@ -290,6 +290,7 @@ def test_a_normal_checkpoint_is_read_by_transformers_as_the_whole_job_proves(ber
 def test_what_was_cut_learns_again_in_the_shapes_it_has(bert_tiny: Path, tmp_path: Path):
     recipe = {
         "passes": [
+            {"pass": "layers", "count": 1},  # one is left: a trace takes long
             {"pass": "heads", "share": 0.5},
             {"pass": "recover", "train": {"data": "few", "epochs": 1, "batch": 4, "length": 16, "validation": 0}},
         ],

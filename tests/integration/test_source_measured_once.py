@@ -303,6 +303,7 @@ def ran(service: Service, behaviour: str | None = "measures", **more: Any) -> Su
     return Subject.model_validate(report["source"]).model_copy(update={"name": job_id})
 
 
+@pytest.mark.slow
 def test_a_second_job_gets_what_the_first_has_stored(tmp_path: Path, sqlite_url: str):
     service = Service(tmp_path, sqlite_url)
     first = ran(service)

@@ -179,6 +179,7 @@ def test_a_whole_job_measures_what_a_whisper_writes(short: Path, tmp_path: Path)
     assert run_usage(artifact, job / "out").endswith("\n")
 
 
+@pytest.mark.slow
 def test_openvinos_pipeline_writes_what_transformers_writes(tmp_path: Path):
     genai = pytest.importorskip("openvino_genai", reason="openvino-genai is not installed")
     tokenizers = pytest.importorskip("openvino_tokenizers", reason="openvino-tokenizers is not installed")

@@ -166,6 +166,7 @@ def test_the_tower_of_a_model_that_sees_is_left_as_it_is(tmp_path: Path, model_t
         ("clip_vision_model", "CLIPVisionModel"),  # transformers has it among no models of images
     ],
 )
+@pytest.mark.slow
 def test_a_model_of_images_alone_gets_a_graph_that_reads_pixels(model_type: str, class_name: str):
     assert try_class(model_type, class_name, ["onnx"])["onnx"] == Cell("works")
 

@@ -76,6 +76,7 @@ def test_no_recipe_is_tried_twice_and_each_trial_has_a_job_of_its_own(world: Stu
         assert [entry["part"] for entry in job.recipe["evaluate"]] == ["choose"]
 
 
+@pytest.mark.slow
 def test_the_same_seed_and_answers_give_the_same_trials_in_whatever_order_they_end(quick: StudyWorld):
     def salted(study: int) -> Any:
         return [{**SPACE[0], "seed": study}]  # another seed of the recipe: no job is reused
@@ -92,6 +93,7 @@ def test_the_same_seed_and_answers_give_the_same_trials_in_whatever_order_they_e
     assert told(quick, other) != told(quick, first)
 
 
+@pytest.mark.slow
 def test_the_last_measurement_uses_the_other_half_and_decides_who_wins(quick: StudyWorld):
     def flattered(recipe: dict[str, Any]) -> tuple[float, float]:
         """Where a recipe is chosen, 3 bits keep the gate; where it is judged, they don't."""
@@ -353,6 +355,7 @@ def test_an_accepted_winner_becomes_the_models_latest_and_no_other_trial_does(wo
     assert world.resources.promotions.latest(TENANT, "tiny").job_id == ended.winner_job_id
 
 
+@pytest.mark.slow
 def test_only_a_process_that_proposes_trials_imports_the_sampler():
     program = "import sys, nightpress.api.app, nightpress.worker.control; sys.exit('optuna' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=False).returncode == 0

@@ -37,6 +37,7 @@ def step(world: StudyWorld, control: Searching) -> None:
         world.end(world.held[0])
 
 
+@pytest.mark.slow
 def test_a_replica_that_has_just_started_proposes_what_one_that_stayed_would(world: StudyWorld):
     stayed = world.create(trials=18, parallel=2, seed=5, space=salted(1))
     world.run(stayed)
@@ -46,6 +47,7 @@ def test_a_replica_that_has_just_started_proposes_what_one_that_stayed_would(wor
     assert proposed(world, restarted) == proposed(world, stayed)
 
 
+@pytest.mark.slow
 def test_a_proposal_that_found_no_room_is_made_again(tmp_path: Path, world: StudyWorld, bert_tiny: Path):
     free = world.create(trials=14, parallel=4, seed=5, space=salted(1))
     world.run(free)

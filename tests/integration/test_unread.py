@@ -48,10 +48,11 @@ def _answer(graph: bytes, length: int, *more: str) -> list[Any]:
         # What differs between families is in the last layer and the head. The layer before it keeps all positions in each of them.
         ("BertForSequenceClassification", "BertForMaskedLM", 2),
         ("RobertaForSequenceClassification", "RobertaForSequenceClassification", 1),
-        pytest.param("DistilBertForSequenceClassification", "DistilBertForMaskedLM", 1, marks=pytest.mark.slow),
-        pytest.param("ElectraForSequenceClassification", "ElectraForMaskedLM", 1, marks=pytest.mark.slow),
+        ("DistilBertForSequenceClassification", "DistilBertForMaskedLM", 1),
+        ("ElectraForSequenceClassification", "ElectraForMaskedLM", 1),
     ],
 )
+@pytest.mark.slow
 def test_a_classifier_answers_the_same_from_one_position_of_its_last_layer(
     class_name: str, config: str, layers: int, tmp_path: Path
 ):
@@ -74,6 +75,7 @@ def test_a_classifier_answers_the_same_from_one_position_of_its_last_layer(
 
 
 @pytest.mark.parametrize("class_name", ["BertModel", "BertForTokenClassification"])
+@pytest.mark.slow
 def test_a_model_that_answers_at_every_position_stays_as_it_is(class_name: str, tmp_path: Path):
     model = onnx.load(_traced(class_name, "BertForMaskedLM", 1, tmp_path))
     before = model.SerializeToString()

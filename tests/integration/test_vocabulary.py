@@ -111,6 +111,7 @@ def _press(source: Path, job: Path, evaluate: list[dict[str, Any]], exports: lis
     return job / "out", press(job)[1]
 
 
+@pytest.mark.slow
 def test_an_embedder_gives_the_same_vectors_with_a_twentieth_of_its_tokens(bert_tiny: Path, tmp_path: Path) -> None:
     from sentence_transformers import SentenceTransformer
 
@@ -139,6 +140,7 @@ def test_an_embedder_gives_the_same_vectors_with_a_twentieth_of_its_tokens(bert_
         assert on_prose["cosine"].value < 0.999, "prose is split more finely, which must be seen"
 
 
+@pytest.mark.slow
 def test_a_language_model_is_measured_by_its_own_tokens(bert_tiny: Path, tmp_path: Path) -> None:
     source = language_model(bert_tiny, tmp_path / "model", blocks=1)
     evaluate = [

@@ -130,7 +130,7 @@ def test_a_worker_that_is_killed_while_it_fetches_holds_up_no_other(tmp_path: Pa
 
 
 @pytest.mark.slow
-def test_ten_jobs_on_one_model_download_it_once(tmp_path: Path, sqlite_url: str) -> None:
+def test_six_jobs_on_one_model_download_it_once(tmp_path: Path, sqlite_url: str) -> None:
     """Two workers on one host, each with its own cache object on the same folder."""
     service = Service(tmp_path, sqlite_url)
     fetched: list[str] = []
@@ -141,7 +141,7 @@ def test_ten_jobs_on_one_model_download_it_once(tmp_path: Path, sqlite_url: str)
         get_file(key, *args, **more)
 
     service.objects.get_file = counted  # type: ignore[method-assign]
-    jobs = [service.submit() for _ in range(10)]
+    jobs = [service.submit() for _ in range(6)]
     workers = [service.slot("press") for _ in range(2)]
     threads = [threading.Thread(target=slot.serve) for slot, _ in workers]
     for thread in threads:
