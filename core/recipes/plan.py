@@ -91,10 +91,11 @@ def make_plan(recipe: Recipe, header: ModelHeader | None = None, fleet: Sequence
     if header is not None:
         check_model(recipe, header)
         vllm = any(seat.vllm for seat in fleet)
-        costs = _costs(recipe, header, vllm=vllm)
+        outputs = _outputs(recipe, header)
+        costs = _costs(recipe, header, outputs, vllm=vllm)
         queue, reason = _placed(recipe, costs, fleet)
         count = _counted(recipe, costs, fleet) if queue == "gpu" else GpuCount(0, "")
-        estimate = _estimate(recipe, header, costs, count.gpus, fleet, vllm=vllm)
+        estimate = _estimate(recipe, header, outputs, costs, count.gpus, fleet, vllm=vllm)
     else:
         queue, reason = _queue_without_model(recipe)
         count = GpuCount(0, "") if queue == "cpu" else _counted_without_model(recipe, fleet)
@@ -273,9 +274,15 @@ def _need(recipe: Recipe, costs: Sequence[Cost], gpus: int, threads: int) -> Nee
 
 
 def _estimate(
-    recipe: Recipe, header: ModelHeader, costs: Sequence[Cost], gpus: int, fleet: Sequence[Seat], *, vllm: bool
+    recipe: Recipe,
+    header: ModelHeader,
+    outputs: dict[str, int],
+    costs: Sequence[Cost],
+    gpus: int,
+    fleet: Sequence[Seat],
+    *,
+    vllm: bool,
 ) -> Estimate:
-    outputs = _outputs(recipe, header)
     threads = threads_of(fleet, _queue(gpus))
     need = _need(recipe, costs, gpus, threads)
     return Estimate(
@@ -289,13 +296,15 @@ def _estimate(
         output_bytes=outputs,
         gpu_bytes=need.gpu_bytes,
         leaner=tuple(
-            choice for choice in _leaner(recipe, header, gpus, vllm=vllm) if choice.memory_bytes < need.memory_bytes
+            choice
+            for choice in _leaner(recipe, header, outputs, gpus, vllm=vllm)
+            if choice.memory_bytes < need.memory_bytes
         ),
     )
 
 
-def _costs(recipe: Recipe, header: ModelHeader, *, vllm: bool) -> list[Cost]:
-    """Return the cost of each pass, and at the end that of measuring. vllm: artifacts are run in vLLM, too."""
+def _costs(recipe: Recipe, header: ModelHeader, outputs: dict[str, int], *, vllm: bool) -> list[Cost]:
+    """Return the cost of each pass, and at the end that of measuring. outputs: `_outputs`; vllm: artifacts are run in vLLM, too."""
     given, _ = _chain(recipe, header)
     found = [
         options.cost(seen, recipe.calibration).then(
@@ -303,7 +312,7 @@ def _costs(recipe: Recipe, header: ModelHeader, *, vllm: bool) -> list[Cost]:
         )
         for options, seen in zip(recipe.passes, given, strict=True)
     ]
-    measured = measuring.measuring_cost(recipe, header, _outputs(recipe, header), _most(found))
+    measured = measuring.measuring_cost(recipe, header, outputs, _most(found))
     served = serving_cost(recipe, header) if vllm else None
     return [*found, measured if served is None else measured.then(served)]
 
@@ -352,25 +361,32 @@ def _kept(recipe: Recipe) -> int:
     return MODELLING_BYTES if {options.scope for options in recipe.passes} & {"blocks", "train"} else 0
 
 
-def _leaner(recipe: Recipe, header: ModelHeader, gpus: int, *, vllm: bool) -> Iterable[Leaner]:
+def _leaner(recipe: Recipe, header: ModelHeader, outputs: dict[str, int], gpus: int, *, vllm: bool) -> Iterable[Leaner]:
     """Yield recipes with less calibration text: first fewer samples, then also shorter samples. Options of the passes are not changed."""
     given = recipe.calibration
     for share in (2, 4, 8):
         if given.samples >= 8 * share:
             yield _with_calibration(
-                recipe, header, gpus, samples=given.samples // share, length=given.length, vllm=vllm
+                recipe, header, outputs, gpus, samples=given.samples // share, length=given.length, vllm=vllm
             )
     for share in (2, 4):
         if given.samples >= 64 and given.length >= 128 * share:
             yield _with_calibration(
-                recipe, header, gpus, samples=given.samples // 8, length=given.length // share, vllm=vllm
+                recipe, header, outputs, gpus, samples=given.samples // 8, length=given.length // share, vllm=vllm
             )
 
 
 def _with_calibration(
-    recipe: Recipe, header: ModelHeader, gpus: int, *, samples: int, length: int, vllm: bool
+    recipe: Recipe,
+    header: ModelHeader,
+    outputs: dict[str, int],
+    gpus: int,
+    *,
+    samples: int,
+    length: int,
+    vllm: bool,
 ) -> Leaner:
     calibration = recipe.calibration.model_copy(update={"samples": samples, "length": length})
     leaner = recipe.model_copy(update={"calibration": calibration})
-    memory = _memory(leaner, _costs(leaner, header, vllm=vllm), gpus)
+    memory = _memory(leaner, _costs(leaner, header, outputs, vllm=vllm), gpus)
     return Leaner(change=f"`calibration: {{samples: {samples}, length: {length}}}`", memory_bytes=memory)
