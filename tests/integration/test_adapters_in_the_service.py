@@ -244,7 +244,6 @@ def test_both_clients_bring_adapters(face: Face, folders: Path) -> None:
         assert error.value.code == ErrorCode.NOT_FOUND
 
 
-@pytest.mark.slow
 def test_an_adapter_is_submitted_from_the_command_line(face: Face, folders: Path, tmp_path: Path) -> None:
     """The base is a local folder here, which is sent first, and then a name."""
     (tmp_path / "recipe.json").write_text(json.dumps(RECIPE))

@@ -369,7 +369,6 @@ def test_a_job_that_no_worker_will_take_is_listed_and_waited_for_with_a_notice(f
     face.store.requests.request_cancel("default", job.id)
 
 
-@pytest.mark.slow
 def test_workers_queues_and_plans_show_gpus(face: Face, model_id: str, tmp_path: Path):
     offer = host("host-of-four", 4, cpu_jobs=2)
     face.store.roster.heartbeat_worker(introduce(offer, draining=False))
