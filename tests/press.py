@@ -39,7 +39,7 @@ def lay_out(
 def share_traces(work_dir: Path) -> Path:
     """Let a job find the traces that earlier tests of this process have left, as it finds those of its own attempts. Returns its work folder.
 
-    A trace takes seven seconds, and its name is a digest of all that it depends on.
+    A trace takes seconds, and its name is a digest of all that it depends on.
     """
     shared = shared_folder() / "graph"
     for folder in (work_dir, shared):
