@@ -109,7 +109,6 @@ def test_recipes_get_the_mixture_unless_they_say_otherwise():
     assert found == ["builtin:mixture", "builtin:mixture", "builtin:mixture", "builtin:prose"]
 
 
-
 def test_it_is_for_the_calibration_alone():
     assert parse_recipe({**_RECIPE, "calibration": "auto"}).data_refs() == set()
     measured = {**_RECIPE, "evaluate": [{"metric": "auto", "data": MIXTURE}]}

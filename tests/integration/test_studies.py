@@ -93,7 +93,6 @@ def test_the_same_seed_and_answers_give_the_same_trials_in_whatever_order_they_e
     assert told(quick, other) != told(quick, first)
 
 
-@pytest.mark.slow
 def test_the_last_measurement_uses_the_other_half_and_decides_who_wins(quick: StudyWorld):
     def flattered(recipe: dict[str, Any]) -> tuple[float, float]:
         """Where a recipe is chosen, 3 bits keep the gate; where it is judged, they don't."""
