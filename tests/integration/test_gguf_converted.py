@@ -22,18 +22,9 @@ from nightpress.core.recipes.llama_converter import CONVERTED, NOT_CONVERTED
 from nightpress.core.recipes.models import parse_recipe
 from nightpress.core.recipes.plan import make_plan
 from tests.folders import load_tensors
-from tests.models import save_smollm_tokenizer
 from tests.press import lay_out, press
-from tests.zoo.configs import shrunk
-from tests.zoo.models import config_for
+from tests.zoo.llama import save_with_known_tokenizer
 
-#: Shapes that the smallest config of a family hasn't.
-_SHAPES: dict[str, dict[str, Any]] = {
-    "cohere2": {"num_hidden_layers": 4, "layer_types": ["sliding_attention"] * 3 + ["full_attention"]},
-    "exaone4": {"sliding_window": None, "num_hidden_layers": 2, "layer_types": ["full_attention"] * 2},
-}
-#: Tokens by whose names the converter finds the end of a text.
-_NAMED = {"glm": ("<|user|>", "<|observation|>"), "glm4": ("<|user|>", "<|observation|>")}
 _SOME = "arcee"  #: a family of those
 
 
@@ -46,22 +37,7 @@ def llama_cpp() -> Any:
 
 
 def _save(kind: str, folder: Path) -> Path:
-    """Save a tiny model with random weights and SmolLM2's tokenizer: the converter takes none that it doesn't know."""
-    model_class = getattr(transformers, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[kind])
-    config = shrunk(model_class.config_class, **_SHAPES[kind]) if kind in _SHAPES else config_for(kind, model_class)
-    config.vocab_size, config.pad_token_id, config.bos_token_id, config.eos_token_id = 49152 + 8, 2, 1, 2
-    torch.manual_seed(0)
-    model = model_class(config)
-    with torch.no_grad():
-        for parameter in model.parameters():  # norms and biases, too: as ones and zeros they would hide errors
-            parameter.add_(0.05 * torch.randn_like(parameter))
-    model.save_pretrained(folder)
-    save_smollm_tokenizer(folder)
-    if kind in _NAMED:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-        tokenizer.add_special_tokens({"additional_special_tokens": list(_NAMED[kind])})
-        tokenizer.save_pretrained(folder)
-    return folder
+    return save_with_known_tokenizer(kind, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[kind], folder)
 
 
 def _header(**config: Any) -> ModelHeader:
