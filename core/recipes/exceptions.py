@@ -7,13 +7,15 @@ from collections.abc import Mapping
 
 from nightpress.core.recipes.header import ModelHeader
 
-_OTHER_STATES = "its cache holds other states than keys and values"
+OTHER_STATES = "its cache holds other states than keys and values"
 _NOT_FOUND = "no loader finds the scales in its attention"
 _NOT_ALONE = "its blocks can't be run by themselves, so that no exchange of factors can be proved"
 _NO_FOLD = "no layer before its linear layers can take factors: the block would answer otherwise"
 _WHOLE_MASK = "its decoder takes no mask but that of a whole text, and a graph caches a part of it"
 _ROUTED = "its decoder asks for what its encoder's routers chose, which no graph of an encoder returns"
 _COLOURS = "it reads the numbers of colours, and no images"
+_NO_CACHE = "it caches nothing, and computes the whole text again for each token"
+_WHOLE_TEXT = "with its cache it still reads the whole text, and a graph with a cache gets only the new tokens"
 _BY_NUMBER = "its attention finds the tokens that see the whole text by their number, which a traced graph can't decide"
 
 #: Encoder-decoders: a block of the decoder also reads what the encoder answered. Their decoders alone are other classes.
@@ -47,8 +49,8 @@ _CROSS_ATTENTION = (
 #: Pass, export, or `graph` for all exports of graphs → `model_type` or class → why it can't be had.
 _WHY_NOT: Mapping[str, Mapping[str, str]] = {
     "kv-cache": {
-        **dict.fromkeys(("falcon_h1", "inkling_text", "minimax"), _OTHER_STATES),
-        **dict.fromkeys(("gemma4", "gemma4_text", "gemma4_unified", "gemma4_unified_text"), _OTHER_STATES),
+        **dict.fromkeys(("falcon_h1", "inkling_text", "minimax"), OTHER_STATES),
+        **dict.fromkeys(("gemma4", "gemma4_text", "gemma4_unified", "gemma4_unified_text"), OTHER_STATES),
         **dict.fromkeys(("codegen", "gpt_neo", "gptj"), _NOT_FOUND),  # they call the cache `layer_past`
         "mimo_v2_flash": "its attention has a `v_scale` of its own, which a loader would replace by the cache's",
     },
@@ -70,6 +72,9 @@ _WHY_NOT: Mapping[str, Mapping[str, str]] = {
     "graph": {
         **dict.fromkeys(("led", "longformer"), _BY_NUMBER),
         **dict.fromkeys(("fsmt", "prophetnet"), _WHOLE_MASK),
+        **dict.fromkeys(("rwkv", "xlnet", "xlstm"), OTHER_STATES),
+        "openai-gpt": _NO_CACHE,
+        "cpmant": _WHOLE_TEXT,
         "imagegpt": _COLOURS,
         "pp_lcnet": "its classifier gives its answers no name",
         "funnel": "it makes its positions from the length of the text, which a traced graph would fix",

@@ -8,6 +8,7 @@ from pydantic import BaseModel, ConfigDict, model_serializer, model_validator
 
 from nightpress.core.recipes.exceptions import why_not
 from nightpress.core.recipes.gguf_types import GGUF_TYPES
+from nightpress.core.recipes.graphs import why_no_graph
 from nightpress.core.recipes.header import ModelHeader, TensorInfo
 from nightpress.core.recipes.linears import invalid
 from nightpress.core.recipes.llama_converter import by_converter
@@ -32,11 +33,6 @@ _TEXT_BYTES = 7000
 GGUF_BITS: Mapping[str, float] = {"f32": 32, "f16": 16} | {
     name: kind.bits_per_weight for name, kind in GGUF_TYPES.items() if kind.even
 }
-
-
-_TURNED_BY_LENGTH = frozenset(
-    {"dynamic", "longrope"}
-)  #: kinds of rotary positions whose frequencies depend on the text's length
 
 
 class Export(BaseModel):
@@ -128,30 +124,8 @@ def _refusal(export: Export, header: ModelHeader) -> str | None:
         return why
     if export.format == "transformers.js" and (header.task == "seq2seq" or header.sees_images):
         return "only models of text in a single graph were run there"
-    if export.format in GRAPH_FORMATS and (turning := _rope_type(header)) in _TURNED_BY_LENGTH:
-        return f"rotary positions of kind {turning!r} are computed anew for longer texts, which a traced graph can't decide"
-    if export.format in GRAPH_FORMATS and header.one_text_a_batch:
-        return "its classifier finds a text's end by the padding token, and its config.json names no `pad_token_id`"
     if export.carrier == "onnx" and kind == "falcon" and header.config.get("alibi"):
         return "transformers multiplies alibi's slopes in bfloat16, which ONNX Runtime has no product for"
     if export.format == "mlx":
         return why_not_mlx(header)
     return why_not_llama_cpp(header) if export.format == "gguf" else None
-
-
-def why_no_graph(header: ModelHeader) -> str | None:
-    """Return why no graph of the model is made, although the exporter might trace it; None: it is tried."""
-    if (why := why_not("graph", header)) is not None:
-        return why
-    if header.kind.senses != "text":
-        return None
-    for part, beside in (("vision_config", "images"), ("audio_config", "sounds")):
-        if part in header.config:
-            return f"a graph would hold its text part alone, without the {beside} that it is for"
-    return None
-
-
-def _rope_type(header: ModelHeader) -> str:
-    """Return the kind of scaling of the rotary positions, as transformers reads it from the config."""
-    rope = header.config.get("rope_parameters") or header.config.get("rope_scaling") or {}
-    return str(rope.get("rope_type") or rope.get("type") or "default")

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from nightpress.core.compress.data.tokenized import Sequences
+from nightpress.core.errors import ErrorCode, NightpressError
+from nightpress.core.recipes.exceptions import OTHER_STATES
 from nightpress.core.recipes.header import ModelHeader
 
 #: The names of dimensions that vary. Generation libraries look for these names: transformers.js makes an empty cache from them.
@@ -108,10 +110,18 @@ class WithCache(Whole):
     def __init__(self, model: nn.Module) -> None:
         super().__init__(model)
         with torch.inference_mode():
-            cache = model(input_ids=torch.full((1, 2), 5), use_cache=True).past_key_values
-        self.shapes = [
-            (states.shape[1], states.shape[3]) for layer in cache.layers for states in (layer.keys, layer.values)
+            cache = getattr(model(input_ids=torch.full((1, 2), 5), use_cache=True), "past_key_values", None)
+        pairs = [
+            (getattr(layer, "keys", None), getattr(layer, "values", None)) for layer in getattr(cache, "layers", ())
         ]
+        states = [kept for pair in pairs for kept in pair if kept is not None]
+        if not pairs or len(states) < 2 * len(pairs):
+            raise NightpressError(
+                ErrorCode.UNSUPPORTED_ARCHITECTURE,
+                f"A {type(model).__name__} can't be traced into a graph with a cache: {OTHER_STATES}.",
+                hint="Leave onnx and openvino out of `exports`.",
+            )
+        self.shapes = [(kept.shape[1], kept.shape[3]) for kept in states]
 
     def forward(
         self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor, past: list[Tensor]
