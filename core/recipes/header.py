@@ -134,6 +134,11 @@ class ModelHeader(BaseModel):
         return any(".experts." in tensor.name and _EXPERT.search(tensor.name) is not None for tensor in self.tensors)
 
     @property
+    def routes(self) -> bool:
+        """Whether the model is a mixture of experts: its files hold them apart, or fused."""
+        return any(".experts." in tensor.name for tensor in self.tensors)
+
+    @property
     def experts(self) -> int:
         """The number of experts of a mixture whose files hold them apart, as in `has_experts`; else 0."""
         return len({found[0] for tensor in self.tensors if (found := _EXPERT.search(tensor.name)) is not None})

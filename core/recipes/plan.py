@@ -158,6 +158,8 @@ def _warnings(recipe: Recipe, header: ModelHeader | None) -> Iterable[str]:
     given = _chain(recipe, header)[0] if header is not None else [None] * len(recipe.passes)
     for options, seen in zip(recipe.passes, given, strict=True):
         yield from options.warnings(seen)
+    if header is not None and any(export.format in GRAPH_FORMATS for export in recipe.exports) and header.routes:
+        yield "In a graph every expert reads every token, and the router weighs their answers: ONNX and OpenVINO compute more for each token than the model asks for."
     calibrated = [options.name for options in recipe.passes if options.wants == "calibration"]
     if header is not None and (header.sees_images or header.hears):
         used = [evaluation.data for evaluation in recipe.evaluate if isinstance(evaluation, Quality)]

@@ -20,7 +20,7 @@ _STEPS = 6  #: tokens that a decoder reads, one by one
 
 def graph_distance(format_: str, header: ModelHeader, source: Path, work: Path, options: PassOptions) -> float:
     """Return the relative distance of the graphs' outputs from the model's, for two texts, images or sounds."""
-    check = _examples(header)
+    check = examples(header)
     traces = source.parent / "traces"  # both formats find the same
     traces.mkdir(exist_ok=True)
     work.mkdir(parents=True)
@@ -31,11 +31,11 @@ def graph_distance(format_: str, header: ModelHeader, source: Path, work: Path, 
     if traced.encoder is not None:
         found = (_pair_in_onnxruntime if format_ == "onnx" else _pair_in_openvino)(work / "out", check)
     else:
-        found = (_in_onnxruntime if format_ == "onnx" else _in_openvino)(work / "out", check.ids)
+        found = (in_onnxruntime if format_ == "onnx" else _in_openvino)(work / "out", check.ids)
     return float(np.linalg.norm(found - traced.check) / np.linalg.norm(traced.check))
 
 
-def _examples(header: ModelHeader) -> Sequences:
+def examples(header: ModelHeader) -> Sequences:
     random = np.random.default_rng(1)
     read = random.integers(5, 50, (2, _STEPS)) if header.task == "seq2seq" else None
     if header.sees_images or header.hears:
@@ -61,7 +61,7 @@ def _feeds(ids: NDArray[Any]) -> dict[str, NDArray[Any]]:
     }
 
 
-def _in_onnxruntime(folder: Path, ids: NDArray[Any]) -> NDArray[np.float32]:
+def in_onnxruntime(folder: Path, ids: NDArray[Any]) -> NDArray[np.float32]:
     loaded = session(folder / "model.onnx", 1)
     given: dict[str, Any] = {}
     for value in loaded.get_inputs():

@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 
 from nightpress.core.compress.context import PassContext
 from nightpress.core.compress.data.tokenized import Sequences
+from nightpress.core.compress.graph.experts import spread_experts
 from nightpress.core.compress.graph.modules import (
     DECODER,
     ENCODER,
@@ -83,8 +84,11 @@ def trace(model_dir: Path, header: ModelHeader, check: Sequences, context: PassC
         folder.mkdir(parents=True, exist_ok=True)
         context.progress(0.05, "loading the model to trace it")
         model = _load(model_dir, header, context.threads)
-        with torch.inference_mode(), _watch_inputs(model) as (rounding, largest):
+        with torch.inference_mode():
             expected = model.answer(check).float().numpy()
+        spread_experts(model)
+        with torch.inference_mode(), _watch_inputs(model) as (rounding, largest):
+            model.answer(check)
         with telling(context, 0.2, "tracing the model into a graph"), disk_errors():
             # Protobuf's limit is 2 GiB. Weights up to this limit are stored inside the file, larger ones in a second file.
             partial = folder / "partial"

@@ -26,6 +26,8 @@ RoundedInputs = Literal["none", "fp8", "fp4"]
 Ranges = Literal["extremes", "least-error", "half-quadratic"]
 _RANGES = "How a scale is chosen: from its weights' extremes, for the least rounding error, or by half-quadratic splitting, which gives outliers less weight."
 INPUTS = "How a runtime rounds what enters a layer, with fp4 weights alone: to `fp4` in groups as the weights are, or to `fp8` with a scale for each 128 inputs (`mxfp4` only). none: inputs stay in float."
+_GRAPHS: frozenset[ExportFormat] = frozenset({"onnx", "openvino"})
+_EXPERTS_IN_GRAPHS = "in a graph a mixture's experts have other layers than in the files, so that their codes fit no product (`dynamic-int8` rounds them)"
 _ONE_GRID = "transformers takes the zero points of one grid alone: leave `symmetric` at true with {}"
 
 
@@ -105,10 +107,14 @@ class Rounding(Quantizing):
     def carriers(self, header: ModelHeader | None) -> frozenset[ExportFormat]:
         if self._plain.kind != "int":
             return frozenset({"compressed-tensors"})
-        return self.exports if self._why_not_mlx() is None else self.exports - {"mlx"}
+        left = self.exports if self._why_not_mlx() is None else self.exports - {"mlx"}
+        return left - _GRAPHS if header is not None and header.has_experts else left
 
     def why_not(self, header: ModelHeader | None) -> str:
-        return (self._why_not_mlx() or "") if self._plain.kind == "int" else ""
+        if self._plain.kind != "int":
+            return ""
+        experts = _EXPERTS_IN_GRAPHS if header is not None and header.has_experts else None
+        return "; ".join(filter(None, (self._why_not_mlx(), experts)))
 
     def _why_not_mlx(self) -> str | None:
         return next(filter(None, map(why_no_mlx_grid, self._possible())), None)
