@@ -62,10 +62,10 @@ def is_linear_weight(tensor: TensorInfo, ignore: Iterable[str]) -> bool:
         "embed" in module.lower()
         or leaf.endswith("_emb")
         or "norm" in leaf
-        or leaf in _NOT_LINEAR | _ROUTERS | _OUTPUT_HEADS
+        or leaf in _NOT_LINEAR | _OUTPUT_HEADS
     ):
         return False
-    if _TOWERS.search(module) or not _ROUTERS.isdisjoint(module.split(".")):
+    if _TOWERS.search(module) or is_router(module):
         return False
     if leaf in _HEADS_OUTSIDE and not _IN_A_BLOCK.search(module):
         return False
@@ -74,6 +74,11 @@ def is_linear_weight(tensor: TensorInfo, ignore: Iterable[str]) -> bool:
 
 def module_of(tensor: TensorInfo) -> str:
     return tensor.name.removesuffix(".weight")
+
+
+def is_router(module: str) -> bool:
+    """Return whether a module chooses a token's experts, or belongs to one that does."""
+    return not _ROUTERS.isdisjoint(module.lower().split("."))
 
 
 def is_expert(name: str) -> bool:

@@ -1,12 +1,14 @@
 """Mixtures of experts in graphs: every expert reads every token there, and the answers are those of transformers."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import transformers
+from torch import Tensor
 
-from nightpress.core.compress.export import onnx as onnx_export
+from nightpress.core.compress.export import onnx
 from nightpress.core.compress.graph.experts import EveryExpert, spread_experts
 from nightpress.core.compress.graph.tracing import trace
 from nightpress.core.compress.passes import PassContext
@@ -14,9 +16,9 @@ from nightpress.core.errors import NightpressError
 from nightpress.core.recipes.header import ModelHeader
 from nightpress.core.recipes.inspect import FolderFiles, inspect_model
 from nightpress.core.recipes.models import parse_recipe
+from nightpress.core.recipes.passes import DynamicInt8
 from nightpress.core.recipes.plan import make_plan
-from tests.zoo.cells import recipe_of
-from tests.zoo.graphs import examples, graph_distance, in_onnxruntime
+from tests.zoo.graphs import examples, in_onnxruntime
 from tests.zoo.models import config_for, save_tiny
 
 #: Type → class. They differ in biases, in how a gate is applied, in the order of a weight's dimensions, and in whether there is a gate.
@@ -55,31 +57,29 @@ def test_experts_with_layers_of_their_own_answer_as_the_fused_ones(model_type: s
 
 
 @pytest.mark.slow
-def test_a_graph_of_floats_answers_as_transformers_does(mixtral: tuple[Path, ModelHeader], tmp_path: Path) -> None:
+def test_a_graph_answers_as_transformers_does_and_dynamic_int8_rounds_every_expert(
+    mixtral: tuple[Path, ModelHeader], tmp_path: Path
+) -> None:
     source, header = mixtral
     check = examples(header)
-    traced = trace(source, header, check, PassContext(header=header, work_dir=tmp_path))
-    onnx_export.save(source, tmp_path / "out", traced, [], weights="fp32")
     model = transformers.MixtralForCausalLM.from_pretrained(source, dtype=torch.float32).eval()
     with torch.inference_mode():
         expected = model(input_ids=torch.from_numpy(check.ids), use_cache=False).logits
-    found = torch.from_numpy(in_onnxruntime(tmp_path / "out", check.ids))
-    assert float((found - expected).norm() / expected.norm()) < 1e-4
+    traced = trace(source, header, check, PassContext(header=header, work_dir=tmp_path))
+
+    onnx.save(source, tmp_path / "floats", traced, [], weights="fp32")
+    assert _distance(tmp_path / "floats", check.ids, expected) < 1e-4
+
+    (record,) = onnx.save(source, tmp_path / "int8", traced, [(0, DynamicInt8())], weights="fp32")
+    assert 1e-4 < _distance(tmp_path / "int8", check.ids, expected) < 0.2
+    experts = {f"layers.{block}.mlp.experts.{expert}" for block in range(2) for expert in range(4)}
+    rounded = {layer.name for layer in record.layers if layer.bytes_after < layer.bytes_before}
+    assert {f"model.{name}.{part}" for name in experts for part in ("gate_up_proj", "down_proj")} <= rounded
+    assert not any(name.endswith("mlp.gate") for name in rounded)  # routers stay in float
 
 
-@pytest.mark.slow
-def test_dynamic_int8_rounds_every_expert(mixtral: tuple[Path, ModelHeader], tmp_path: Path) -> None:
-    import onnx
-
-    source, header = mixtral
-    distance = graph_distance("onnx", header, source, tmp_path / "work", recipe_of("onnx").passes[0])
-    assert 0 < distance < 0.2
-    graph = onnx.load(tmp_path / "work" / "out" / "model.onnx").graph
-    floats = [
-        value.name for value in graph.initializer if value.data_type == onnx.TensorProto.FLOAT and len(value.dims) == 2
-    ]
-    assert not any("experts" in name for name in floats)
-    assert sum("experts" in node.name and "MatMulInteger" in node.op_type for node in graph.node) == 2 * 4 * 2
+def _distance(folder: Path, ids: Any, expected: Tensor) -> float:
+    return float((torch.from_numpy(in_onnxruntime(folder, ids)) - expected).norm() / expected.norm())
 
 
 def test_a_plan_says_what_experts_cost_in_a_graph_and_refuses_their_codes(mixtral: tuple[Path, ModelHeader]) -> None:

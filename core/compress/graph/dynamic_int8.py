@@ -11,12 +11,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from nightpress.core.compress.graph.gemms import divide_gemms
 from nightpress.core.compress.graph.lists import drop_unread_constants, replace_all
 from nightpress.core.compress.model.checkpoint import disk_errors
 from nightpress.core.compress.solvers.smooth import smoothing_factors
 from nightpress.core.errors import ErrorCode, NightpressError
 from nightpress.core.handoff.report import LayerEffect
-from nightpress.core.recipes.linears import matches
+from nightpress.core.recipes.linears import is_router, matches
 from nightpress.core.recipes.passes import DynamicInt8
 from nightpress.core.recipes.passes.base import Patterns
 
@@ -59,11 +60,13 @@ def quantize_onnx(
     *,
     rounding: Mapping[str, float],
     peaks: Mapping[str, Weights],
+    decoder: bool = False,
 ) -> tuple[LayerEffect, ...]:
     """Quantize matrix products with ONNX Runtime's own quantizer, and embeddings row by row. Writes `target`.
 
     rounding, peaks: see `graph.tracing.Traced`. Sensitive layers are computed in float and only their weights are stored in int8. Weights
-    that were trained on the grid of int8 (`qat`) keep their codes: they are neither smoothed nor rounded to a smaller range. Raises
+    that were trained on the grid of int8 (`qat`) keep their codes: they are neither smoothed nor rounded to a smaller range. A product that
+    reads rows without a batch is rounded in a decoder, where the rows are tokens. In an encoder it is a head, and stays in float. Raises
     NightpressError(invalid_recipe) if nothing is left to quantize.
     """
     import onnx
@@ -71,6 +74,8 @@ def quantize_onnx(
 
     model = onnx.load(graph)
     fold_transposes(onnx, model)
+    if decoder:
+        divide_gemms(onnx, model)
     constants = {initializer.name: initializer for initializer in model.graph.initializer}
     effects: list[LayerEffect] = []
     ignored: list[str] = []
@@ -79,7 +84,7 @@ def quantize_onnx(
     sensitive = sensitive_layers(rounding, sizes)
     taken = []
     for node in products:
-        if matches(node.name, options.ignore) or matches(node.input[1], options.ignore):
+        if matches(node.name, options.ignore) or matches(node.input[1], options.ignore) or is_router(node.name):
             ignored.append(node.name)
         elif len(constants[node.input[1]].dims) == 2:
             taken.append(node)
@@ -257,7 +262,7 @@ def quantize_openvino(model: Any, options: DynamicInt8) -> tuple[LayerEffect, ..
         name = node.get_friendly_name()
         if weight.ndim != 2 or weight.size < _FEWEST:
             continue
-        if matches(name, options.ignore) or matches(constant.get_friendly_name(), options.ignore):
+        if matches(name, options.ignore) or matches(constant.get_friendly_name(), options.ignore) or is_router(name):
             continue
         # One scale for each output channel: a row of an embedding table or of a transposed weight, else a column.
         by_row = kind == "Gather" or bool(node.get_attributes().get("transpose_b"))

@@ -18,7 +18,9 @@ ACTIVATION_GROUP = 64
 def on_onnx(traced: Traced, target: Path, options: DynamicInt8, *, index: int) -> PassRecord:
     """Write the traced graph in int8 to `target`. index: the pass's index in the recipe."""
     start = time.monotonic()
-    layers = quantize_onnx(traced.path, target, options, rounding=traced.rounding, peaks=traced.peaks)
+    layers = quantize_onnx(
+        traced.path, target, options, rounding=traced.rounding, peaks=traced.peaks, decoder=traced.cached
+    )
     return PassRecord(
         index=index,
         name=options.name,
