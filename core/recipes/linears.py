@@ -58,12 +58,7 @@ def is_linear_weight(tensor: TensorInfo, ignore: Iterable[str]) -> bool:
     ):
         return False
     leaf = module.rsplit(".", 1)[-1].lower()
-    if (
-        "embed" in module.lower()
-        or leaf.endswith("_emb")
-        or "norm" in leaf
-        or leaf in _NOT_LINEAR | _OUTPUT_HEADS
-    ):
+    if "embed" in module.lower() or leaf.endswith("_emb") or "norm" in leaf or leaf in _NOT_LINEAR | _OUTPUT_HEADS:
         return False
     if _TOWERS.search(module) or is_router(module):
         return False

@@ -45,7 +45,8 @@ def _layer(fused: Any, name: str, number: int) -> nn.Linear:
     """The linear layer of one expert. Its weight shares the fused tensor's memory."""
     weight = getattr(fused, name)[number]
     weight = weight.T if fused.is_transposed else weight  # [out, in]
-    layer = nn.Linear(*reversed(weight.shape), bias=fused.has_bias, device="meta")
+    outputs, inputs = weight.shape
+    layer = nn.Linear(inputs, outputs, bias=fused.has_bias, device="meta")
     layer.weight = nn.Parameter(weight, requires_grad=False)
     if fused.has_bias:
         layer.bias = nn.Parameter(getattr(fused, f"{name}_bias")[number], requires_grad=False)
