@@ -53,11 +53,12 @@ def _layer(fused: Any, name: str, number: int) -> nn.Linear:
     return layer
 
 
-def spread_experts(model: nn.Module) -> None:
-    """Replace every mixture that transformers computes by one of its kernels for fused experts."""
+def spread_experts(model: nn.Module) -> bool:
+    """Replace every mixture whose fused experts transformers computes by one of its kernels. Returns whether there is any."""
+    found = False
     for holder in list(model.modules()):
         for name, child in list(holder.named_children()):
-            if hasattr(
-                child, "has_post_expert_norm"
-            ):  # set on all of them by transformers' `use_experts_implementation`
+            if hasattr(child, "has_post_expert_norm"):  # transformers' `use_experts_implementation` sets it
                 setattr(holder, name, EveryExpert(child))
+                found = True
+    return found

@@ -84,11 +84,11 @@ def trace(model_dir: Path, header: ModelHeader, check: Sequences, context: PassC
         folder.mkdir(parents=True, exist_ok=True)
         context.progress(0.05, "loading the model to trace it")
         model = _load(model_dir, header, context.threads)
-        with torch.inference_mode():
-            expected = model.answer(check).float().numpy()
-        spread_experts(model)
         with torch.inference_mode(), _watch_inputs(model) as (rounding, largest):
-            model.answer(check)
+            expected = model.answer(check).float().numpy()
+        if spread_experts(model):
+            with torch.inference_mode(), _watch_inputs(model) as (rounding, largest):
+                model.answer(check)
         with telling(context, 0.2, "tracing the model into a graph"), disk_errors():
             # Protobuf's limit is 2 GiB. Weights up to this limit are stored inside the file, larger ones in a second file.
             partial = folder / "partial"
