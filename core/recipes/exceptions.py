@@ -16,6 +16,7 @@ _ROUTED = "its decoder asks for what its encoder's routers chose, which no graph
 _COLOURS = "it reads the numbers of colours, and no images"
 _NO_CACHE = "it caches nothing, and computes the whole text again for each token"
 _WHOLE_TEXT = "with its cache it still reads the whole text, and a graph with a cache gets only the new tokens"
+TEXT_ALONE = "a graph would hold its text part alone, without the {} that it is for"
 _BY_NUMBER = "its attention finds the tokens that see the whole text by their number, which a traced graph can't decide"
 
 #: Encoder-decoders: a block of the decoder also reads what the encoder answered. Their decoders alone are other classes.
@@ -74,7 +75,10 @@ _WHY_NOT: Mapping[str, Mapping[str, str]] = {
         **dict.fromkeys(("fsmt", "prophetnet"), _WHOLE_MASK),
         **dict.fromkeys(("rwkv", "xlnet", "xlstm"), OTHER_STATES),
         "openai-gpt": _NO_CACHE,
+        "evolla": TEXT_ALONE.format("proteins"),
+        "fuyu": TEXT_ALONE.format("images"),
         "cpmant": _WHOLE_TEXT,
+        "mpt": "it cuts its table of distances to the text's length, which a traced graph can't decide",
         "imagegpt": _COLOURS,
         "pp_lcnet": "its classifier gives its answers no name",
         "funnel": "it makes its positions from the length of the text, which a traced graph would fix",

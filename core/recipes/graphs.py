@@ -4,7 +4,7 @@ import re
 from collections.abc import Iterator
 
 from nightpress.core.recipes.classes import reads_both_ways
-from nightpress.core.recipes.exceptions import OTHER_STATES, why_not
+from nightpress.core.recipes.exceptions import OTHER_STATES, TEXT_ALONE, why_not
 from nightpress.core.recipes.header import ModelHeader
 
 #: Kinds of rotary positions whose frequencies depend on the text's length.
@@ -26,9 +26,9 @@ def _differences(header: ModelHeader) -> Iterator[str]:
     if header.kind.senses == "text":
         for part, beside in (("vision_config", "images"), ("audio_config", "sounds")):
             if part in header.config:
-                yield f"a graph would hold its text part alone, without the {beside} that it is for"
+                yield TEXT_ALONE.format(beside)
     if header.is_decoder:
-        if reads_both_ways(header.model_type) and not header.config.get("is_decoder"):
+        if _is_encoder(header.model_type) and not header.config.get("is_decoder"):
             yield "it caches nothing and sees the whole text, because its config.json doesn't say `is_decoder: true`"
         if _caches_other_states(header):
             yield OTHER_STATES
@@ -36,6 +36,11 @@ def _differences(header: ModelHeader) -> Iterator[str]:
         yield f"rotary positions of kind {turning!r} are computed anew for longer texts, which a traced graph can't decide"
     if header.one_text_a_batch:
         yield "its classifier finds a text's end by the padding token, and its config.json names no `pad_token_id`"
+
+
+def _is_encoder(model_type: str) -> bool:
+    """Return whether models of this type read both ways unless their config says otherwise. BERT for generation is not trained on masked words."""
+    return reads_both_ways(model_type) or model_type == "bert-generation"
 
 
 def _caches_other_states(header: ModelHeader) -> bool:

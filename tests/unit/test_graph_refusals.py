@@ -43,5 +43,6 @@ def test_layers_with_a_window_and_other_weights_do_not_count_as_a_state() -> Non
 def test_an_encoder_with_a_decoders_head_caches_nothing_unless_its_config_says_so() -> None:
     for said in ({}, {"is_decoder": False}):
         assert "is_decoder: true" in (why_no_graph(_header("bert", "BertLMHeadModel", **said)) or "")
+    assert "is_decoder: true" in (why_no_graph(_header("bert-generation", "BertGenerationDecoder")) or "")
     assert why_no_graph(_header("bert", "BertLMHeadModel", is_decoder=True)) is None
     assert why_no_graph(_header("gpt_neox", "GPTNeoXForCausalLM", is_decoder=False)) is None
