@@ -73,7 +73,8 @@ def examine(class_name: str, source: Path, work: Path, names: Collection[str] = 
     except NightpressError as error:
         return {"inspect": Cell("refused", error.message)}
     found["inspect"] = Cell("works")
-    of_passes = not _EXPORTS.issuperset(names)  # an export needs no answers of the source
+    # An export needs no answers of the source, and neither does what no plan takes.
+    of_passes = any(name not in _EXPORTS and _is_planned(name, header) for name in names)
     expected = answers(load(class_name, source)) if of_passes else torch.empty(0)
     for name in names:
         found[name] = _cell(lambda name=name: _press(name, class_name, header, source, work / name, expected))
@@ -84,6 +85,14 @@ def examine(class_name: str, source: Path, work: Path, names: Collection[str] = 
 def recipe_of(name: str) -> Recipe:
     export = name if name in _EXPORTS else "safetensors" if name in _FLOAT else "compressed-tensors"
     return parse_recipe({"name": "r", "passes": CELLS[name], "exports": [export], "evaluate": []})
+
+
+def _is_planned(name: str, header: ModelHeader) -> bool:
+    try:
+        make_plan(recipe_of(name), header)
+    except NightpressError:
+        return False
+    return True
 
 
 def _cell(check: Callable[[], None]) -> Cell:
