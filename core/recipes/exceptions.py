@@ -16,7 +16,7 @@ _ROUTED = "its decoder asks for what its encoder's routers chose, which no graph
 _COLOURS = "it reads the numbers of colours, and no images"
 _NO_CACHE = "it caches nothing, and computes the whole text again for each token"
 _WHOLE_TEXT = "with its cache it still reads the whole text, and a graph with a cache gets only the new tokens"
-_COMPLEX = "it turns positions as complex numbers, which ONNX has no numbers for"
+_COMPLEX = "it turns positions as complex numbers, for which the exporter has no operators"
 TEXT_ALONE = "a graph would hold its text part alone, without the {} that it is for"
 _BY_NUMBER = "its attention finds the tokens that see the whole text by their number, which a traced graph can't decide"
 
