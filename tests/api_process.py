@@ -5,7 +5,6 @@
 
 import os
 import signal
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from nightpress.core.recipes.inspect import FolderFiles, inspect_model
 from nightpress.core.service.access.keys import create_key
 from nightpress.core.service.jobs.submission import JobSubmission
 from nightpress.core.service.tables.registry import models
+from tests.forked_process import Process
 from tests.patience import slowness
 from tests.servers import free_port
 from tests.service import ROOT, TENANT, Service, eventually, module_of
@@ -36,14 +36,14 @@ class ApiProcess:
         self._key = create_key(service.engine, tenant_id=TENANT, name="t", scopes=SCOPES)[1]
         service.model_id, service.model_digest = service.register(new_id("mdl"), model)
         self.job = {"model": service.model_id, "recipe": "int8-encoder"}
-        self.process: subprocess.Popen[bytes] | None = None
+        self.process: Process | None = None
         header = inspect_model(FolderFiles(model)).model_dump(mode="json")
         with transaction(service.engine) as connection:
             connection.execute(update(models).where(models.c.id == service.model_id).values(header=header))
 
     def start(self, dies: str = "", tree: Path = ROOT) -> None:
         """Start the API. `dies`: "before" or "after" the commit of the first submission; empty: never. `tree`: the checkout to run."""
-        script = ("-P", "tests/api_process.py", dies) if dies else ("-m", module_of(tree, "api"))
+        script = ("tests/api_process.py", dies) if dies else ("-m", module_of(tree, "api"))
         more = {"NIGHTPRESS_API_PORT": str(self._port), "PYTHONPATH": str(tree)}
         self.process = self._service.start(*script, cwd=tree, **more)
         with self.client() as client:

@@ -3,8 +3,6 @@
 import json
 import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +18,9 @@ from nightpress.core.service.access.keys import ALL_SCOPES, create_key
 from nightpress.core.service.jobs.records import Claimed, Succeeded, WorkerOffer
 from nightpress.core.service.jobs.store import JobStore
 from nightpress.core.settings import Settings
+from tests import forked_process
 from tests.databases import migrated_sqlite
+from tests.forked_process import Process
 from tests.servers import free_port
 from tests.service import ROOT, eventually
 
@@ -53,13 +53,12 @@ class Face:
         _, self.key = create_key(self.engine, name="test", scopes=ALL_SCOPES)
         self.settings.key_file.write_text(self.key)
         self.url = f"http://127.0.0.1:{self.settings.api_port}"
-        self._process: subprocess.Popen[bytes] | None = None
+        self._process: Process | None = None
 
     def start(self) -> None:
         with (self.folder / "api.log").open("ab") as log:
-            self._process = subprocess.Popen(
-                [sys.executable, "-m", "nightpress.api"], env=self.environment(), cwd=ROOT, stdout=log, stderr=log
-            )
+            command = ("-m", "nightpress.api")
+            self._process = forked_process.start(command, environment=self.environment(), cwd=ROOT, log=log)
         eventually(self._alive, within=30)
 
     def _alive(self) -> bool:

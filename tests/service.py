@@ -33,9 +33,9 @@ from nightpress.worker.process import CHILD_COMMAND
 from nightpress.worker.slot import Slot
 from nightpress.worker.staging import Stager
 from nightpress.worker.supervisor import Supervisor
+from tests import forked_process
+from tests.forked_process import ROOT, Process
 from tests.patience import slowness
-
-ROOT = Path(__file__).parents[1]
 
 
 def module_of(tree: Path, name: str) -> str:
@@ -88,7 +88,7 @@ class Service:
         self.engine = make_engine(self.settings.sql_url)
         self.store = JobStore(self.engine)
         self.objects: ObjectStore = open_store(self.settings)
-        self.processes: list[subprocess.Popen[bytes]] = []
+        self.processes: list[Process] = []
         self.model_id, self.model_digest = self._register_model()
 
     def _register_model(self) -> tuple[str, str]:
@@ -249,36 +249,26 @@ class Service:
         }
         return {**os.environ, **env, **own}
 
-    def start(
-        self, *command: str, through: Sequence[str] = (), cwd: Path = ROOT, **more: str
-    ) -> "subprocess.Popen[bytes]":
+    def start(self, *command: str, through: Sequence[str] = (), cwd: Path = ROOT, **more: str) -> Process:
         """Start Python with arguments as a process of this installation. Its output goes to processes.log in the data folder.
 
         `through`: a command that runs the process.
         """
+        environment = self.environment() | more
         with (self.settings.data_dir / "processes.log").open("ab") as log:
-            process = subprocess.Popen(
-                [*through, sys.executable, *command],
-                env=self.environment() | more,
-                cwd=cwd,
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-            )
+            process = forked_process.start(command, environment=environment, cwd=cwd, log=log, through=through)
         self.processes.append(process)
         return process
 
-    def start_worker(
-        self, behaviour: str | None = "press", *, through: Sequence[str] = (), **more: str
-    ) -> "subprocess.Popen[bytes]":
+    def start_worker(self, behaviour: str | None = "press", *, through: Sequence[str] = (), **more: str) -> Process:
         before = len(self.store.roster.workers())
-        script = (str(ROOT / "tests" / "worker_process.py"), behaviour) if behaviour else ("-m", "nightpress.worker")
+        script = ("tests/worker_process.py", behaviour) if behaviour else ("-m", "nightpress.worker")
         process = self.start(*script, through=through, **more)
         eventually(lambda: len(self.store.roster.workers()) > before or process.poll() is not None, within=60)
         assert process.poll() is None, self.output()
         return process
 
-    def start_control(self, clock_wrong_by: str = "") -> "subprocess.Popen[bytes]":
+    def start_control(self, clock_wrong_by: str = "") -> Process:
         if clock_wrong_by:
             return self.start("tests/control_process.py", NIGHTPRESS_TEST_CLOCK=clock_wrong_by)
         return self.start("-m", "nightpress.worker.control")

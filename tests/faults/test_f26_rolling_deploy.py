@@ -74,7 +74,7 @@ def test_f26_a_new_worker_waits_for_its_tables_and_does_what_old_code_submits(
     migrations.upgrade(url, "0001")  # a worker of any later version can't work with these tables
     service = Service(tmp_path, url, broker_url=valkey_server.url)
     try:
-        service.start(str(ROOT / "tests" / "worker_process.py"), "press")
+        service.start("tests/worker_process.py", "press")
         service.start_control()
         eventually(lambda: "no such column" in service.output() or "no such table" in service.output(), within=30)
         migrations.upgrade(url)
