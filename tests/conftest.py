@@ -126,8 +126,9 @@ def valkey_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Valkey]:
         yield server
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3]:
+    """A server for each file that needs it: idle, it takes a CPU second every two minutes, and half a second to start."""
     with S3(tmp_path_factory.mktemp("s3")) as server:
         yield server
 

@@ -173,10 +173,14 @@ class Postgres(_Server):
         return self
 
     def create_database(self, template: str = "template1") -> str:
-        """Make a database, empty or as a copy of a template to which nobody is connected. Returns its SQLAlchemy URL."""
+        """Make a database, empty or as a copy of a template to which nobody is connected. Returns its SQLAlchemy URL.
+
+        Without fsync, copying files takes half the processor time of writing each page to the log.
+        """
         name = new_id("t")
+        strategy = "WAL_LOG" if self.durable else "FILE_COPY"
         with psycopg.connect(self.url, autocommit=True) as connection:
-            connection.execute(f'CREATE DATABASE "{name}" TEMPLATE "{template}"'.encode())
+            connection.execute(f'CREATE DATABASE "{name}" TEMPLATE "{template}" STRATEGY {strategy}'.encode())
         return f"postgresql://nightpress@127.0.0.1:{self.port}/{name}"
 
     def stop(self) -> None:

@@ -106,6 +106,7 @@ def test_a_model_goes_through_the_production_stack(
                 "NIGHTPRESS_API_HOST": "127.0.0.1",
                 "NIGHTPRESS_API_PORT": api_port,
                 "NIGHTPRESS_S3_ACCESS_KEY_ID": s3_server.access_key,
+                "NIGHTPRESS_WORKER_SPARE": "false",  # the last spare would import torch in vain
             }
             for service in ("migrate", "api", "control", "worker-cpu")
         }

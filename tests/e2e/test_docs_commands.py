@@ -120,6 +120,7 @@ def service() -> Iterator[dict[str, str]]:
     environment |= {"HOME": home, "NIGHTPRESS_API_PORT": str(free_port()), "PYTHONPATH": str(ROOT), "COLUMNS": "160"}
     environment.pop("XDG_CONFIG_HOME", None)
     environment["NIGHTPRESS_DRAIN_S"] = "1"  # the last page leaves a running job
+    environment["NIGHTPRESS_WORKER_SPARE"] = "false"  # the last spare would import torch in vain
     environment["PATH"] = f"{Path(sys.executable).parent}:{environment['PATH']}"
     nightpress = [sys.executable, "-m", "nightpress.client.cli.main"]
     up = subprocess.run([*nightpress, "up", "--detach"], env=environment, cwd=home, capture_output=True, text=True)

@@ -1,6 +1,7 @@
 """A schedule over several nights: a real API, the steps of a real control process, a real worker, and weights that may change each night.
 
-Each artifact's bytes are compared with the weights of its night. To let time pass, the tests move the schedule's next fire in the
+Each artifact's bytes are compared with the weights of its night. Where jobs are pressed every night, the pipeline presses them. Where the
+schedule decides whether a job is needed, a child that copies the model is enough. To let time pass, the tests move the schedule's next fire in the
 database.
 """
 
@@ -43,13 +44,13 @@ def recipe(sparsity: float = 0.5, data: str | None = None) -> dict[str, Any]:
 class Nights:
     """An installation with a schedule, whose fires the test triggers one by one."""
 
-    def __init__(self, service: Service, client: Client, source: Path, folder: Path) -> None:
+    def __init__(self, service: Service, client: Client, source: Path, folder: Path, behaviour: str | None) -> None:
         self.service = service
         self.client = client
         self._source = source
         self._folder = folder
         self._control = Control(Resources(service.settings, service.engine), lambda _: None)
-        self._slot, _ = service.slot(None, memory=4 * 1024**3)
+        self._slot, _ = service.slot(behaviour, memory=4 * 1024**3)
 
     def train(self, seed: int) -> Weights:
         """Upload new weights under the model's name, as a training job does. Returns the weights."""
@@ -115,10 +116,16 @@ class Nights:
 
 
 @pytest.fixture
-def nights(tmp_path: Path, sqlite_url: str, bert_tiny: Path) -> Iterator[Nights]:
+def child() -> str | None:
+    """What the worker's child does: a function of tests/children.py, or None for the real pipeline."""
+    return "press"
+
+
+@pytest.fixture
+def nights(tmp_path: Path, sqlite_url: str, bert_tiny: Path, child: str | None) -> Iterator[Nights]:
     service = Service(tmp_path, sqlite_url, lease_ttl_s=20.0, run_limit_s=200.0)
     with serve(service.settings) as api, Client(api.url, api.key()) as client:
-        nights = Nights(service, client, bert_tiny, tmp_path)
+        nights = Nights(service, client, bert_tiny, tmp_path, child)
         yield nights
         nights.close()
     service.close()
@@ -133,7 +140,7 @@ def is_made_from(artifact: Weights, source: Weights) -> bool:
 
 
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("only_if_changed", [False, True])
+@pytest.mark.parametrize(("only_if_changed", "child"), [(False, None), (True, "press")])
 @pytest.mark.slow
 def test_the_second_night_presses_the_second_weights(nights: Nights, only_if_changed: bool) -> None:
     first_weights = nights.train(1)

@@ -24,7 +24,7 @@ SPACE = """
 
 def test_a_search_on_a_real_model(tmp_path: Path, sqlite_url: str, bert_tiny: Path, monkeypatch: pytest.MonkeyPatch):
     service = Service(tmp_path, sqlite_url, lease_ttl_s=20, model_roots=[bert_tiny.parent])
-    slot, _ = service.slot(None, memory=4 * 1024**3, spare=True)
+    slot, _ = service.slot(None, memory=4 * 1024**3)
     (tmp_path / "space.yaml").write_text(SPACE)
     wanted = ["--minimize", "size", "--gate", "centred_cosine >= 0.9", "--space", str(tmp_path / "space.yaml")]
     sparing = ["--trials", "2", "--parallel", "1", "--samples", "8", "--length", "16", "--name", "first search"]

@@ -14,6 +14,7 @@ import pytest
 from mlflow import MlflowClient
 
 from tests.e2e.test_docs_commands import blocks_of, commands_of
+from tests.forked_command import forked_command
 from tests.hub import Hub, serve_hub
 from tests.mlflow_server import COMMAND, REASON, MlflowServer
 from tests.servers import free_port
@@ -38,10 +39,14 @@ def shell(hub: Hub, tmp_path: Path, bert_tiny: Path) -> Iterator[dict[str, str]]
     environment |= {"HOME": home, "NIGHTPRESS_API_PORT": str(free_port()), "PYTHONPATH": str(ROOT)}
     environment |= {"HF_TOKEN": "hf_right", "NIGHTPRESS_HUB_ENDPOINT": hub.url}
     environment["NIGHTPRESS_DESTINATION_NETWORKS"] = '["127.0.0.0/8"]'  # where the imitation is
+    environment["NIGHTPRESS_WORKER_SPARE"] = "false"  # the last spare would import torch in vain
     environment["PATH"] = f"{Path(sys.executable).parent}:{environment['PATH']}"
     environment.pop("XDG_CONFIG_HOME", None)
-    yield environment
-    subprocess.run(["nightpress", "down"], env=environment, cwd=home, capture_output=True, check=True)
+    (command := Path(home) / "command").mkdir()
+    with forked_command(command, environment) as commands:
+        environment["PATH"] = f"{commands}:{environment['PATH']}"
+        yield environment
+        subprocess.run(["nightpress", "down"], env=environment, cwd=home, capture_output=True, check=True)
     shutil.rmtree(home, ignore_errors=True)
 
 

@@ -63,7 +63,12 @@ def python(tmp_path_factory: pytest.TempPathFactory, wheel: Path) -> Path:
 def environment(tmp_path: Path) -> Iterator[dict[str, str]]:
     folder = tempfile.mkdtemp(prefix="np-")  # a unix socket's path has at most 107 bytes
     clean = {name: value for name, value in os.environ.items() if not name.startswith(("NIGHTPRESS_", "PYTHON"))}
-    yield clean | {"NIGHTPRESS_DATA_DIR": folder, "NIGHTPRESS_API_PORT": str(free_port()), "COLUMNS": "160"}
+    yield clean | {
+        "NIGHTPRESS_DATA_DIR": folder,
+        "NIGHTPRESS_API_PORT": str(free_port()),
+        "COLUMNS": "160",
+        "NIGHTPRESS_WORKER_SPARE": "false",
+    }
     shutil.rmtree(folder, ignore_errors=True)
 
 
