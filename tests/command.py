@@ -1,6 +1,7 @@
 """The `nightpress` command, run in the test's own process: starting Python takes longer than most subcommands."""
 
 import contextlib
+import functools
 import io
 import os
 import sys
@@ -9,10 +10,14 @@ from pathlib import Path
 from unittest import mock
 
 import pytest
+import typer
 
 from nightpress.client.cli.main import main
 from tests.face import Face
 from tests.service import ROOT
+
+#: Typer builds all subcommands at each call, which takes longer than most of them. A process of its own does it once, as here.
+built_once = functools.cache(typer.main.get_command)
 
 
 @dataclass(frozen=True)
@@ -27,6 +32,7 @@ def run(face: Face, *arguments: str, cwd: Path = ROOT, stdin: str = "", **env: s
     out, err = io.StringIO(), io.StringIO()
     with (
         mock.patch.dict(os.environ, face.environment() | env, clear=True),
+        mock.patch.object(typer.main, "get_command", built_once),
         mock.patch.object(sys, "argv", ["nightpress", *arguments]),
         mock.patch.object(sys, "stdin", io.StringIO(stdin)),
         contextlib.chdir(cwd),

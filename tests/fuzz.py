@@ -12,8 +12,10 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Iterable, Iterator
 from contextlib import closing
 from functools import partial
+from itertools import count, takewhile
 from pathlib import Path
 
 from tests.face import Face
@@ -22,14 +24,18 @@ from tests.fuzz_routes import Routes
 from tests.models import bert_tiny_dir
 
 
-def fuzz_readers(folder: Path, model: Path, seconds: float, seed: int) -> Counter[str]:
-    """Call every reader in turn until the time is over. Raises AssertionError, with the seed that repeats it, if a reader fails."""
+def rounds_for(seconds: float) -> Iterator[int]:
+    """Count until the time is over."""
+    until = time.monotonic() + seconds
+    return takewhile(lambda _: time.monotonic() < until, count())
+
+
+def fuzz_readers(folder: Path, model: Path, rounds: Iterable[int], seed: int) -> Counter[str]:
+    """Call every reader once a round. Raises AssertionError, with the seed that repeats it, if a reader fails."""
     readers = Readers(folder, model)
     tried: Counter[str] = Counter()
-    until = time.monotonic() + seconds
-    while time.monotonic() < until:
+    for at in rounds:
         for name in READERS:
-            at = tried[name]
             dice = random.Random(f"{seed}/{name}/{at}")
             try:
                 readers.attempt(name, dice)
@@ -39,13 +45,12 @@ def fuzz_readers(folder: Path, model: Path, seconds: float, seed: int) -> Counte
     return tried
 
 
-def fuzz_routes(face: Face, model: Path, seconds: float, seed: int) -> Counter[int]:
-    """Call random routes of a running API until the time is over. Raises AssertionError with the request that failed."""
+def fuzz_routes(face: Face, model: Path, rounds: Iterable[int], seed: int) -> Counter[int]:
+    """Call a random route of a running API each round. Raises AssertionError with the request that failed."""
     dice = random.Random(seed)
     statuses: Counter[int] = Counter()
-    until = time.monotonic() + seconds
     with closing(Routes(face, model)) as routes:
-        while time.monotonic() < until:
+        for _ in rounds:
             statuses[routes.attempt(dice)] += 1
         routes.check_rows()
     return statuses
@@ -61,12 +66,12 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="nightpress-fuzz-") as place:
         folder = Path(place)
         model = bert_tiny_dir(folder / "models")
-        tried = fuzz_readers(folder / "readers", model, wanted.minutes * 30, wanted.seed)
+        tried = fuzz_readers(folder / "readers", model, rounds_for(wanted.minutes * 30), wanted.seed)
         say(f"readers: {sum(tried.values())} inputs refused or read: {dict(tried)}")
         face = Face(folder / "api", webhook_networks=["127.0.0.0/8"])
         try:
             face.start()
-            statuses = fuzz_routes(face, model, wanted.minutes * 30, wanted.seed)
+            statuses = fuzz_routes(face, model, rounds_for(wanted.minutes * 30), wanted.seed)
         finally:
             face.close()
         say(f"routes: {sum(statuses.values())} requests: {dict(sorted(statuses.items()))}")

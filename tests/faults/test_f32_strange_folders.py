@@ -144,34 +144,28 @@ STRANGE_STATES = [
 ]
 
 
-@pytest.mark.parametrize("text", STRANGE_STATES, ids=lambda text: text[:24])
-def test_f32_a_strange_state_file_says_nothing_and_stops_nobody(
-    folder: Path, text: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """The command runs in the test's own process: starting Python takes longer."""
-    (folder / "devstack.json").write_bytes(os.fsencode(text))
-    assert StackState.load(folder) == StackState()
+def command(folder: Path, monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
+    """The status of a command. It runs in the test's own process: starting Python takes longer."""
     for name in [name for name in os.environ if name.startswith("NIGHTPRESS_")]:
         monkeypatch.delenv(name)
     for name, value in environment(folder, 1).items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr(sys, "argv", ["nightpress", "down"])
+    monkeypatch.setattr(sys, "argv", ["nightpress", *arguments])
     with pytest.raises(SystemExit) as ended:
         main()
+    return int(ended.value.code or 0)
+
+
+@pytest.mark.parametrize("text", STRANGE_STATES, ids=lambda text: text[:24])
+def test_f32_a_strange_state_file_says_nothing_and_stops_nobody(
+    folder: Path, text: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (folder / "devstack.json").write_bytes(os.fsencode(text))
+    assert StackState.load(folder) == StackState()
+    status = command(folder, monkeypatch, "down")
     said = capsys.readouterr()
-    assert (ended.value.code or 0, said.err) == (0, ""), said.err
+    assert (status, said.err) == (0, ""), said.err
     assert "is running" in said.out
-
-
-def run(folder: Path, module: str, *arguments: str) -> "subprocess.CompletedProcess[str]":
-    return subprocess.run(
-        [sys.executable, "-m", module, *arguments],
-        env=environment(folder, 1),
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=60 * slowness(),
-    )
 
 
 def overwrite_header(folder: Path) -> None:
@@ -215,13 +209,17 @@ def make_logs_a_file(folder: Path) -> None:
     ],
 )
 def test_f32_what_a_start_cannot_mend_is_said_with_what_to_do(
-    folder: Path, disorder: Callable[[Path], None], said: str
+    folder: Path,
+    disorder: Callable[[Path], None],
+    said: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
 ) -> None:
     disorder(folder)
-    ended = run(folder, "nightpress.client.cli.main", "up")
-    assert ended.returncode == 1
-    assert said in ended.stderr
-    assert "Traceback" not in ended.stderr
+    assert command(folder, monkeypatch, "up") == 1
+    errors = capfd.readouterr().err
+    assert said in errors
+    assert "Traceback" not in errors
     assert not StackState.load(folder).pids, "nothing is left that looks like a running stack"
 
 

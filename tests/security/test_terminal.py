@@ -20,6 +20,7 @@ from nightpress.core.service.access.oidc.people import PeopleBook
 from nightpress.core.service.access.oidc.sessions import Confirmed, SessionBook
 from nightpress.core.service.compose import Resources
 from nightpress.core.service.studies.searching import Searching
+from tests.command import built_once
 from tests.face import RECIPE, Face
 
 #: Sequences for: title, clear screen, an 8-bit CSI, bell, hyperlink, clipboard, text direction, carriage return; and all of C0 and C1.
@@ -236,6 +237,7 @@ def test_nothing_that_a_server_says_steers_the_terminal(
     for name, value in face.environment().items():
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("NIGHTPRESS_API_KEY", face.key)
+    monkeypatch.setattr(typer.main, "get_command", built_once)
     monkeypatch.chdir(face.folder)
     showed = 0
     broke = []
