@@ -115,8 +115,8 @@ def test_a_press_on_this_machine_uses_it_where_it_is_allowed(
     assert not after.equal(before[name])
 
 
-@pytest.fixture
-def service(python: str, tmp_path: Path) -> Iterator[dict[str, str]]:
+@pytest.fixture(scope="module")
+def service(python: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
     """The environment of a running service that allows the package."""
     folder = tempfile.mkdtemp(prefix="np-")  # a unix socket's path has at most 107 bytes
     environment = {
@@ -127,9 +127,9 @@ def service(python: str, tmp_path: Path) -> Iterator[dict[str, str]]:
         "NIGHTPRESS_WORKER_SPARE": "false",
         "NIGHTPRESS_MAX_FAILURES": "1",
     }
-    nightpress(python, "up", "--detach", cwd=tmp_path, **environment)
+    nightpress(python, "up", "--detach", cwd=tmp_path_factory.getbasetemp(), **environment)
     yield environment
-    nightpress(python, "down", cwd=tmp_path, **environment)
+    nightpress(python, "down", cwd=tmp_path_factory.getbasetemp(), **environment)
     shutil.rmtree(folder, ignore_errors=True)
 
 

@@ -113,11 +113,11 @@ def test_f9_a_ring_delivered_many_times_starts_one_attempt(own: Service) -> None
 
 
 def test_the_control_process_rings_sparingly(own: Service, broker: Valkey) -> None:
-    """Twenty jobs and one worker: after each job the worker looks for the next one, so it needs no ring."""
+    """Ten jobs and one worker: after each job the worker looks for the next one, so it needs no ring."""
     with redis.Redis.from_url(broker.url) as client:
         own.start_worker("press")
         own.start_control()
-        jobs = [own.submit() for _ in range(20)]
+        jobs = [own.submit() for _ in range(10)]
         before = client.info("commandstats").get("cmdstat_lpush", {"calls": 0})["calls"]
         own.await_state(jobs[-1], "succeeded", within=60)
         rings = client.info("commandstats").get("cmdstat_lpush", {"calls": 0})["calls"] - before

@@ -221,7 +221,7 @@ def test_f31_a_worker_with_a_full_disk_fails_no_jobs_and_works_again_when_there_
     [bad_id] = [worker.id for worker in service.store.roster.workers()]
     filler = fill(Path(f"/proc/{bad.pid}/root{disk}"))
     service.start_worker("press")
-    job_ids = [service.submit(max_failures=2) for _ in range(12)]
+    job_ids = [service.submit(max_failures=2) for _ in range(6)]
     service.ring()
     for job_id in job_ids:
         job = service.await_state(job_id, "succeeded", "failed", within=60)
