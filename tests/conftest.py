@@ -128,7 +128,7 @@ def valkey_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Valkey]:
 
 @pytest.fixture(scope="module")
 def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3]:
-    """A server for each file that needs it: idle, it takes a CPU second every two minutes, and half a second to start."""
+    """Each file that needs it has its own: it starts in half a CPU second, and takes one every two minutes while nobody uses it."""
     with S3(tmp_path_factory.mktemp("s3")) as server:
         yield server
 

@@ -1,7 +1,7 @@
 """Processes of an installation for tests, forked from a process that has imported their code: the imports take two CPU seconds.
 
 Each is a process of its own, with its arguments, folder, environment and output, and its own exit status. What is left out is the start of
-Python, which tests/integration/test_devstack.py and tests/e2e test: their API, worker and control process are programs of their own.
+Python: in tests/integration/test_devstack.py and tests/e2e/test_compose_commands.py, these programs are started. See decision 0198.
 """
 
 import atexit

@@ -121,6 +121,7 @@ def test_an_expired_revoked_or_invented_key_opens_no_route(api: RunningApi):
                 assert (answer.status_code, answer.json()["code"]) == (401, "unauthenticated"), operation
 
 
+@pytest.mark.slow
 def test_each_route_takes_exactly_one_scope_and_only_reading_scopes_for_reading(api: RunningApi):
     scopes = sorted(ALL_SCOPES - {"admin"})
     clients = {scope: api.client(tenant_id="scoped", scopes=[scope]) for scope in scopes}

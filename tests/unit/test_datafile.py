@@ -168,6 +168,7 @@ def test_how_the_bytes_come_in_changes_nothing(data: bytes, kind: str, cuts: lis
     assert rows(pieces) == rows([data])
 
 
+@pytest.mark.slow
 @given(texts=st.lists(st.text(st.characters(codec="utf-8", exclude_characters="\0\r"), max_size=20), max_size=5))
 def test_rows_that_any_program_writes_come_back(texts: list[str]):
     wanted = [text for text in texts if text.strip()]

@@ -215,6 +215,7 @@ def test_a_child_may_read_the_environment_with_vllm(tmp_path: Path, monkeypatch:
     assert vllm.interpreter() == python
 
 
+@pytest.mark.slow
 def test_doctor_tries_the_environment(tmp_path: Path):
     assert check_vllm(None).status == "ok"
     for python in (Path(sys.executable), tmp_path / "no-python"):  # the tests' environment has no vLLM
