@@ -61,16 +61,17 @@ def held_by_experts(source: Path, ids: torch.Tensor, *, context: Any) -> list[tu
     from nightpress.core.recipes.passes import Gptq
     from tests.block_models import linears_of
 
-    most = [0, 0, 0]
+    blocks: dict[int, list[int]] = {}
 
     class Weighing(Quantized):
         def settle(self, block: Any, inputs: Any, device: torch.device) -> Any:
             grams = [seen.statistic for seen in inputs if ".experts." in seen.names[0]]
             held = [tensor for name, tensor in block.items() if ".experts." in name]
             loaded = [tensor for name, tensor in block.module.named_parameters() if ".experts." in name]
-            sizes = [sum(gram.matrix().nbytes for gram in grams), sum(tensor.nbytes for tensor in held)]
-            sizes.append(sum(tensor.nbytes for tensor in loaded if not tensor.is_meta))
-            most[:] = map(max, most, sizes)
+            sizes = blocks.setdefault(id(block.module), [0, 0, 0])
+            sizes[0] += sum(gram.matrix().nbytes for gram in grams)
+            sizes[1] += sum(tensor.nbytes for tensor in held)
+            sizes[2] = sum(tensor.nbytes for tensor in loaded if not tensor.is_meta)
             return super().settle(block, inputs, device)
 
     options = Gptq(group_size=16)
@@ -78,7 +79,9 @@ def held_by_experts(source: Path, ids: torch.Tensor, *, context: Any) -> list[tu
     target = context.work_dir / "passes"
     given = (source, target, method, {"input_ids": ids}, linears_of(source), "weighing", {}, None, None, 1)
     _run(*given, context=context)
-    return [tuple(sizes) for sizes in context.group.collect(most)]
+    return [
+        tuple(sizes) for sizes in context.group.collect([max(sizes) for sizes in zip(*blocks.values(), strict=True)])
+    ]
 
 
 def asks_experts(chosen: list[list[int]], most: int, *, group: Group, tell: Any) -> list[list[tuple[int, list[float]]]]:

@@ -7,6 +7,8 @@ estimate beside the measured peak.
 
 import math
 import re
+from collections import Counter
+from collections.abc import Iterator
 from typing import NamedTuple
 
 from nightpress.core.recipes.header import CONV1D, SHARED_BLOCKS, ModelHeader
@@ -59,13 +61,14 @@ def gpu_peak(
     gram: bool,
     bits: int | None,
     by_group: bool,
+    in_parts: bool,
     gpus: int = 1,
 ) -> int:
     """Return the peak in bytes of one of so many GPUs, each of which holds a part of a mixture's experts.
 
     tokens: of the calibration text on this GPU. width: of the hidden states. batch: tokens of a batch. in_turn_bytes: limit of the intermediate results
     of all texts inside a block. gram: whether Σ xxᵀ is summed. bits: of the codes in the result; None: pruned weights. by_group: as
-    `Method.by_group`; False: AWQ's estimate.
+    `Method.by_group`; False: AWQ's estimate. in_parts: whether a block is settled part by part.
     """
     prefix, whole, itemsize = _largest_block(header)
     if not whole:
@@ -105,32 +108,53 @@ def gpu_peak(
     else:
         entered += 2 * product  # gate and up projection, while they are multiplied
     stages = [hidden + itemsize * _largest_outside(header) + 2 * itemsize * batch * width]
-    for group in groups:
+    weight_copies = (_ROUNDING if bits is not None else _PRUNING) * gram
+    for group in groups if by_group and not in_parts else ():
         others = linear - group.weights
         held = earlier + int((floats + written) * others) + itemsize * group.weights
         own = _FLOAT * group.columns**2
-        factors = 3 * own if gram else 0  # rotated by 180°, factorized, rotated back
-        copies = (_ROUNDING if bits is not None else _PRUNING) * group.weights + own if gram else 0
-        if gram and by_group:
-            stacked = stack_size(group.rows, group.columns, groups.count(group))
-            own_grams = own * stacked if stacked > 1 else 0
-            factors, copies = stacked * factors + own_grams, stacked * copies + own_grams
+        settling = _settling(group, stack_size(group.rows, group.columns, groups.count(group)), gram, weight_copies)
         if in_turn:
             waiting = itemsize * tokens * (group.columns + width)
-            stages.append(waiting + block + own * gram + held + max(factors, copies))
+            stages.append(waiting + block + own * gram + held + settling)
             stages.append(waiting + block + own * gram + held + 2 * product)
-        elif by_group:
-            stages.append(hidden + block + grams + held + max(factors, copies))
+        else:
+            stages.append(hidden + block + grams + held + settling)
+    kept = 0.0 if bits is None else written  #: pruned weights are in their layers, and are written from there
+    if in_parts:
+        left, done = grams, 0.0
+        for group, stacked in _parts(groups):
+            held = earlier + int(done) + itemsize * group.weights
+            stages.append(hidden + block + left + held + _settling(group, stacked, gram, weight_copies))
+            left -= _FLOAT * group.columns**2 * stacked * gram
+            done += kept * group.weights * stacked
     if not in_turn:
         stages.append(hidden + block + grams + earlier + entered)
         again = 3 * product + 2 * itemsize * batch * width
         brought = int(written * of_others)
-        stages.append(hidden + block + int((floats + written) * linear) + brought + again)
+        results = kept if in_parts else floats + written
+        stages.append(hidden + block + int(results * linear) + brought + again)
     if not by_group:
         held = hidden + block + grams + earlier + _FLOAT * linear
         stages.append(held + _FLOAT * linear)  # the proof that factors may be exchanged: two copies in float32
         stages += [held + searched for searched in _searched(groups, mixture, on_gpu=True)]
     return max(stages) + _WORKSPACE
+
+
+def _settling(group: _Group, stacked: int, gram: bool, copies: int) -> int:
+    """Return the bytes while so many such groups are settled side by side, beside statistics and results. copies: bytes per weight."""
+    own = _FLOAT * group.columns**2 * gram
+    own_grams = own * stacked if stacked > 1 else 0
+    factors = 3 * own  # rotated by 180°, factorized, rotated back
+    return stacked * max(factors, copies * group.weights + own) + own_grams
+
+
+def _parts(groups: list[_Group]) -> Iterator[tuple[_Group, int]]:
+    """Yield the parts in which a mixture's groups are settled: a group, and how many of its shape are in the part."""
+    for group, count in Counter(sorted(groups, key=lambda group: group.share < 1)).items():
+        most = stack_size(group.rows, group.columns, count)
+        for start in range(0, count, most):
+            yield group, min(most, count - start)
 
 
 def learning_peak(header: ModelHeader, tokens: int, width: int, *, batch: int, queue: Queue) -> int:

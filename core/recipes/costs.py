@@ -2,7 +2,8 @@
 
 import math
 import re
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 from nightpress.core.recipes.block_peak import gpu_peak, input_of, learning_peak, searched_bytes
@@ -51,9 +52,9 @@ _STREAM_RATE = 0.4e9  #: bytes/s that are read, rounded and written with fsync o
 BATCH_TOKENS = {"cuda": 16384, "cpu": 1024}
 #: How many times as many tokens a batch of a mixture has on a GPU, because each expert gets only a few of them.
 _MIXTURE_BATCHES = 4
-_PINNED_BLOCKS = (
-    3  #: blocks in pinned memory: the block that runs, the next block, and a block whose memory is not yet reused
-)
+#: Blocks in pinned memory if the next block is read ahead: the block that runs, the next, and a block whose memory is not yet reused.
+_PINNED_BLOCKS = 3
+_PINNED_BYTES = 16 * 1024**3  #: limit of these blocks; larger ones are read when their turn comes
 _CACHED_BLOCK_S = 1.2  #: seconds of tracing a block with a key/value cache
 GRAPH_TOKENS = 1024  #: tokens of calibration text that run through a graph at a time
 TRIAL_TOKENS = (
@@ -70,6 +71,22 @@ IN_TURN_BYTES = {"cuda": 4 * 1024**3, "cpu": 1024**3}
 def batch_tokens(device: str, *, mixture: bool) -> int:
     """Return the tokens of a batch in the blocks executor. device: `cpu` or `cuda`."""
     return BATCH_TOKENS[device] * (_MIXTURE_BATCHES if mixture and device == "cuda" else 1)
+
+
+def pinned_bytes(blocks: Iterable[Iterable[int]]) -> int:
+    """Return the bytes of pinned memory that hold any block of a model. blocks: the sizes of each block's tensors in bytes.
+
+    torch rounds each tensor up to a power of two, and keeps freed memory for later tensors of the same rounded size.
+    """
+    kept: Counter[int] = Counter()
+    for sizes in blocks:
+        kept |= Counter(2 ** max(0, size - 1).bit_length() for size in sizes)
+    return sum(size * count for size, count in kept.items())
+
+
+def reads_ahead(pinned: int) -> bool:
+    """Whether the blocks executor holds the next block in the host's memory while a GPU runs a block. pinned: bytes of a block."""
+    return _PINNED_BLOCKS * pinned <= _PINNED_BYTES
 
 
 def made_graph_bytes(header: ModelHeader, runtime: str, *, rounded: bool, mapped: bool) -> int:
@@ -172,13 +189,16 @@ def blocks_cost(
     gram: bool = True,
     bits: int | None = None,
     by_group: bool = True,
+    in_parts: bool = False,
     copies: bool = False,
 ) -> Cost:
     """Return the cost of the blocks executor: one forward pass over the calibration text if all texts can stop inside a block, else two.
 
     gram: the method sums up Σ xxᵀ of each layer's inputs (half of the matrix, because it is symmetric). bits: of the codes that it writes;
     None: it writes weights. by_group: it settles each group of layers with the same inputs alone; else, and for mixtures, the statistics of
-    all inputs of a block are held at once. copies: it holds a second copy of the block's weights, in float32, and searches in copies of it.
+    all inputs of a block are held at once. in_parts: it settles a mixture part by part, as the executor does with a method whose
+    `Method.by_group` is true: then not all settled weights are held in float32. copies: it holds a second copy of the block's weights, in float32, and
+    searches in copies of it.
     """
     shape = _shape(header)
     length = min(calibration.length, header.positions or calibration.length)
@@ -190,8 +210,14 @@ def blocks_cost(
     work += tokens * length * shape.width * shape.blocks  # attention: half of QKᵀ, and half of its product with V
     if gram:
         work += tokens * shape.distinct_squares / 2 * _GRAM_EFFORT + _SOLVE_EFFORT * shape.solving
+    in_parts = in_parts and header.has_experts
+    if in_parts:  # settled weights replace those of the file. The block before is held until it is written
+        settled = shape.stored_block if bits is None else shape.largest_block // 4 * bits // 8
+    else:
+        settled = shape.largest_block
     held = (
-        2 * shape.largest_block
+        shape.largest_block
+        + settled
         + 4 * 4 * shape.widest**2 * gram
         + (0 if in_turn else shape.stored_block + 4 * (shape.block_squares - shape.widest**2) * gram)
         + (shape.largest_block + searched_bytes(header)) * copies
@@ -210,10 +236,12 @@ def blocks_cost(
             gram=gram,
             bits=bits,
             by_group=by_group,
+            in_parts=in_parts,
             gpus=gpus,
         )
 
-    host = GPU_CHILD_BYTES + KERNELS_BYTES * gram + _PINNED_BLOCKS * shape.pinned_block
+    pinned = shape.pinned_block * (_PINNED_BLOCKS if reads_ahead(shape.pinned_block) else 1)
+    host = GPU_CHILD_BYTES + KERNELS_BYTES * gram + pinned
     shared = on_gpus if header.has_experts else None
     return Cost(memory, header.size / _STREAM_RATE, work, on_gpus(1), host, gpu_bytes_on=shared)
 
@@ -287,14 +315,13 @@ class _Shape(NamedTuple):
     largest_block: int  #: bytes of the largest block
     stored_block: int  #: bytes of the largest block in the file's dtypes
     largest_outside: int  #: bytes of the largest tensor outside the blocks
-    #: Bytes of the largest block in pinned memory, where torch rounds each tensor up to a power of two.
-    pinned_block: int
+    pinned_block: int  #: bytes of pinned memory that hold any block
 
 
 def _shape(header: ModelHeader) -> _Shape:
     blocks: dict[str, int] = {}
     stored: dict[str, int] = {}
-    pinned: dict[str, int] = {}
+    sizes: dict[str, list[int]] = {}
     distinct: set[tuple[str, str, int]] = set()
     outside = widest = solving = 0
     weights = 0.0
@@ -308,7 +335,7 @@ def _shape(header: ModelHeader) -> _Shape:
             continue
         blocks[found[0]] = blocks.get(found[0], 0) + size
         stored[found[0]] = stored.get(found[0], 0) + tensor.size
-        pinned[found[0]] = pinned.get(found[0], 0) + 2 ** max(0, tensor.size - 1).bit_length()
+        sizes.setdefault(found[0], []).append(tensor.size)
         if len(tensor.shape) != 2:
             continue
         rows, columns = reversed(tensor.shape) if header.model_type in CONV1D else tensor.shape
@@ -334,5 +361,5 @@ def _shape(header: ModelHeader) -> _Shape:
         largest,
         max(stored.values(), default=0),
         outside,
-        max(pinned.values(), default=0),
+        pinned_bytes(sizes.values()),
     )

@@ -163,14 +163,14 @@ def test_a_run_whose_process_was_killed_ends_with_the_same_bytes(two: Ranks, tmp
 
 
 def test_an_error_in_the_process_of_one_expert_ends_all(model: Path, two: Ranks, tmp_path: Path):
-    """Expert 3 lives in the second process, which alone sees that its product is not finite."""
+    """Expert 3 lives in the second process, which alone settles its weights, of which one is not finite."""
     tensors = load_file(model / "model.safetensors")
     tensors["model.layers.0.mlp.experts.3.up_proj.weight"][0, 0] = torch.nan
     (tmp_path / "model").mkdir()
     save_file(tensors, tmp_path / "model" / "model.safetensors", {"format": "pt"})
     (tmp_path / "model" / "config.json").write_bytes((model / "config.json").read_bytes())
     pids: list[int] = []
-    with pytest.raises(NightpressError, match=r"experts\.3\.down_proj") as caught:
+    with pytest.raises(NightpressError, match=r"experts\.3\.up_proj") as caught:
         run(
             tmp_path / "model",
             MIXTURE,

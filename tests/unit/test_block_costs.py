@@ -6,11 +6,11 @@ import pytest
 
 from nightpress.core.recipes.block_peak import stack_size
 from nightpress.core.recipes.calibration import Calibration
-from nightpress.core.recipes.costs import blocks_cost, learning_cost
+from nightpress.core.recipes.costs import blocks_cost, learning_cost, pinned_bytes, reads_ahead
 from nightpress.core.recipes.header import ModelHeader, TensorInfo
 from nightpress.core.recipes.models import parse_recipe
 from nightpress.core.recipes.plan import make_plan
-from tests.headers import decoder
+from tests.headers import decoder, mixture
 
 _WIDTH, _INNER = 256, 1024
 _TEXT = Calibration(samples=8, length=64)
@@ -47,6 +47,30 @@ def test_the_gram_matrices_of_all_experts_are_held_at_once():
     # on a GPU: the block in its stored dtype, the Gram matrices, its new weights, and the block before until it is written;
     # and the largest Gram matrices four times, since all experts' are stacked and factorized at once
     assert many.gpu_bytes - few.gpu_bytes == 16 * (2 * weights + 4 * grams + 2 * weights + 2 * weights + 16 * _INNER**2)
+
+
+def test_parts_hold_neither_all_settled_weights_nor_all_gram_matrices():
+    few, many = (blocks_cost(_mixture(experts), _TEXT, bits=4, in_parts=True) for experts in (4, 20))
+    weights = 3 * _INNER * _WIDTH
+    # A block in float32, as stored, and its codes: the weights that are settled leave the copy as stored.
+    grams = 4 * (_WIDTH**2 + _INNER**2)
+    assert many.memory_bytes - few.memory_bytes == 16 * (4 * weights + 2 * weights + weights // 2 + grams)
+    # On a GPU: the block as stored, the codes of the block before, and those of this block so far. The peak is at the first part of the
+    # down projections, when the other inputs' Gram matrices are gone. All down projections are settled at once.
+    down, copies = 4 * _INNER**2, 30 * _INNER * _WIDTH
+    settled = 2 * _INNER * _WIDTH // 2
+    stacked = max(3 * down, copies + down) + down
+    assert many.gpu_bytes - few.gpu_bytes == 16 * (2 * weights + weights // 2 + down + settled + stacked)
+
+
+def test_blocks_are_read_ahead_only_if_they_are_small():
+    gib = 1024**3
+    assert pinned_bytes([[3 * gib, 1], [3 * gib, 3 * gib - 5], [gib]]) == 2 * 4 * gib + gib + 1
+    assert reads_ahead(5 * gib)
+    assert not reads_ahead(6 * gib)
+    small, large = (mixture(7168, 2048, experts=count, chosen=8, layers=2, vocabulary=100) for count in (32, 256))
+    first, second = (blocks_cost(header, _TEXT).host_bytes or 0 for header in (small, large))
+    assert second < 3 * first, "eight times the experts, but one block in place of three"
 
 
 def test_experts_are_stacked_only_as_far_as_memory_is_set_aside():

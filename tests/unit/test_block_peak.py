@@ -34,7 +34,9 @@ PASSES: dict[str, OnLinears] = {
     "sparsegpt": SparseGpt(),
     "wanda": Wanda(pattern="2:4"),
 }
-#: (shape, pass, samples, length) → MiB
+#: (shape, pass, samples, length) → MiB. The mixtures' were taken before GPTQ settled a mixture part by part. At these numbers of tokens
+#: a block needs most while its inputs are watched, which is as before: so the comparison still applies. How high a block peaks while its
+#: parts are settled is not measured yet: that needs a larger mixture (`python -m bench.two_gpus --only alone --shapes deepseek-v3`).
 PEAKS = {
     ("8b", "gptq", 128, 2048): 7318,
     ("8b", "gptq", 128, 512): 5780,
@@ -130,7 +132,18 @@ def test_each_of_several_gpus_holds_a_part_of_a_mixtures_experts(pass_: str):
     alone, *shared = (cost.each_gpu(gpus) for gpus in (1, 2, 4, 8))
     assert alone == cost.gpu_bytes
     assert alone > shared[0] > shared[1] > shared[2]
-    assert cost.each_gpu(128) == pytest.approx(alone, rel=0.1), "fewer experts than GPUs: each holds all"
+    least = PASSES[pass_].cost(model("moe"), Calibration(samples=1, length=128))
+    assert cost.each_gpu(128) == least.gpu_bytes <= alone, "fewer experts than GPUs: each holds all"
     dense = PASSES[pass_].cost(model("8b"), few)
     assert dense.each_gpu(4) == dense.gpu_bytes
     assert cost.then(dense).each_gpu(4) == max(cost.each_gpu(4), dense.gpu_bytes)
+
+
+@pytest.mark.parametrize("pass_", ["gptq", "sparsegpt"])
+def test_a_mixture_as_large_as_deepseek_v3_fits_a_gpu_and_a_host(pass_: str):
+    """Not measured: what is estimated must leave 15% of a GPU of 139 GiB, and stay under 64 GiB of the host."""
+    header = mixture(7168, 2048, experts=256, chosen=8, layers=3, vocabulary=32000)
+    cost = PASSES[pass_].cost(header, Calibration(samples=128, length=2048))
+    assert 1.15 * cost.gpu_bytes < 139 * 1024**3
+    assert cost.host_bytes is not None
+    assert cost.host_bytes < 64 * 1024**3

@@ -9,12 +9,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from nightpress.core.compress.executors.side_by_side import side_by_side
 from nightpress.core.compress.executors.watch import Inputs
 from nightpress.core.compress.ranks.group import ALONE, Group
 from nightpress.core.compress.solvers.gram import Gram
 from nightpress.core.compress.solvers.obs import Factor, factorize, hand_round
 from nightpress.core.compress.solvers.shared_factor import owners
-from nightpress.core.recipes.block_peak import stack_size
 
 
 @dataclass(frozen=True)
@@ -71,16 +71,7 @@ def stacks(
 
     kind: what must be equal beside the shape, e.g. the scheme.
     """
-    alike: dict[Hashable, list[Inputs]] = {}
-    for group in inputs:
-        like = tuple((kind(name), tuple(block[name].shape), block[name].dtype) for name in group.names)
-        alike.setdefault(like, []).append(group)
-    for groups in alike.values():
-        columns = block[groups[0].names[0]].shape[1]
-        rows = sum(len(block[name]) for name in groups[0].names)
-        most = stack_size(rows, columns, len(groups)) if device.type == "cuda" else 1
-        for start in range(0, len(groups), most):
-            yield Stack(tuple(groups[start : start + most]))
+    return map(Stack, side_by_side(block, inputs, device, kind))
 
 
 def factored(

@@ -201,4 +201,4 @@ class Calibrated(OnLinears):
     turns: ClassVar[bool] = True
 
     def cost(self, header: ModelHeader, calibration: Calibration) -> Cost:
-        return blocks_cost(header, calibration)
+        return blocks_cost(header, calibration, in_parts=True)

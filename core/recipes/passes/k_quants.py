@@ -136,5 +136,5 @@ class KQuants(Calibrated):
         return min(most, int(self.bits_per_weight * tensor.shape[0] * tensor.shape[1] / 8))
 
     def cost(self, header: ModelHeader, calibration: Calibration) -> Cost:
-        once = blocks_cost(header, calibration, bits=self.rounding_bits)
+        once = blocks_cost(header, calibration, bits=self.rounding_bits, in_parts=True)
         return once.times(1 if self.bits_per_weight is None else 2)  # a sweep measures each layer's errors

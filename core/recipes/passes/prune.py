@@ -87,4 +87,4 @@ class Wanda(Pruning, Calibrated):
     pass_: Literal["wanda"] = Field("wanda", alias="pass")
 
     def cost(self, header: ModelHeader, calibration: Calibration) -> Cost:
-        return blocks_cost(header, calibration, gram=False)
+        return blocks_cost(header, calibration, gram=False, in_parts=True)

@@ -362,7 +362,7 @@ class Budgeted(Searching, Rounding, Calibrated):
         return once.times(runs)
 
     def _once(self, header: ModelHeader, calibration: Calibration) -> Cost:
-        return blocks_cost(header, calibration, bits=self.coarsest_bits)
+        return blocks_cost(header, calibration, bits=self.coarsest_bits, in_parts=True)
 
 
 class Awq(Budgeted):

@@ -87,8 +87,7 @@ def press_in_turn(
         found = settler.settle(index, {name: tensors[name] for name in names}, [Inputs(names, statistic)], linears)
         statistic = None
         for name, settled in found.settled.items():
-            weight = settled.weight.to(plan.device, plan.skeleton.dtype)
-            linears[name].weight = nn.Parameter(weight, requires_grad=False)
+            settler.put(linears[name], settled.weight)
             tensors[name] = settled.weight  # frees the old weight: nothing reads it again
         outcome |= found
         return_freed_memory()

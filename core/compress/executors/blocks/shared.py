@@ -45,17 +45,17 @@ class _Part(NamedTuple):
         return torch.Size(self.shape).numel() * self.dtype.itemsize
 
 
-def bring_to_first(group: Group, own: Mapping[str, FinalTensor], device: torch.device) -> dict[str, Written]:
+def bring_to_first(group: Group, own: Mapping[str, Written], device: torch.device) -> dict[str, Written]:
     """Send what is to be written of this process's own tensors to the first process. Returns there what came, by rank; else nothing.
 
     device: of this process, on which the tensors travel and arrive.
     """
     parts = [
         _Part(name, key, tuple(tensor.shape), tensor.dtype)
-        for name, final in own.items()
-        for key, tensor in final.tensors.items()
+        for name, written in own.items()
+        for key, tensor in written.tensors.items()
     ]
-    told = group.collect((parts, {name: final.effect for name, final in own.items()}))
+    told = group.collect((parts, {name: written.effect for name, written in own.items()}))
     sendings = [list(_pieces(others)) if rank else [] for rank, (others, _) in enumerate(told)]
     found: dict[str, dict[str, Tensor]] = {name: {} for _, effects in told[1:] for name in effects}
     for number in range(max(map(len, sendings))):

@@ -1,9 +1,11 @@
 """Settles a block in two passes. The first pass collects statistics of the layers' inputs. Then all layers are settled.
 
-The second pass runs the samples through the settled block.
+The second pass runs the samples through the settled block. A mixture's layers are settled part by part, so that not all statistics and all
+settled weights exist at the same time.
 """
 
 import contextlib
+from collections import deque
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 
@@ -16,11 +18,11 @@ from nightpress.core.compress.executors.watch import EnoughSeen, Inputs, Watched
 
 
 def press_in_two_passes(
-    settler: Settler, index: int, tensors: Mapping[str, Tensor], linears: Mapping[str, nn.Module]
+    settler: Settler, index: int, tensors: dict[str, Tensor], linears: Mapping[str, nn.Module]
 ) -> BlockOutcome:
     """Settle a block whose weights are loaded. tensors: all tensors of the block; linears: the layers to settle.
 
-    The samples run through the settled block only if another block follows.
+    If the block is settled in parts, the settled weights are taken out of `tensors`. The samples run through the settled block only if another block follows.
     """
     plan, forward = settler.plan, settler.forward
     seen = _watch(settler, index, linears)
@@ -28,13 +30,42 @@ def press_in_two_passes(
     seen = [inputs for inputs in seen if few.keys().isdisjoint(inputs.names)]
     of_all = {name: tokens for found in plan.group.collect(few) for name, tokens in found.items()}
     seen += _watch_on_all_tokens(settler, index, linears, few, of_all)
-    outcome = replace(settler.settle(index, tensors, seen, linears), undersampled=tuple(of_all.items()))
-    del seen  # frees the statistics before the samples run again
-    weights = {name: settled.weight for name, settled in outcome.settled.items()}
-    plan.skeleton.fill_block(index, {**tensors, **weights})
+    if settler.in_parts(index):
+        outcome = _settle_in_parts(settler, index, tensors, seen, linears)
+    else:
+        outcome = settler.settle(index, tensors, seen, linears)
+        seen.clear()  # frees the statistics before the samples run again
+        weights = {name: settled.weight for name, settled in outcome.settled.items()}
+        plan.skeleton.fill_block(index, {**tensors, **weights})
+    outcome = replace(settler.join(index, outcome), undersampled=tuple(of_all.items()))
     if index + 1 < plan.blocks:
         forward.advance(index)
     return outcome
+
+
+def _settle_in_parts(
+    settler: Settler, index: int, tensors: dict[str, Tensor], seen: list[Inputs], linears: Mapping[str, nn.Module]
+) -> BlockOutcome:
+    """Settle the layers part by part. After each part its settled weights are in their layers, and its statistics are freed.
+
+    Empties `seen`, and takes the settled weights out of `tensors`, because nothing reads them again.
+    """
+    parts = deque(settler.parts(tensors, seen, linears))
+    seen.clear()
+    outcome = BlockOutcome({})
+    while parts:
+        outcome |= _settle_part(settler, index, tensors, parts.popleft(), linears)
+    return outcome
+
+
+def _settle_part(
+    settler: Settler, index: int, tensors: dict[str, Tensor], part: Sequence[Inputs], linears: Mapping[str, nn.Module]
+) -> BlockOutcome:
+    weights = {name: tensors.pop(name) for inputs in part for name in inputs.names}
+    found = settler.settle(index, weights, part, linears)
+    for name, settled in found.settled.items():
+        settler.put(linears[name], settled.weight)
+    return found.without_weights()
 
 
 def _watch(settler: Settler, index: int, linears: Mapping[str, nn.Module]) -> list[Inputs]:
