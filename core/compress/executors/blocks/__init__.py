@@ -8,7 +8,7 @@ First, the hidden states at the first block's input are captured for all calibra
 4. Run the samples through it again with the new weights.
 5. Write it as a shard of its own.
 
-While a block is computed, the next one is read and the previous one is written.
+While a block is computed, the next one is read, unless blocks are too large for that, and the previous one is written.
 
 Several processes (`PassContext.ranks`) each hold some of the samples, and run them through the same block. Their statistics are summed, and
 they share out the work of settling. All end with the same weights. The first process writes.
@@ -21,7 +21,7 @@ they share out the work of settling. All end with the same weights. The first pr
 | `shared` | settled tensors of several processes |
 | `settle` | the call of the method for the new weights of a block |
 | `lessons` | for methods that learn: the source model's outputs, and the error of a block with other weights |
-| `two_pass` | watch all layers of a block, settle them, run the samples again |
+| `two_pass` | watch all layers of a block, settle them (a mixture's part by part), run the samples again |
 | `in_turn`, `groups` | settle each group of layers before the next group runs: a single pass, if memory allows it |
 | `resume` | the files of a run: shards and records, which show the blocks that an earlier attempt finished |
 | `writer` | the thread that writes |

@@ -5,6 +5,7 @@ import gc
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import cast
 
@@ -27,6 +28,7 @@ from nightpress.core.compress.executors.rewrite import Rewrite
 from nightpress.core.compress.memory import map_large_tensors, return_freed_memory
 from nightpress.core.compress.model.skeleton import Batch
 from nightpress.core.errors import ErrorCode, NightpressError
+from nightpress.core.recipes.costs import pinned_bytes, reads_ahead
 
 
 def press_blocks(
@@ -129,7 +131,7 @@ def _press(
             if lessons is not None:
                 lessons.advance_source(index, inputs.of_source(index) if index < inputs.finished else tensors)
             if index < inputs.finished:
-                tensors |= {name: method.restore(name, tensors) for name in plan.chosen_of(index)}
+                tensors |= {name: settler.placed(method.restore(name, tensors)) for name in plan.chosen_of(index)}
                 if index + 1 < count:
                     skeleton.fill_block(index, tensors)
                     forward.advance(index)
@@ -173,18 +175,31 @@ class BlockReader:
         )
 
     def of_source(self, index: int) -> dict[str, Tensor]:
-        """The tensors of a block in the source that this process holds."""
-        tensors = {name: self.plan.source.read(name) for name in self.plan.skeleton.held_names(index)}
-        if self.plan.device.type == "cuda":
-            return {name: tensor.pin_memory() for name, tensor in tensors.items()}
-        return tensors
+        """The tensors of a block in the source that this process holds. For a GPU they are in pinned memory, copied one after the other."""
+        pinned = self.plan.device.type == "cuda"
+        read = self.plan.source.read
+        return {
+            name: read(name).pin_memory() if pinned else read(name) for name in self.plan.skeleton.held_names(index)
+        }
+
+    @cached_property
+    def holds_next(self) -> bool:
+        """Whether the next block is held in memory while a block runs.
+
+        A CPU computes a block far longer than it reads one, so holding a second block would not help. For a GPU, blocks must be small enough.
+        """
+        if self.plan.device.type != "cuda":
+            return False
+        stored = self.plan.source.stored
+        blocks = [
+            [stored(name).info.size for name in self.plan.skeleton.held_names(index)]
+            for index in range(self.plan.blocks)
+        ]
+        return reads_ahead(pinned_bytes(blocks))
 
     def read_ahead(self, index: int) -> dict[str, Tensor]:
-        """Read a block's tensors in advance for a GPU. For a CPU, only ask the kernel to read ahead, and return {}.
-
-        A CPU computes a block far longer than it reads one, so holding a second block in memory would not help.
-        """
-        if self.plan.device.type == "cuda":
+        """Read a block's tensors in advance if they may be held in memory. Else only ask the kernel to read ahead, and return {}."""
+        if self.holds_next:
             return self.read(index)
         if index >= self.finished:
             self.plan.source.will_need(self.plan.skeleton.held_names(index))
