@@ -214,6 +214,8 @@ def _methods() -> dict[str, Any]:
         "smoothquant, static, gptq": RoundedInputs(
             SmoothQuant(activations="tensor", weights="gptq", alpha=0.5), header
         ),
+        "gptq on experts": Quantized(gptq, gptq.scheme),
+        "sparsegpt on experts": Sparse(SparseGpt()),
         "awq on experts": ActivationAware(awq, awq.scheme, mixture),
         "smoothquant on experts": RoundedInputs(SmoothQuant(activations="tensor"), mixture),
         "fp8, static": RoundedInputs(Fp8(activations="static"), header),
