@@ -30,7 +30,7 @@ def _differences(header: ModelHeader) -> Iterator[str]:
     if header.is_decoder:
         if _is_encoder(header.model_type) and not header.config.get("is_decoder"):
             yield "it caches nothing and sees the whole text, because its config.json doesn't say `is_decoder: true`"
-        if _caches_other_states(header):
+        if caches_other_states(header):
             yield OTHER_STATES
     if (turning := _rope_type(header)) in _TURNED_BY_LENGTH:
         yield f"rotary positions of kind {turning!r} are computed anew for longer texts, which a traced graph can't decide"
@@ -43,7 +43,7 @@ def _is_encoder(model_type: str) -> bool:
     return reads_both_ways(model_type) or model_type == "bert-generation"
 
 
-def _caches_other_states(header: ModelHeader) -> bool:
+def caches_other_states(header: ModelHeader) -> bool:
     """Return whether a layer of a decoder caches a state or an index, by its kind or by its convolution."""
     kinds = header.text_config.get("layer_types") or ()
     return not _KEYS_AND_VALUES.issuperset(kinds) or any(_CONVOLUTION.search(tensor.name) for tensor in header.tensors)

@@ -14,6 +14,7 @@ from nightpress.core.compress.context import PassContext
 from nightpress.core.compress.data.tokenized import open_tokenizer, special_tokens
 from nightpress.core.compress.model.checkpoint import disk_errors, write_file
 from nightpress.core.compress.model.networks import cast_weights, load_model
+from nightpress.core.recipes.graphs import caches_other_states
 from nightpress.core.recipes.header import ModelHeader
 
 _LARGEST = 2_000_000_000  #: parameters of a model that writes: in float32 they take as much memory as measuring the source does
@@ -21,8 +22,8 @@ _BATCH = 32  #: texts that are written side by side
 
 
 def writes_texts(header: ModelHeader) -> bool:
-    """Whether a model of this kind and size writes calibration text."""
-    return header.task == "causal-lm" and header.parameters <= _LARGEST
+    """Whether a model of this kind and size writes calibration text. Without a cache of keys and values it would read each text anew for each token."""
+    return header.task == "causal-lm" and header.parameters <= _LARGEST and not caches_other_states(header)
 
 
 def own_windows(source: Path, context: PassContext, count: int, length: int) -> NDArray[np.int64]:
@@ -74,10 +75,12 @@ def _continued(
     step, cache = ids, None
     while ids.shape[1] < length:
         out = model(input_ids=step.to(model.device), past_key_values=cache, use_cache=True)
-        cache = out.past_key_values
-        chances = out.logits[:, -1].float().softmax(-1).cpu()
-        step = torch.multinomial(chances, 1, generator=generator)
-        ids = torch.cat([ids, step], 1)
+        cache = getattr(out, "past_key_values", None)
+        # Logits that are not finite are an error of the weights. The pass finds it, and names the layer.
+        chances = out.logits[:, -1].float().nan_to_num().softmax(-1).cpu()
+        drawn = torch.multinomial(chances, 1, generator=generator)
+        ids = torch.cat([ids, drawn], 1)
+        step = ids if cache is None else drawn
         if ids.shape[1] % 64 == 0:
             context.progress(0.0, f"the model writes calibration text, {done:.0%}")
     return ids[:, :length]
