@@ -1,6 +1,6 @@
 """Divides the inputs of a block's layers into those that a method settles side by side."""
 
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -13,15 +13,16 @@ def side_by_side(
     block: Mapping[str, Tensor],
     inputs: Sequence[Inputs],
     device: torch.device,
-    kind: Callable[[str], Hashable] = lambda _name: None,
+    kinds: Mapping[str, Hashable] | None = None,
 ) -> Iterator[tuple[Inputs, ...]]:
     """Yield groups of weights that have equal shapes, dtypes and kinds, as many as a GPU settles at once. On a CPU each group is alone.
 
-    block: weights [out, in] by name. kind: what must be equal beside the shape, e.g. the scheme of a weight.
+    block: weights [out, in] by name. kinds: what must be equal beside the shape, e.g. the scheme, by weight; None: nothing.
     """
     alike: dict[Hashable, list[Inputs]] = {}
+    kinds = kinds or {}
     for group in inputs:
-        like = tuple((kind(name), tuple(block[name].shape), block[name].dtype) for name in group.names)
+        like = tuple((kinds.get(name), tuple(block[name].shape), block[name].dtype) for name in group.names)
         alike.setdefault(like, []).append(group)
     for groups in alike.values():
         columns = block[groups[0].names[0]].shape[1]

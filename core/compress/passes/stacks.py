@@ -71,7 +71,8 @@ def stacks(
 
     kind: what must be equal beside the shape, e.g. the scheme.
     """
-    return map(Stack, side_by_side(block, inputs, device, kind))
+    kinds = {name: kind(name) for group in inputs for name in group.names}
+    return map(Stack, side_by_side(block, inputs, device, kinds))
 
 
 def factored(
