@@ -57,6 +57,13 @@ _IMPORTED_WHEN_STARTED = (
 _SCRIPTS = frozenset({"tests/api_process.py", "tests/control_process.py", "tests/worker_process.py"})
 
 
+class _Ours(socket.socket):
+    """Closes itself when it is collected, also with a cycle. A plain socket would warn."""
+
+    def __del__(self) -> None:
+        self.close()
+
+
 class Forked:
     """A forked process: what tests use of `subprocess.Popen`."""
 
@@ -86,9 +93,6 @@ class Forked:
         if self.poll() is None:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(self.pid, number)
-
-    def __del__(self) -> None:
-        self._end.close()
 
     def terminate(self) -> None:
         self.send_signal(signal.SIGTERM)
@@ -121,7 +125,7 @@ class _Parent:
         with end, Path(os.devnull).open() as nothing:
             given = [nothing.fileno(), log.fileno(), log.fileno(), end.fileno()]
             socket.send_fds(self._asking, [json.dumps(call).encode()], given)
-        return Forked(command, ours)
+        return Forked(command, _Ours(fileno=ours.detach()))
 
     def end(self) -> None:
         """End it; the kernel ends its forks."""
