@@ -23,7 +23,7 @@ from typing import IO
 
 import psutil
 
-from nightpress.core.compress.runners.nursery import serve
+from nightpress.core.compress.runners.nursery import serve, settle_in
 
 ROOT = Path(__file__).parents[1]
 #: `-m` name → the module whose `main` it runs
@@ -166,10 +166,7 @@ def cpu_s() -> float:
 def _become(message: bytes, standard: list[int]) -> None:
     """Run the program that the message names. standard: its standard input, output and error."""
     call = json.loads(message)
-    for number, descriptor in enumerate(standard):
-        os.dup2(descriptor, number)
-    os.closerange(3, os.sysconf("SC_OPEN_MAX"))
-    os.chdir(call["cwd"])
+    settle_in(standard, call["cwd"])
     os.environ.clear()
     os.environ.update(call["environment"])
     tempfile.tempdir = None  # it is looked for again

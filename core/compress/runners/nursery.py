@@ -110,10 +110,7 @@ def _run(become: Become, message: bytes, used: list[int], parent: int) -> NoRetu
 def become_runner(message: bytes, standard: list[int]) -> None:
     """Run a runner's script. standard: its standard input, output and error."""
     told = json.loads(message)
-    for number, descriptor in enumerate(standard):
-        os.dup2(descriptor, number)
-    os.closerange(3, os.sysconf("SC_OPEN_MAX"))
-    os.chdir(told["cwd"])
+    settle_in(standard, told["cwd"])
     resource.setrlimit(resource.RLIMIT_FSIZE, (told["file_limit"], told["file_limit"]))
     for name, value in told["env"].items():
         if value is None:
@@ -124,6 +121,14 @@ def become_runner(message: bytes, standard: list[int]) -> None:
         os.execv(sys.executable, [sys.executable, "-I", "-B", told["runner"], told["request"]])  # noqa: S606 - it is this interpreter
     sys.argv = [told["runner"], told["request"]]
     runpy.run_path(told["runner"], run_name="__main__")
+
+
+def settle_in(standard: list[int], folder: str) -> None:
+    """Take a folder, and a standard input, output and error. No other file descriptor of the process before the fork stays open."""
+    for number, descriptor in enumerate(standard):
+        os.dup2(descriptor, number)
+    os.closerange(3, os.sysconf("SC_OPEN_MAX"))
+    os.chdir(folder)
 
 
 def can_use_no_gpu() -> bool:
