@@ -38,7 +38,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from bench.low_bits_runs import DOMAINS, MIXTURE, PROSE, Taken, figures_of, keep_run, mixture_over_prose, read_runs
+from bench.low_bits_runs import DOMAINS, Taken, figures_of, keep_run, mixture_over_prose, read_runs
 from bench.offgrid import UPDATE, offgrid_dir
 from bench.quality import SHARED, press, windows
 from bench.record import BENCH, Figure, finish, make_parser
@@ -47,7 +47,7 @@ from nightpress.core.compress.context import PassContext
 from nightpress.core.compress.data.tokenized import open_tokenizer
 from nightpress.core.compress.grids.rounded_inputs import input_global_scale, round_inputs
 from nightpress.core.compress.runners.transformers_runner import UNPACK, rounds_fp4_inputs
-from nightpress.core.recipes.calibration import Calibration
+from nightpress.core.recipes.calibration import MIXTURE, PROSE, Calibration
 from nightpress.core.recipes.inspect import FolderFiles, inspect_model
 from nightpress.core.recipes.schemes import Activations, Scheme
 from tests.models import smollm_dir

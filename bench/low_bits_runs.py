@@ -7,9 +7,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from bench.record import Figure
+from nightpress.core.recipes.calibration import MIXTURE, PROSE
 
 DOMAINS = ("in domain", "out of domain")
-PROSE, MIXTURE = "builtin:prose", "builtin:mixture"
 
 
 @dataclass(frozen=True)

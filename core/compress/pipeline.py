@@ -26,7 +26,7 @@ from nightpress.core.compress.stages.state import State
 from nightpress.core.handoff.manifest import MANIFEST_FILE, ArtifactEntry, Manifest, describe_file, describe_folder
 from nightpress.core.handoff.report import DataUsed, Report, Subject, Verification, same_device
 from nightpress.core.handoff.spec import OUT_DIR
-from nightpress.core.recipes.calibration import BUILTIN_DATA, MIXTURE, SLICES
+from nightpress.core.recipes.calibration import BUILTIN_DATA, MIXTURE, PROSE, SLICES
 from nightpress.core.recipes.inspect import FolderFiles, inspect_model
 from nightpress.core.recipes.models import Quality
 from nightpress.core.recipes.plan import make_plan
@@ -187,7 +187,7 @@ def _data_used(job: PressJob, state: State) -> tuple[DataUsed, ...]:
     if any(options.wants == "calibration" for options in job.recipe.passes):
         data = job.recipe.calibration.data
         if data == MIXTURE:
-            seen |= BUILTIN_DATA if state.source_header.task == "causal-lm" else {"builtin:prose"}
+            seen |= BUILTIN_DATA if state.source_header.task == "causal-lm" else {PROSE}
         else:
             seen.add(data)
     purposes: dict[Literal["evaluation", "calibration"], set[str]] = {"evaluation": measured, "calibration": seen}

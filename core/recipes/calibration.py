@@ -6,8 +6,8 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validat
 
 #: `builtin:prose`, `builtin:code`, or the id or name of a data set of the user.
 DataRef = Annotated[str, Field(pattern=r"^(builtin:[a-z]+|[A-Za-z0-9][A-Za-z0-9._-]{0,127})$")]
-PROSE = "builtin:prose"
-BUILTIN_DATA = frozenset({PROSE, "builtin:code"})
+PROSE, CODE = "builtin:prose", "builtin:code"
+BUILTIN_DATA = frozenset({PROSE, CODE})
 MIXTURE = "builtin:mixture"  #: prose, code, chats and the model's own texts; for the calibration alone
 #: What recipes without `calibration` get. `bench.low_bits --calibrations` compares it with prose.
 DEFAULT = MIXTURE

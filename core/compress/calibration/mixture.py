@@ -11,11 +11,9 @@ from nightpress.core.compress.context import PassContext
 from nightpress.core.compress.data.chat import as_chats, chat_template
 from nightpress.core.compress.data.rows import Row, read_rows
 from nightpress.core.compress.data.tokenized import open_tokenizer, text_windows
-from nightpress.core.recipes.calibration import MIXTURE
+from nightpress.core.recipes.calibration import CODE, MIXTURE, PROSE
 
 Ids = NDArray[np.int64]
-
-_PROSE, _CODE = "builtin:prose", "builtin:code"
 
 
 def mixed_windows(source: Path, context: PassContext) -> Ids:
@@ -27,8 +25,8 @@ def mixed_windows(source: Path, context: PassContext) -> Ids:
     wanted = context.calibration
     length = min(wanted.length, context.header.positions or wanted.length)
     kinds: list[Callable[[int], Ids]] = [
-        lambda count: _windows(_rows(_PROSE, wanted.seed), source, count, length),
-        lambda count: _windows(_rows(_CODE, wanted.seed), source, count, length),
+        lambda count: _windows(_rows(PROSE, wanted.seed), source, count, length),
+        lambda count: _windows(_rows(CODE, wanted.seed), source, count, length),
     ]
     if chat_template(source) is not None:
         kinds.append(lambda count: _windows(_chats(source, wanted.seed), source, count, length))
@@ -56,7 +54,7 @@ def from_another(rows: list[Row], seed: int) -> list[Row]:
 
 def _chats(source: Path, seed: int) -> list[Row]:
     """Paragraphs of prose as the turns of chats."""
-    return [Row(text) for text in as_chats([row.text for row in _rows(_PROSE, seed)], source, ref=MIXTURE)]
+    return [Row(text) for text in as_chats([row.text for row in _rows(PROSE, seed)], source, ref=MIXTURE)]
 
 
 def _by_turns(parts: list[Ids]) -> Ids:

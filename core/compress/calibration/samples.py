@@ -11,7 +11,7 @@ from nightpress.core.compress.data.images import read_images
 from nightpress.core.compress.data.pairs import has_pairs, pair_rows
 from nightpress.core.compress.data.sounds import read_sounds
 from nightpress.core.compress.data.tokenized import DataSource, open_tokenizer, text_rows, text_windows
-from nightpress.core.recipes.calibration import MIXTURE
+from nightpress.core.recipes.calibration import MIXTURE, PROSE
 from nightpress.core.recipes.header import ModelHeader
 
 
@@ -30,7 +30,7 @@ def calibration_samples(source: Path, context: PassContext) -> dict[str, Tensor]
         return {"input_features": torch.from_numpy(sounds.features)}
     if wanted.data == MIXTURE and header.task == "causal-lm":
         return model_inputs(torch.from_numpy(mixed_windows(source, context)), header)
-    ref = "builtin:prose" if wanted.data == MIXTURE else wanted.data
+    ref = PROSE if wanted.data == MIXTURE else wanted.data
     data = DataSource(ref, file, source, purpose="calibration")
     paired = header.task == "classification" and (has_pairs(data) or (header.scores_pairs and file is None))
     rows = pair_rows(data) if paired else data.rows()
