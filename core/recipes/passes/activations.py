@@ -10,6 +10,7 @@ from nightpress.core.recipes.costs import Cost, blocks_cost, graph_cost, stream_
 from nightpress.core.recipes.header import ModelHeader, TensorInfo
 from nightpress.core.recipes.linears import Divisor, invalid, is_expert, matches, module_of
 from nightpress.core.recipes.passes.base import (
+    GRAPHS,
     Calibrated,
     ExportFormat,
     Need,
@@ -187,7 +188,7 @@ class DynamicInt8(PassOptions):
 
     stage: ClassVar[Stage] = "runtime"
     runs_on: ClassVar[frozenset[str]] = frozenset({"cpu"})
-    exports: ClassVar[frozenset[ExportFormat]] = frozenset({"onnx", "openvino"})
+    exports: ClassVar[frozenset[ExportFormat]] = GRAPHS
     last: ClassVar[bool] = True
     relation: ClassVar[Relation] = "quantized"
 
@@ -221,7 +222,7 @@ class StaticInt8(Searching):
     stage: ClassVar[Stage] = "graph"
     needs: ClassVar[Need] = "calibration"
     runs_on: ClassVar[frozenset[str]] = frozenset({"cpu"})
-    exports: ClassVar[frozenset[ExportFormat]] = frozenset({"onnx", "openvino"})
+    exports: ClassVar[frozenset[ExportFormat]] = GRAPHS
     last: ClassVar[bool] = True
     relation: ClassVar[Relation] = "quantized"
 

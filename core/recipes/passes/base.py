@@ -12,6 +12,7 @@ from nightpress.core.recipes.header import CONV1D, ModelHeader, TensorInfo
 from nightpress.core.recipes.linears import Divisor, check_layout, invalid, is_linear_weight
 
 ExportFormat = Literal["safetensors", "compressed-tensors", "onnx", "openvino", "gguf", "mlx", "transformers.js"]
+GRAPHS: frozenset[ExportFormat] = frozenset({"onnx", "openvino"})  #: the formats that carry a pass's result in a graph
 Need = Literal["nothing", "calibration", "labels", "training"]
 Scope = Literal["stream", "blocks", "train"]
 #: What a pass changes: how the source is read; the model's folder; the graph traced from it; the graph that a runtime's exporter writes; or

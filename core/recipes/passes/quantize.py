@@ -14,6 +14,7 @@ from nightpress.core.recipes.header import ModelHeader, TensorInfo
 from nightpress.core.recipes.linears import Divisor, check_layout, invalid, is_token_embedding, matches, module_of
 from nightpress.core.recipes.mlx import why_no_mlx_grid
 from nightpress.core.recipes.passes.base import (
+    GRAPHS,
     Calibrated,
     ExportFormat,
 )
@@ -26,7 +27,6 @@ RoundedInputs = Literal["none", "fp8", "fp4"]
 Ranges = Literal["extremes", "least-error", "half-quadratic"]
 _RANGES = "How a scale is chosen: from its weights' extremes, for the least rounding error, or by half-quadratic splitting, which gives outliers less weight."
 INPUTS = "How a runtime rounds what enters a layer, with fp4 weights alone: to `fp4` in groups as the weights are, or to `fp8` with a scale for each 128 inputs (`mxfp4` only). none: inputs stay in float."
-_GRAPHS: frozenset[ExportFormat] = frozenset({"onnx", "openvino"})
 _EXPERTS_IN_GRAPHS = "in a graph a mixture's experts have other layers than in the files, so that their codes fit no product (`dynamic-int8` rounds them)"
 _ONE_GRID = "transformers takes the zero points of one grid alone: leave `symmetric` at true with {}"
 
@@ -108,7 +108,7 @@ class Rounding(Quantizing):
         if self._plain.kind != "int":
             return frozenset({"compressed-tensors"})
         left = self.exports if self._why_not_mlx() is None else self.exports - {"mlx"}
-        return left - _GRAPHS if header is not None and header.has_experts else left
+        return left - GRAPHS if header is not None and header.has_experts else left
 
     def why_not(self, header: ModelHeader | None) -> str:
         if self._plain.kind != "int":

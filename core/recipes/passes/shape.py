@@ -14,7 +14,7 @@ from nightpress.core.recipes.costs import Cost, reshaping_cost
 from nightpress.core.recipes.header import ModelHeader
 from nightpress.core.recipes.linears import invalid
 from nightpress.core.recipes.passes.activations import StaticInt8
-from nightpress.core.recipes.passes.base import ExportFormat, PassOptions
+from nightpress.core.recipes.passes.base import GRAPHS, ExportFormat, PassOptions
 from nightpress.core.recipes.passes.distill import Teaching
 from nightpress.core.recipes.passes.lessons import Cosine, Hidden, Logits
 
@@ -36,7 +36,7 @@ class ShapeToSpeed(Teaching):
     spreads: ClassVar[bool] = False
 
     pass_: Literal["shape-to-speed"] = Field("shape-to-speed", alias="pass")
-    exports: ClassVar[frozenset[ExportFormat]] = frozenset({"onnx", "openvino"})
+    exports: ClassVar[frozenset[ExportFormat]] = GRAPHS
 
     speed: str = Field(
         ">= 4x",

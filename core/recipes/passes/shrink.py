@@ -11,11 +11,10 @@ from nightpress.core.recipes.calibration import Calibration
 from nightpress.core.recipes.costs import Cost, blocks_cost
 from nightpress.core.recipes.header import SHARED_BLOCKS, ModelHeader, TensorInfo
 from nightpress.core.recipes.linears import invalid
-from nightpress.core.recipes.passes.base import ExportFormat, Need, PassOptions, Scope
+from nightpress.core.recipes.passes.base import GRAPHS, ExportFormat, Need, PassOptions, Scope
 from nightpress.core.recipes.passes.within import Searching
 
 _ANY: frozenset[ExportFormat] = frozenset({"safetensors", "compressed-tensors", "onnx", "openvino"})
-_GRAPHS: frozenset[ExportFormat] = frozenset({"onnx", "openvino"})
 
 Importance = Literal["l1", "l2", "activation", "taylor"]
 _MOST_SHARE = 0.99  #: with `within` and no `share`
@@ -241,7 +240,7 @@ class Channels(Narrowing):
         return anatomy.widths
 
     def carriers(self, header: ModelHeader | None) -> frozenset[ExportFormat]:
-        return _GRAPHS if self.across == "global" else _ANY
+        return GRAPHS if self.across == "global" else _ANY
 
     def why_not(self, header: ModelHeader | None) -> str:
         return "layers of differing widths can't be said in a config"
@@ -278,12 +277,12 @@ class Heads(Narrowing):
 
     def carriers(self, header: ModelHeader | None) -> frozenset[ExportFormat]:
         if self.across == "global":
-            return _GRAPHS
+            return GRAPHS
         if header is None:
             return _ANY
         if self.within is not None:
-            return _ANY if self.anatomy(header).family.says_heads == "any" else _GRAPHS
-        return _ANY if self._sayable(header, tuple(map(self.kept, self.anatomy(header).groups))) else _GRAPHS
+            return _ANY if self.anatomy(header).family.says_heads == "any" else GRAPHS
+        return _ANY if self._sayable(header, tuple(map(self.kept, self.anatomy(header).groups))) else GRAPHS
 
     def why_not(self, header: ModelHeader | None) -> str:
         if self.across == "global":
