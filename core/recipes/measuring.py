@@ -25,6 +25,7 @@ from nightpress.core.recipes.passes.base import Stage
 
 _IMPORT_S = 3.5  #: seconds to start a consumer's process with torch and transformers
 _GRAPH_S = 4.0  #: seconds to trace, and to start a consumer with only a graph runtime
+_SETTLE_S = 0.1  #: seconds that a model runs untimed before a timed run, at least
 _DECODE_STEP = 10  #: time to decode a token, in tokens of a long forward pass
 _LOGIT_COPIES = 2.2  #: copies of a batch's logits: their logarithms, and the logits that they are compared with
 _MOST_ROWS = 16  #: largest number of texts in a batch
@@ -39,8 +40,9 @@ def measuring_cost(recipe: Recipe, header: ModelHeader, outputs: Mapping[str, in
     tokens = sum(_tokens(evaluation) for evaluation in recipe.evaluate)
     starts = [_IMPORT_S, *(_GRAPH_S if export.format in GRAPH_FORMATS else _IMPORT_S for export in recipe.exports)]
     traced = any(export.format in GRAPH_FORMATS for export in recipe.exports)  # all graph exports share a trace
-    seconds = sum(starts) + traced * cached_trace_seconds(header)
     models = (None, *recipe.exports)
+    settling = _SETTLE_S * sum(_timed_runs(evaluation) for evaluation in recipe.evaluate)
+    seconds = sum(starts) + traced * cached_trace_seconds(header) + len(models) * settling
     on_gpu = sum(recipe.measured_on_gpu(export) for export in models)
     work = on_gpu * tokens * header.parameters
     host_work = (len(models) - on_gpu) * tokens * header.parameters
@@ -50,7 +52,7 @@ def measuring_cost(recipe: Recipe, header: ModelHeader, outputs: Mapping[str, in
     turns, timed = timed_by_turns(recipe, header, outputs, pass_bytes), _timed_tokens(recipe) * header.parameters
     plain = timed_uncompressed(recipe, header, outputs, pass_bytes)
     beside = max((uncompressed_bytes(header, export) for export in plain), default=0)
-    seconds += _GRAPH_S * len(plain)  # exported once, and started beside each artifact
+    seconds += (_GRAPH_S + settling) * len(plain)  # exported once, and started beside each artifact
     if any(export.format in GRAPH_FORMATS for export in plain):
         seconds += cached_trace_seconds(header)
     host_work += len(plain) * timed
@@ -62,7 +64,7 @@ def measuring_cost(recipe: Recipe, header: ModelHeader, outputs: Mapping[str, in
     source = CONSUMER_BYTES + (0 if also_on_gpu == len(recipe.exports) else 4 * header.parameters)
     return Cost(
         max(together, beside + _timing_bytes(recipe, header, outputs, source=True)),
-        seconds + _IMPORT_S,
+        seconds + _IMPORT_S + len(recipe.exports) * settling,
         work + also_on_gpu * timed,  # the source runs again beside each artifact
         gpu,
         host_bytes=beside_gpu + source + beside,
@@ -246,5 +248,17 @@ def _tokens(evaluation: Evaluation) -> float:
         case GenerationSpeed():
             read = sum(b * n for b in evaluation.batch for n in evaluation.prompt)
             # A decoding step reads every weight for a few tokens, so memory bandwidth limits it at every batch size.
-            steps = len(evaluation.batch) * len(evaluation.prompt) * evaluation.tokens * _DECODE_STEP
+            # One step more: the first tokens of a prompt are decoded untimed before each timed run.
+            steps = len(evaluation.batch) * len(evaluation.prompt) * (evaluation.tokens + 1) * _DECODE_STEP
             return (read + steps) * (evaluation.repeats + 1)
+
+
+def _timed_runs(evaluation: Evaluation) -> int:
+    """Return how often an evaluation times a model, with the runs that are not counted."""
+    match evaluation:
+        case Quality():
+            return 0
+        case Latency():
+            return len(evaluation.batch) * len(evaluation.length) * (evaluation.repeats + 1)
+        case GenerationSpeed():
+            return len(evaluation.batch) * len(evaluation.prompt) * (evaluation.repeats + 1)

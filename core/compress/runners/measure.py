@@ -41,6 +41,8 @@ Generate = Callable[[Array, int], list[int]]
 PROBE = "probe."  #: how the names of single layers' answers begin
 LOADING = "loading"  #: how the messages begin that are sent while the model is loaded
 _TELL_EVERY_S = 5.0
+_SETTLE_S = 0.1  #: untimed seconds before a timed run
+_FIRST_TOKENS = 8  #: of a prompt; these are decoded until decoding is timed
 _CUT = -1e29  #: log-probabilities below it are of tokens that were cut; see renumbered.py
 _TOLD_S = 300.0
 Waits = Callable[[Array, int, bool], tuple[list[float], Array]]
@@ -345,15 +347,12 @@ def _log_probabilities(logits: Array, marked: Array) -> Array:
 
 
 def _time(forward: Forward, shape: dict[str, int], inputs: Any) -> dict[str, Any]:
-    """Time a run on real text of the shape, in milliseconds.
-
-    A run that is not timed comes first, so that data of other processes in the caches has no influence.
-    """
+    """Time a run on real text of the shape, in milliseconds."""
     sample = inputs["timing.ids"]
     ids = np.resize(sample, (shape["batch"], *(sample.shape if sample.ndim > 1 else (shape["length"],))))
     mask = np.ones((len(ids), shape["length"]), np.int64)
     run = getattr(forward, "timed", forward)
-    run(ids, mask)
+    _settle(lambda: run(ids, mask))
     start = time.perf_counter()
     run(ids, mask)
     return {"milliseconds": 1000 * (time.perf_counter() - start)}
@@ -363,9 +362,23 @@ def _write(waits: Waits, wanted: dict[str, Any], inputs: Any, memory: "_Memory")
     """Time a decoding run: milliseconds before each token, the peak memory during the run, and the tokens [B, tokens]."""
     sample = inputs["timing.ids"]
     ids = np.resize(sample, (wanted["batch"], *(sample.shape if sample.ndim > 1 else (wanted["prompt"],))))
+    first = ids[:, :_FIRST_TOKENS] if sample.ndim == 1 else ids
+    _settle(lambda: waits(first, 1, wanted["cached"]))
     memory.start()
     taken, text = waits(ids, wanted["tokens"], wanted["cached"])
     return {"milliseconds": list(taken), "peak_memory_bytes": memory.stop(), "text": np.asarray(text).tolist()}
+
+
+def _settle(run: Callable[[], object]) -> None:
+    """Run untimed for a moment, at least once.
+
+    Models take turns in processes of their own. In the first runs of a turn the caches hold another model, and threads are not yet spread over
+    the cores, on which the other process's threads still spin.
+    """
+    until = time.perf_counter() + _SETTLE_S
+    run()
+    while time.perf_counter() < until:
+        run()
 
 
 class _Memory:
