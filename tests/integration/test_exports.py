@@ -61,6 +61,26 @@ def test_a_float_graph_answers_as_the_model_does(bench: Bench, tmp_path: Path, e
     assert judged.value >= judged.bound == (HALVED if export is openvino else EXACT)
 
 
+def test_onnx_runtime_joins_no_sum_with_a_norm(bench: Bench, tmp_path: Path):
+    """Its SkipLayerNormalization takes several times as long as both."""
+    import onnx as library
+    import onnxruntime
+
+    onnx.save(bench.model, tmp_path / "out", bench.traced, [])
+
+    def operations(graph: Path) -> set[str]:
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = 3  # it warns that the graph it writes suits this machine alone
+        options.optimized_model_filepath = str(tmp_path / "optimized.onnx")
+        onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
+        return {node.op_type for node in library.load(options.optimized_model_filepath).graph.node}
+
+    assert "SkipLayerNormalization" in operations(bench.traced.path)
+    found = operations(tmp_path / "out" / "model.onnx")
+    assert "LayerNormalization" in found
+    assert "SkipLayerNormalization" not in found
+
+
 @pytest.mark.slow
 def test_openvino_computes_in_float32_where_the_processor_is_told_to_do_without_bfloat16(
     bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

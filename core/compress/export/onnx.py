@@ -35,23 +35,33 @@ def save(model_dir: Path, out_dir: Path, traced: Traced, passes: RuntimePasses, 
         target, alone = out_dir / f"{name}.onnx", replace(traced, path=graph, encoder=None)
         done = [runtime_pass_of(options, "onnx")(alone, target, options, index=index) for index, options in passes]
         records = together(records, done)
-        if done and weights == "fp32":
-            continue
+        codes = pressed if pressed.packed and not (done and weights == "fp32") else None
         with disk_errors():
-            if not done and not pressed.packed and weights == "fp32":
+            if not done and codes is None and weights == "fp32":
                 for file in graph.parent.glob(f"{graph.name}*"):
                     shutil.copyfile(file, out_dir / file.name)
-                continue
-            import onnx
-
-            model = onnx.load(target if done else graph)
-            if pressed.packed:
-                write_codes(model, pressed)
-            if weights == "fp16":
-                _halve(onnx, model)
-            large = sum(len(initializer.raw_data) for initializer in model.graph.initializer) > _LARGEST
-            onnx.save(model, target, save_as_external_data=large, location=f"{target.name}.data")
+                graph = target
+            _write(target if done else graph, target, codes, halve=weights == "fp16")
     return tuple(records)
+
+
+def _write(graph: Path, target: Path, codes: PressedWeights | None, *, halve: bool) -> None:
+    """Write a graph without the shapes of what is computed inside. codes: of packed weights, which replace the floats.
+
+    By these shapes, ONNX Runtime would join each sum of a residual with the norm behind it into a SkipLayerNormalization. On the processor
+    it takes several times as long as both: see decision 0204.
+    """
+    import onnx
+
+    changed = codes is not None or halve
+    model = onnx.load(graph, load_external_data=changed)
+    del model.graph.value_info[:]
+    if codes is not None:
+        write_codes(model, codes)
+    if halve:
+        _halve(onnx, model)
+    large = changed and sum(len(initializer.raw_data) for initializer in model.graph.initializer) > _LARGEST
+    onnx.save(model, target, save_as_external_data=large, location=f"{target.name}.data")
 
 
 def _halve(onnx: Any, model: Any) -> None:
