@@ -3,10 +3,12 @@
     python -m bench.blocks_gpu [--shape 8b|70b|7b|3b|1b|0.5b|moe|moe-wide] [--layers 2 6] [--samples 128] [--length 2048] [--only NAME …]
     python -m bench.blocks_gpu --hidden 2048 --inner 768 --heads 32 --kv-heads 4 --experts 64 --top-k 8
     python -m bench.blocks_gpu --gpus 2
+    python -m bench.blocks_gpu --only learned-rounding --layers 1 3 --peer PYTHON
 
 The second form takes any shape: a Llama, or with --experts a Qwen3 mixture, where --inner is the width of an expert. With --gpus, a process
 on each GPU has a part of the samples, and of a mixture's experts; the peak is that of the GPU that needs most. The floor is that of one GPU,
-divided by their number: what processes send to each other counts as avoidable.
+divided by their number: what processes send to each other counts as avoidable. PYTHON is that of an environment with auto-round
+(bench/peer-autoround-requirements.txt): it presses the same models after `learned-rounding`, with the same tokens and as many steps.
 
 Each method runs in its own process, because earlier methods would affect its peak. Everything counts: reading the weights, both forward
 passes, Gram matrices, solving, packing, writing and fsync (to the folder in NIGHTPRESS_BENCH_DISK, if it is set). The floor is the work
@@ -23,14 +25,16 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors.torch import save_file
 from transformers import LlamaConfig, PretrainedConfig, Qwen3MoeConfig
 
+from bench.peers import auto_round
 from bench.record import Figure, finish, make_parser
 from nightpress.core.compress.context import PassContext
 from nightpress.core.compress.executors.blocks import Method, press_blocks
@@ -286,6 +290,7 @@ def in_turn(names: Sequence[str], options: argparse.Namespace) -> int:
         str(options.length),
     ]
     arguments += ["--shape", options.shape, "--gpus", str(options.gpus)]
+    arguments += ["--peer", options.peer] if options.peer else []
     for name in OWN_SHAPE:
         arguments += [f"--{name.replace('_', '-')}", str(getattr(options, name))]
     command = [sys.executable, "-m", "bench.blocks_gpu", *arguments, "--only"]
@@ -319,12 +324,35 @@ def measure(name: str, options: argparse.Namespace, folder: Path) -> list[Figure
     peak = max(run["peak_gib"] for run in runs.values())
     row = f"{title}/{name}"
     seconds = (runs[many]["seconds"] - runs[few]["seconds"]) / (many - few)
+    beside = _auto_round(options, ids, folder, seconds) if isinstance(OPTIONS[name], LearnedRounding) else []
     return [
         *(Figure(f"{title} floor/{what}/seconds", round(taken, 3), "s a layer") for what, taken in least.items()),
         Figure(f"{row}/seconds", round(seconds, 3), "s a layer"),
         Figure(f"{row}/peak", round(peak, 2), "GiB of the GPU"),
         Figure(f"{row}/estimated", round(estimated, 2), "GiB of the GPU"),
         Figure(f"{row}/estimated_over_peak", round(estimated / peak, 2)),
+        *(replace(figure, name=f"{title}/auto-round/{figure.name}") for figure in beside),
+    ]
+
+
+def _auto_round(options: argparse.Namespace, ids: torch.Tensor, folder: Path, ours: float) -> list[Figure]:
+    """What auto-round takes for the same models and tokens, and how much faster we are. ours: our seconds a layer."""
+    if options.peer is None:
+        return []
+    tokens = folder / "calibration.npy"
+    np.save(tokens, ids.numpy())
+    chosen = OPTIONS["learned-rounding"]
+    assert isinstance(chosen, LearnedRounding)
+    settings = {"scheme": "W4A16", "iters": chosen.steps, "batch_size": chosen.batch, "group_size": chosen.group_size}
+    auto_round(options.peer, folder / f"model-{options.layers[0]}", settings, tokens, None)  # compiles its kernels
+    few, many = (
+        auto_round(options.peer, folder / f"model-{layers}", settings, tokens, None) for layers in options.layers
+    )
+    seconds = (many["seconds"] - few["seconds"]) / (options.layers[1] - options.layers[0])
+    return [
+        Figure("seconds", round(seconds, 3), "s a layer"),
+        Figure("peak", round(max(few["peak"], many["peak"]) / 2**30, 2), "GiB of the GPU"),
+        Figure("ratio", round(seconds / ours, 2), "times our seconds", bar=">= 1.5"),
     ]
 
 
@@ -344,6 +372,7 @@ def main() -> int:
     parser.add_argument("--length", type=int, default=2048)
     parser.add_argument("--gpus", type=int, default=1, help="processes, each on a GPU of its own")
     parser.add_argument("--only", nargs="*", choices=sorted(OPTIONS))
+    parser.add_argument("--peer", help="the Python of auto-round's environment")
     parser.add_argument("--shape", choices=sorted(SHAPES), default="8b")
     for name in OWN_SHAPE:
         parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=0)

@@ -22,10 +22,8 @@ built-in texts hold about 65,000 tokens of each kind: `--samples 64 --length 102
 """
 
 import gc
-import json
 import logging
 import shutil
-import subprocess
 import sys
 import tempfile
 import time
@@ -40,8 +38,9 @@ from torch import Tensor, nn
 
 from bench.low_bits_runs import DOMAINS, Taken, figures_of, keep_run, mixture_over_prose, read_runs
 from bench.offgrid import UPDATE, offgrid_dir
+from bench.peers import auto_round
 from bench.quality import SHARED, press, windows
-from bench.record import BENCH, Figure, finish, make_parser
+from bench.record import Figure, finish, make_parser
 from nightpress.core.compress.calibration.samples import calibration_samples
 from nightpress.core.compress.context import PassContext
 from nightpress.core.compress.data.tokenized import open_tokenizer
@@ -192,7 +191,7 @@ def measure(source: Path, name: str, ref: str, what: str, texts: Texts, options:
                     out, rounds = work / f"{method}-{variant}", None
                     if method == "auto-round":
                         chosen = {**(setting.peer or {}), "iters": options.steps, "seed": seed + 1}
-                        seconds = run_peer(options.peer, source, chosen, tokens, out)
+                        seconds = auto_round(options.peer, source, chosen, tokens, out)["seconds"]
                         rounds = setting.rounded_inputs
                     else:
                         if (work / "own-texts").is_dir():  # each pass would let the model write them again
@@ -241,15 +240,6 @@ def passes_of(method: str, setting: Setting, options: Any) -> list[dict[str, Any
 
 
 NOVELS = SHARED / "lm_train_austen_moby.txt.gz"
-
-
-def run_peer(python: str, source: Path, settings: dict[str, Any], tokens: Path, out: Path) -> float:
-    command = [python, str(BENCH / "peer_autoround.py"), str(source), json.dumps(settings), str(tokens), str(out)]
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        raise RuntimeError(f"auto-round failed:\n{done.stderr[-3000:]}")
-    (line,) = [line for line in done.stdout.splitlines() if line.startswith("@result ")]
-    return float(json.loads(line.removeprefix("@result "))["seconds"])
 
 
 def held_out(source: Path, samples: int, device: str, text: Path = SHARED / "lm_eval_persuasion.txt.gz") -> Texts:

@@ -3,6 +3,7 @@
 PYTHON bench/peer_autoround.py MODEL SETTINGS.json CALIBRATION.npy OUT
 
 Writes the model with rounded weights as floats to OUT, and prints as JSON the seconds of the quantization and the GPU's peak in bytes.
+OUT may be `-`: then nothing is written.
 """
 
 import importlib.util
@@ -70,10 +71,13 @@ def main() -> None:
     rounded, _ = rounder.quantize()
     seconds = time.perf_counter() - start
     peak = torch.cuda.max_memory_allocated() if device == "cuda" else 0
-    state = {name: tensor.detach().cpu().contiguous() for name, tensor in rounded.state_dict().items()}
-    plain = AutoModelForCausalLM.from_pretrained(source, dtype=torch.bfloat16)
-    plain.load_state_dict({name: state[name] for name in plain.state_dict()})
-    plain.save_pretrained(out)
+    if out != "-":
+        # A layer whose inputs would be rounded, too, is wrapped.
+        held = {name.replace(".orig_layer.", "."): tensor for name, tensor in rounded.state_dict().items()}
+        state = {name: tensor.detach().cpu().contiguous() for name, tensor in held.items()}
+        plain = AutoModelForCausalLM.from_pretrained(source, dtype=torch.bfloat16)
+        plain.load_state_dict({name: state[name] for name in plain.state_dict()})
+        plain.save_pretrained(out)
     print("@result " + json.dumps({"seconds": seconds, "peak": peak}))
 
 

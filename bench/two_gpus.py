@@ -7,7 +7,7 @@ GPTQ and AWQ and GPTQ of a DeepSeek-V3's layers), `together` (the 8B shape and t
 written to FOLDER/blocks_gpu.json after each measurement, so that a run that is cut off leaves what it has.
 
 A model has six layers (70B four, DeepSeek-V3 three), 128 × 2048 tokens run through it, and seconds a layer are those between the starts of
-the second and the last. A run with few tokens comes first and compiles the kernels. Every measurement has a limit; then its processes write
+the second and the last. `alone` needs only one GPU, which then measures all shapes in turn. A run with few tokens comes first and compiles the kernels. Every measurement has a limit; then its processes write
 where they are, and the next one begins. The disk needs some 90 GB, of which 68 are for DeepSeek-V3's layers, in bfloat16 as they are opened.
 llm-compressor's own run on the same GPUs: `bench.peer_llmcompressor_gpu --gpus 2`.
 """
@@ -52,6 +52,7 @@ LIMIT = 45.0  #: of the others
 PART_LIMITS = {"alone": 600.0, "together": 150.0}  #: writing DeepSeek-V3's layers takes 160 of them
 SAMPLES, LENGTH, VOCABULARY = 128, 2048, 32000
 PARTS = ("alone", "together", "train")
+_DEEPSEEK_LAYERS = 61
 _FIGURES = "FIGURES "
 
 
@@ -171,6 +172,10 @@ def _measured(what: str, method: str, model: Path, ids: torch.Tensor, ranks: Ran
         Figure(f"{what}/estimated", round(estimated, 2), "GiB of the GPU"),
         Figure(f"{what}/estimated_over_peak", round(estimated / found["peak_gib"], 2)),
     ]
+    if model.name == "deepseek-v3":
+        figures.append(
+            Figure(f"{what}/hours", round(_DEEPSEEK_LAYERS * marks.seconds / 3600, 2), "h for the whole model")
+        )
     if ranks is None:
         figures += [
             Figure(f"{what}/host", round(anonymous / 2**30, 1), "GiB of the host, without mapped files"),
@@ -241,13 +246,15 @@ def main() -> int:
         for shape, methods in json.loads(shapes):
             measure(shape, methods, len(visible.split(",")), Path(folder), _print)
         return 0
-    if torch.cuda.device_count() < 2:
+    gpus = torch.cuda.device_count()
+    if gpus < (1 if options.only == ["alone"] else 2):
         print("skipped: there are no two CUDA devices", file=sys.stderr)
         return 0
     keeper = Keeper(options.out)
     with tempfile.TemporaryDirectory(dir=os.environ.get("NIGHTPRESS_BENCH_DISK")) as scratch:
         if "alone" in options.only:
-            work = [([row for row in rows if row[0] in options.shapes], str(gpu)) for gpu, rows in enumerate(ALONE)]
+            rows = [[row for row in shapes if row[0] in options.shapes] for shapes in ALONE]
+            work = list(zip(rows, "01", strict=True)) if gpus > 1 else [(rows[0] + rows[1], "0")]
             run_part("alone", work, Path(scratch), keeper)
         for shape in ("70b", "deepseek-v3"):
             shutil.rmtree(Path(scratch) / shape, ignore_errors=True)
