@@ -59,8 +59,8 @@ class Times:
         file.write_text(json.dumps({"ahead": self.ahead, "table": asdict(self.table)}, indent=1))
 
     def asked(self, speed: float) -> float:
-        """The speed over the source in the table's runtime that is `speed` over the source in the best one, and 2% more."""
-        return round(1.02 * speed * self.ahead, 2)
+        """The speed over the source in the table's runtime that is `speed` over the source in the best one, and 5% more."""
+        return round(1.05 * speed * self.ahead, 2)
 
 
 def options_of(given: Namespace, speeds: Sequence[float]) -> ShapeToSpeed:

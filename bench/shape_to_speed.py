@@ -8,7 +8,7 @@ KIND is `classifier`, `embedder` or `reranker` (see bench/shape_kinds.py); MODEL
 embedder; `minilm` is all-MiniLM-L6-v2 from its package.
 DATA has rt_sentiment_train.jsonl.gz, rt_sentiment_test.jsonl.gz, lm_train_austen_moby.txt.gz, lm_eval_persuasion.txt.gz and `similarity`.
 The table is of --runtime and --type. Speeds are those over the source in float in the faster of OpenVINO and ONNX Runtime, by turns at
-1 × 128 tokens; the pass is asked for 2% more. A model with fewer layers has as many as the table allows at that speed, and gets as many
+1 × 128 tokens; the pass is asked for 5% more. A model with fewer layers has as many as the table allows at that speed, and gets as many
 training steps as the shaped model of that speed. A change of a quality has a 95% interval of paired differences.
 """
 

@@ -2,10 +2,13 @@
 
 import json
 import shutil
+from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import onnxruntime
 import openvino
 import pytest
@@ -15,14 +18,18 @@ from nightpress.core.compress.context import PassContext
 from nightpress.core.compress.data.tokenized import Sequences
 from nightpress.core.compress.graph import tracing
 from nightpress.core.compress.graph.narrowed import in_int8, narrowed
+from nightpress.core.compress.graph.static_ranges import TOP
 from nightpress.core.compress.model.companions import family_member
 from nightpress.core.compress.model.modules import give
 from nightpress.core.compress.model.networks import find_blocks, load_model
 from nightpress.core.compress.passes.latency_table import table_of
+from nightpress.core.compress.passes.registry import GRAPH_PASSES
 from nightpress.core.compress.passes.shape import shape_of, shape_to_speed_with
+from nightpress.core.compress.passes.static_int8 import weight_bits
 from nightpress.core.errors import NightpressError
 from nightpress.core.handoff.report import PassRecord
 from nightpress.core.recipes.anatomy import OWN_SHAPES
+from nightpress.core.recipes.calibration import Calibration
 from nightpress.core.recipes.inspect import FolderFiles, inspect_model
 from nightpress.core.recipes.passes import ShapeToSpeed, StaticInt8
 from tests.block_models import save_model
@@ -124,6 +131,28 @@ def test_a_narrowed_graph_computes_what_the_model_without_those_units_does(class
     quantized = onnxruntime.InferenceSession(in_int8(tmp_path / "model.onnx", StaticInt8(), 64))
     answered = quantized.run(None, {value.name: inputs[value.name] for value in quantized.get_inputs()})[0]
     assert answered.shape == expected.shape
+
+
+def test_the_tables_int8_graphs_have_the_operations_of_a_calibrated_one(folders: Path, tmp_path: Path):
+    source, options = folders / "classifier", StaticInt8(min_cosine=None)
+    header = inspect_model(FolderFiles(source))
+    context = PassContext(
+        header=header,
+        work_dir=tmp_path / "work",
+        calibration=Calibration(data="mine", samples=16, length=16),
+        data_files={"mine": folders / "rows.jsonl"},
+    )
+    traced = tracing.trace(source, header, Sequences(_IDS, np.ones_like(_IDS)), context)
+    calibrated, _ = GRAPH_PASSES["static-int8"](source, traced, options, replace(context, index=1))
+    anatomy = _options().anatomy(header)
+    whole = (max(anatomy.groups),) * anatomy.layers, (max(anatomy.widths),) * anatomy.layers
+    (tmp_path / "whole.onnx").write_bytes(narrowed(traced.path, anatomy, *whole).SerializeToString())
+    made = onnx.load_from_string(in_int8(tmp_path / "whole.onnx", options, TOP[weight_bits(options)]))
+    expected, found = (
+        Counter(node.op_type for node in model.graph.node) for model in (onnx.load(calibrated.path), made)
+    )
+    assert not expected - found
+    assert (found - expected).keys() <= {"Mul"}  # an input may need no smoothing
 
 
 @pytest.mark.slow

@@ -134,9 +134,17 @@ def test_the_table_is_exact_for_the_whole_model_and_for_none_of_it_and_never_fal
     for column in (table.heads, table.widths):
         times = [column[count] for count in sorted(column)]
         assert times == sorted(times)
-    assert table.heads[1] == table.heads[2]
-    assert table.estimate([1, 0], [32, 0]) == pytest.approx(1 + 9 / 6 * (1 + 0.25))
+    assert table.estimate([1, 0], [32, 0]) == pytest.approx(1 + 9 / 5.75 * (0.75 + 0.25))
     assert LatencyTable.from_json(table.to_json()) == table
+
+
+def test_a_width_that_was_fast_by_chance_counts_like_its_neighbours():
+    straight = {("heads", count): 1.0 + count for count in range(1, 9)}
+    times = {("source", 0): 20.0, ("whole", 0): 9.0, ("rest", 0): 1.0, ("widths", 64): 1.0, **straight}
+    assert table_of("here", "int8", 1, times).heads == pytest.approx({0: 0, **{count: count for count in range(1, 9)}})
+    chance = table_of("here", "int8", 1, times | {("heads", 4): 4.0}).heads
+    assert chance[4] > 3.75
+    assert chance[4] - chance[3] > 0.5
 
 
 def test_a_last_layer_that_was_timed_alone_has_times_of_its_own():

@@ -136,7 +136,8 @@ def smooth_inputs(
 
     factors_of(name of an input, weights [out, in] of all products that read it) → [in]. The channels of an input then have more similar
     ranges, so that one scale suits all of them (SmoothQuant, arXiv 2211.10438). The division is an operation of the graph. It cannot be
-    merged into a weight behind an activation, or behind a norm whose output has other readers.
+    merged into a weight behind an activation, or behind a norm whose output has other readers. An input whose factors are all 1 is left
+    as it is.
     """
     helper, numpy_helper = onnx.helper, onnx.numpy_helper
     constants = {initializer.name: initializer for initializer in model.graph.initializer}
@@ -146,6 +147,8 @@ def smooth_inputs(
         weights = [array_of(onnx, constants[node.input[1]]) for node in nodes]  # [in, out] each
         together = torch.from_numpy(np.concatenate(weights, axis=1).T)
         factors = factors_of(name, together).numpy()
+        if (factors == 1).all():
+            continue
         model.graph.initializer.append(numpy_helper.from_array(1 / factors, f"{name}_factors"))
         divisions[name] = helper.make_node("Mul", [name, f"{name}_factors"], [f"{name}_smooth"], f"{name}_smoothing")
         for node, weight in zip(nodes, weights, strict=True):

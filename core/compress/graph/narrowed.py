@@ -8,12 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
-from nightpress.core.compress.graph.dynamic_int8 import array_of, fold_transposes
+from nightpress.core.compress.graph.dynamic_int8 import array_of, codes_of, fold_transposes
 from nightpress.core.compress.graph.lists import replace_all
 from nightpress.core.compress.graph.static_graph import QdqGraph
 from nightpress.core.compress.graph.unread import without_unread_positions
 from nightpress.core.compress.grids.activation_ranges import Range
+from nightpress.core.compress.solvers.static_weights import StaticWeight
 from nightpress.core.errors import ErrorCode, NightpressError
 from nightpress.core.recipes.anatomy import Anatomy, Inner
 from nightpress.core.recipes.passes import StaticInt8
@@ -21,6 +23,7 @@ from nightpress.core.recipes.passes import StaticInt8
 #: Rows of a token table that are kept. A lookup reads a row for each token; the rest would only make each of the many graphs large.
 TOKENS = 2048
 _RANGE: Range = (-4.0, 4.0)  #: of every rounded tensor; a kernel's time does not depend on it
+_FACTOR = 2.0  #: of every smoothed channel; a factor of 1 would be left out
 
 
 def narrowed(graph: Path, anatomy: Anatomy, heads: Sequence[int], widths: Sequence[int], *, unread: bool = True) -> Any:
@@ -43,11 +46,18 @@ def narrowed(graph: Path, anatomy: Anatomy, heads: Sequence[int], widths: Sequen
 
 
 def in_int8(graph: Path, options: StaticInt8, top: int) -> bytes:
-    """Return a graph in static int8 that takes as long as a calibrated one: weights are rounded to nearest, and ranges are made up.
+    """Return a graph in static int8 that takes as long as a calibrated one: codes, smoothing factors and ranges are made up.
 
     top: the largest code of a weight.
     """
-    plan = QdqGraph.of(graph, options, top)
+
+    def settle(_name: str, weight: torch.Tensor) -> StaticWeight:
+        codes, scales = codes_of(weight.numpy().T, 0, top)
+        unknown = np.zeros(len(weight), np.float32)
+        factors = torch.full((weight.shape[1],), _FACTOR)
+        return StaticWeight(factors, np.ascontiguousarray(codes.T), scales.reshape(-1), unknown, unknown)
+
+    plan = QdqGraph.of(graph, options, top, settle)
     return plan.written(dict.fromkeys(plan.rounded, _RANGE), ())
 
 

@@ -29,6 +29,7 @@ from nightpress.core.recipes.passes import ShapeToSpeed, StaticInt8
 from nightpress.core.recipes.passes.shape import FORMATS
 
 Shape = tuple[tuple[int, ...], tuple[int, ...]]  #: groups of heads and channels of each layer
+_NEAR = 2  #: neighbours on each side that a time is smoothed with
 _COLUMNS = ("heads", "widths", "last_heads", "last_widths")
 
 
@@ -99,7 +100,8 @@ Times = Mapping[tuple[str, int], float]
 def table_of(conditions: str, type_: str, layers: int, times: Times) -> LatencyTable:
     """Make the table from the times of the graphs.
 
-    A module that is wider never counts as faster. If the whole modules of the last layer were timed alone, their narrower forms take as much
+    A time is that of its neighbours, too: the shapes are chosen by these times, and the choice would go by what is fast by chance. A module
+    that is wider never counts as faster. If the whole modules of the last layer were timed alone, their narrower forms take as much
     less as they are narrower: they are small. All modules' times are multiplied by one factor, so that the estimate of the whole model is its
     measured time: beside each other, modules take longer or less long than alone.
     """
@@ -115,7 +117,7 @@ def table_of(conditions: str, type_: str, layers: int, times: Times) -> LatencyT
         each = [
             max(0.0, (times[kind, count] - rest - last.get(count, 0.0)) / (layers - bool(last))) for count in counts
         ]
-        columns[kind] = {0: 0.0, **dict(zip(counts, accumulate(each, max), strict=True))}
+        columns[kind] = {0: 0.0, **dict(zip(counts, _smooth(counts, each), strict=True))}
         columns[f"last_{kind}"] = {0: 0.0, **last} if last else columns[kind]
     dense = sum(
         (1 if name.startswith("last") else layers - 1) * max(column.values()) for name, column in columns.items()
@@ -123,6 +125,14 @@ def table_of(conditions: str, type_: str, layers: int, times: Times) -> LatencyT
     factor = max(0.0, whole - rest) / dense if dense else 1.0
     scaled = {name: {count: factor * ms for count, ms in column.items()} for name, column in columns.items()}
     return LatencyTable(conditions, type_, times["source", 0], whole, rest, **scaled)
+
+
+def _smooth(counts: Sequence[int], times: Sequence[float]) -> list[float]:
+    """The value at each count of the straight line through it and two neighbours on each side, or that of a smaller count if it is larger."""
+    near = [slice(max(0, at - _NEAR), at + _NEAR + 1) for at in range(len(counts))]
+    lines = [np.polynomial.Polynomial.fit(counts[part], times[part], min(1, len(counts) - 1)) for part in near]
+    values = (max(0.0, float(line(count))) for line, count in zip(lines, counts, strict=True))
+    return list(accumulate(values, max))
 
 
 def _measured(

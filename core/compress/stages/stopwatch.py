@@ -22,7 +22,6 @@ _AT_ONCE = 6  #: processes beside that of the first graph, at most
 _FEWEST = 2  #: processes in a group
 _GROUP_BYTES = 1_000_000_000  #: no further graph joins a group whose graphs take more
 _ROUNDS = 25
-_FAST = 0.1  #: quantile of a graph's runs that counts: what else the machine does only adds time
 _FIRST_TOKEN, _TOKENS = 5, 1000  #: the timed texts consist of these tokens: no padding, and in every cut token table
 
 
@@ -42,7 +41,8 @@ class GraphStopwatch:
     ) -> list[float]:
         """The time of each graph when nothing disturbs it. The first graph runs in every group of graphs: times are its time multiplied by ratios.
 
-        The graphs of a group run by turns, so a change of the processor's speed affects all alike. Graphs of a group alone lie on the disk and in memory. Raises
+        The fastest run of a graph counts: what else the machine does only adds time. The graphs of a group run by turns, so a change of the
+        processor's speed affects all alike. Graphs of a group alone lie on the disk and in memory. Raises
         NightpressError(verification_failed) if a graph does not run.
         """
         first, *others = graphs
@@ -52,7 +52,7 @@ class GraphStopwatch:
             with self._opened([first, *others[len(ratios) : len(ratios) + _AT_ONCE]], place) as consumers:
                 shape = TimedShape(place.batch, place.length, _ROUNDS)
                 runs = [[run["milliseconds"] for run in found] for found in timed_rounds(shape, consumers, _untold)]
-            fast, *rest = np.quantile(runs, _FAST, axis=1).tolist()
+            fast, *rest = map(min, runs)
             firsts.append(fast)
             ratios += [time / fast for time in rest]
             tell(len(ratios) / len(others))
