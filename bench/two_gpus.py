@@ -7,8 +7,9 @@ GPTQ and AWQ and GPTQ of a DeepSeek-V3's layers), `together` (the 8B shape and t
 written to FOLDER/blocks_gpu.json after each measurement, so that a run that is cut off leaves what it has.
 
 A model has six layers (70B four, DeepSeek-V3 three), 128 × 2048 tokens run through it, and seconds a layer are those between the starts of
-the second and the last. `alone` needs only one GPU, which then measures all shapes in turn. A run with few tokens comes first and compiles the kernels. Every measurement has a limit; then its processes write
-where they are, and the next one begins. The disk needs some 90 GB, of which 68 are for DeepSeek-V3's layers, in bfloat16 as they are opened.
+the second and the last. With one GPU, `alone` measures all its shapes in turn. A run with few tokens comes first and compiles the kernels.
+Every measurement has a limit; then its processes write where they are, and the next one begins. The disk needs some 90 GB, of which 68 are
+for DeepSeek-V3's layers, in bfloat16 as they are opened.
 llm-compressor's own run on the same GPUs: `bench.peer_llmcompressor_gpu --gpus 2`.
 """
 
