@@ -25,7 +25,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -324,25 +324,25 @@ def measure(name: str, options: argparse.Namespace, folder: Path) -> list[Figure
     peak = max(run["peak_gib"] for run in runs.values())
     row = f"{title}/{name}"
     seconds = (runs[many]["seconds"] - runs[few]["seconds"]) / (many - few)
-    beside = _auto_round(options, ids, folder, seconds) if isinstance(OPTIONS[name], LearnedRounding) else []
+    chosen, beside = OPTIONS[name], list[Figure]()
+    if options.peer and isinstance(chosen, LearnedRounding):
+        beside = _auto_round(options, chosen, ids, folder, f"{title}/auto-round", seconds)
     return [
         *(Figure(f"{title} floor/{what}/seconds", round(taken, 3), "s a layer") for what, taken in least.items()),
         Figure(f"{row}/seconds", round(seconds, 3), "s a layer"),
         Figure(f"{row}/peak", round(peak, 2), "GiB of the GPU"),
         Figure(f"{row}/estimated", round(estimated, 2), "GiB of the GPU"),
         Figure(f"{row}/estimated_over_peak", round(estimated / peak, 2)),
-        *(replace(figure, name=f"{title}/auto-round/{figure.name}") for figure in beside),
+        *beside,
     ]
 
 
-def _auto_round(options: argparse.Namespace, ids: torch.Tensor, folder: Path, ours: float) -> list[Figure]:
+def _auto_round(
+    options: argparse.Namespace, chosen: LearnedRounding, ids: torch.Tensor, folder: Path, row: str, ours: float
+) -> list[Figure]:
     """What auto-round takes for the same models and tokens, and how much faster we are. ours: our seconds a layer."""
-    if options.peer is None:
-        return []
     tokens = folder / "calibration.npy"
     np.save(tokens, ids.numpy())
-    chosen = OPTIONS["learned-rounding"]
-    assert isinstance(chosen, LearnedRounding)
     settings = {"scheme": "W4A16", "iters": chosen.steps, "batch_size": chosen.batch, "group_size": chosen.group_size}
     auto_round(options.peer, folder / f"model-{options.layers[0]}", settings, tokens, None)  # compiles its kernels
     few, many = (
@@ -350,9 +350,9 @@ def _auto_round(options: argparse.Namespace, ids: torch.Tensor, folder: Path, ou
     )
     seconds = (many["seconds"] - few["seconds"]) / (options.layers[1] - options.layers[0])
     return [
-        Figure("seconds", round(seconds, 3), "s a layer"),
-        Figure("peak", round(max(few["peak"], many["peak"]) / 2**30, 2), "GiB of the GPU"),
-        Figure("ratio", round(seconds / ours, 2), "times our seconds", bar=">= 1.5"),
+        Figure(f"{row}/seconds", round(seconds, 3), "s a layer"),
+        Figure(f"{row}/peak", round(max(few["peak"], many["peak"]) / 2**30, 2), "GiB of the GPU"),
+        Figure(f"{row}/ratio", round(seconds / ours, 2), "times our seconds", bar=">= 1.5"),
     ]
 
 
@@ -385,7 +385,7 @@ def main() -> int:
         return in_turn(names, options)
     with tempfile.TemporaryDirectory(dir=os.environ.get("NIGHTPRESS_BENCH_DISK")) as scratch:
         figures = measure(names[0], options, Path(scratch))
-    return finish("blocks_gpu", figures, parser, options, choices=("only", "shape"))
+    return finish("blocks_gpu", figures, parser, options, choices=("only", "shape", "peer"))
 
 
 if __name__ == "__main__":

@@ -38,9 +38,8 @@ def save(model_dir: Path, out_dir: Path, traced: Traced, passes: RuntimePasses, 
         codes = pressed if pressed.packed and not (done and weights == "fp32") else None
         with disk_errors():
             if not done and codes is None and weights == "fp32":
-                for file in graph.parent.glob(f"{graph.name}*"):
+                for file in graph.parent.glob(f"{graph.name}.*"):  # weights beyond 2 GiB
                     shutil.copyfile(file, out_dir / file.name)
-                graph = target
             _write(target if done else graph, target, codes, halve=weights == "fp16")
     return tuple(records)
 

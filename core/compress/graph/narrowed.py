@@ -55,7 +55,7 @@ def in_int8(graph: Path, options: StaticInt8, top: int) -> bytes:
         codes, scales = codes_of(weight.numpy().T, 0, top)
         unknown = np.zeros(len(weight), np.float32)
         factors = torch.full((weight.shape[1],), _FACTOR)
-        return StaticWeight(factors, np.ascontiguousarray(codes.T), scales.reshape(-1), unknown, unknown)
+        return StaticWeight(factors, codes.T, scales.reshape(-1), unknown, unknown)
 
     plan = QdqGraph.of(graph, options, top, settle)
     return plan.written(dict.fromkeys(plan.rounded, _RANGE), ())
