@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -260,6 +261,7 @@ class S3(_Server):
             "-volume.max=10000",  # each bucket takes a volume; the server's default limit depends on the free disk (here 60 buckets)
         ]
         options += [f"-{name}={port}" for name, port in self._ports.items()]
+        options += [f"-{part}.localSocket={self.folder / part}.sock" for part in ("s3", "filer")]
         (self.folder / "data").mkdir(exist_ok=True)
         env = {
             **os.environ,
@@ -287,6 +289,12 @@ class S3(_Server):
             aws_secret_access_key=self.secret_key,
             config=Config(retries={"max_attempts": 1}, connect_timeout=2, read_timeout=20),
         )
+
+    def __exit__(self, *_: object) -> None:
+        super().__exit__()
+        # A killed server leaves these. No option puts them elsewhere.
+        for name, port in self._ports.items():
+            Path(tempfile.gettempdir(), f"seaweedfs-{name.replace('.port.', '-')}-{port}.sock").unlink(missing_ok=True)
 
     def create_bucket(self) -> str:
         name = new_id("b").replace("_", "-")

@@ -54,6 +54,7 @@ def bound(api: RunningApi, admin: httpx.Client, **quotas: int | None) -> None:
     admin.patch("/v1/admin/tenants/default", json=quotas).raise_for_status()
 
 
+@pytest.mark.slow
 def test_a_tenants_own_quotas_hold_and_are_shown(api: RunningApi, client: httpx.Client, admin: httpx.Client):
     first = admin.get("/v1/admin/tenants/default")
     assert (first.headers["etag"], first.json()["own"]["max_queued_jobs"]) == ('"v0"', None)
@@ -71,6 +72,7 @@ def test_a_tenants_own_quotas_hold_and_are_shown(api: RunningApi, client: httpx.
         assert admin.patch("/v1/admin/tenants/default", json=wrong).status_code == 422
 
 
+@pytest.mark.slow
 def test_storage_that_is_full_takes_no_model_and_no_job(api: RunningApi, client: httpx.Client, admin: httpx.Client):
     bound(api, admin, max_storage_bytes=1000)
     file = {"path": "reviews.txt", "size": 900, "sha256": "0" * 64}
@@ -84,6 +86,7 @@ def test_storage_that_is_full_takes_no_model_and_no_job(api: RunningApi, client:
     assert client.post("/v1/jobs", json=JOB).status_code == 201
 
 
+@pytest.mark.slow
 def test_a_key_rotates_expires_and_ends(api: RunningApi, client: httpx.Client):
     def works(key: str) -> bool:
         api.services.resources.keys._known.clear()  # five seconds later the cache would have expired
@@ -106,6 +109,7 @@ def test_a_key_rotates_expires_and_ends(api: RunningApi, client: httpx.Client):
     assert client.post("/v1/keys", json=gone).status_code == 422
 
 
+@pytest.mark.slow
 def test_what_a_key_makes_stays_within_its_own_time_and_ends_with_it(api: RunningApi, client: httpx.Client):
     soon = (dt.datetime.now(dt.UTC) + dt.timedelta(hours=1)).isoformat()
     later = (dt.datetime.now(dt.UTC) + dt.timedelta(hours=2)).isoformat()
@@ -140,6 +144,7 @@ def test_an_administrator_makes_keys_of_other_tenants_that_stand_by_themselves(a
     assert admin.post("/v1/keys", json=another_administrator).json()["record"]["made_by"] == own
 
 
+@pytest.mark.slow
 def test_the_audit_log_says_who_did_what_and_is_never_changed(
     api: RunningApi, client: httpx.Client, admin: httpx.Client
 ):
@@ -255,6 +260,7 @@ def finish(api: RunningApi, client: httpx.Client, **more: Any) -> str:
     return job
 
 
+@pytest.mark.slow
 def test_an_accepted_result_is_the_names_latest_at_once(api: RunningApi, client: httpx.Client):
     assert client.get("/v1/models/tiny/latest").status_code == 404
     first = finish(api, client)
@@ -278,6 +284,7 @@ def test_an_accepted_result_is_the_names_latest_at_once(api: RunningApi, client:
     assert client.post("/v1/models/tiny/promotions", json={"job_id": "job_no"}).status_code == 404
 
 
+@pytest.mark.slow
 def test_a_rejected_result_is_nobodys_latest_also_when_it_is_given_to_another_job(
     api: RunningApi, client: httpx.Client
 ):

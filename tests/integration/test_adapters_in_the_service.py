@@ -93,6 +93,7 @@ def test_an_adapter_on_the_servers_disk_and_a_base_in_storage(world: World, fold
     assert (view.state, view.base_id, view.source) == ("ready", base.id, "path")
 
 
+@pytest.mark.slow
 def test_the_base_that_peft_noted_is_found(world: World, hub: Hub, folders: Path, tmp_path: Path) -> None:
     """By its repository, by the name under which it was brought, and by an address that nobody has fetched yet."""
     by_folder = send(world, folders / "llama", "llama")
@@ -244,6 +245,7 @@ def test_both_clients_bring_adapters(face: Face, folders: Path) -> None:
         assert error.value.code == ErrorCode.NOT_FOUND
 
 
+@pytest.mark.slow
 def test_an_adapter_is_submitted_from_the_command_line(face: Face, folders: Path, tmp_path: Path) -> None:
     """The base is a local folder here, which is sent first, and then a name."""
     (tmp_path / "recipe.json").write_text(json.dumps(RECIPE))

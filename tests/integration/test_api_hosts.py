@@ -35,6 +35,7 @@ def submit(client: httpx.Client, gpus: int) -> str:
     return str(response.json()["id"])
 
 
+@pytest.mark.slow
 def test_gpus_are_listed_with_their_jobs_and_counted(api: RunningApi, client: httpx.Client):
     store = api.services.resources.store
     offer = host("a-host", 3, memory=1 << 40, cpu_jobs=2)

@@ -47,6 +47,7 @@ def is_problem(response: httpx.Response, status: int, code: ErrorCode) -> bool:
     )
 
 
+@pytest.mark.slow
 def test_an_unknown_address_is_a_problem(client: httpx.Client):
     assert is_problem(client.get("/v1/nothing"), 404, ErrorCode.NOT_FOUND)
 
@@ -106,6 +107,7 @@ def test_it_is_ready_when_all_parts_answer(client: httpx.Client):
     assert response.json()["checks"] == {"database": "ok", "broker": "ok", "storage": "ok"}
 
 
+@pytest.mark.slow
 def test_without_its_broker_it_is_degraded_and_still_takes_requests(tmp_path: Path):
     settings = Settings(data_dir=tmp_path, broker_url="redis://127.0.0.1:1/0")
     migrations.upgrade(settings.sql_url)
@@ -116,6 +118,7 @@ def test_without_its_broker_it_is_degraded_and_still_takes_requests(tmp_path: Pa
         assert client.get("/v1/jobs").status_code == 200
 
 
+@pytest.mark.slow
 def test_without_its_storage_it_is_degraded(tmp_path: Path, valkey_server: Valkey):
     settings = Settings(data_dir=tmp_path, broker_url=valkey_server.url, storage_url=str(tmp_path / "objects"))
     migrations.upgrade(settings.sql_url)
@@ -132,6 +135,7 @@ def test_without_its_storage_it_is_degraded(tmp_path: Path, valkey_server: Valke
 
 
 @pytest.mark.parametrize("revision", ["", "0001"])
+@pytest.mark.slow
 def test_a_database_without_its_newest_tables_is_not_ready(tmp_path: Path, valkey_server: Valkey, revision: str):
     settings = Settings(data_dir=tmp_path, broker_url=valkey_server.url)
     if revision:
@@ -143,6 +147,7 @@ def test_a_database_without_its_newest_tables_is_not_ready(tmp_path: Path, valke
         assert client.get("/readyz").status_code == 200
 
 
+@pytest.mark.slow
 def test_without_its_database_it_is_unavailable_and_comes_back(tmp_path: Path, valkey_server: Valkey):
     with Postgres(tmp_path / "postgres") as postgres:
         url = postgres.create_database()

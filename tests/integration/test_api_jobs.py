@@ -45,6 +45,7 @@ def submit(client: httpx.Client, **more: object) -> str:
     return str(response.json()["id"])
 
 
+@pytest.mark.slow
 def test_a_submitted_job_is_queued_and_found_at_its_location(client: httpx.Client):
     response = client.post("/v1/jobs", json={**SOON, "name": "nightly", "labels": {"team": "search"}, "priority": 5})
     assert response.status_code == 201
@@ -242,6 +243,7 @@ def test_results_appear_with_the_commit_and_not_before(api: RunningApi, client: 
     assert client.get(report["markdown_url"]).headers["content-type"].startswith("text/markdown")
 
 
+@pytest.mark.slow
 def test_an_identical_job_is_given_the_result_at_once_and_says_whose_it_is(api: RunningApi, client: httpx.Client):
     first = submit(client, reuse=True, promote=False)
     assert client.get(f"/v1/jobs/{first}").json()["state"] == "queued", "there is nothing to reuse yet"
@@ -331,6 +333,7 @@ def test_downloads_resume_where_they_stopped(api: RunningApi, client: httpx.Clie
     assert client.get(f"/v1/jobs/{job_id}/artifacts/onnx/files/nothing").status_code == 404
 
 
+@pytest.mark.slow
 def test_workers_are_listed_with_what_they_do(api: RunningApi, client: httpx.Client):
     store = api.services.resources.store
     worker = Worker(id="test-worker", host="h", queue="cpu", device="cpu", memory=1 << 40, threads=1, version="1")

@@ -70,6 +70,7 @@ def test_a_recipe_with_a_pass_that_is_not_allowed_is_refused_with_what_to_do(
     assert {item["stage"] for item in listed} == {"source", "folder", "graph", "runtime", "measure"}
 
 
+@pytest.mark.slow
 def test_an_allowed_pass_is_listed_planned_and_submitted(
     tmp_path: Path, sqlite_url: str, bert_tiny: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -114,6 +115,7 @@ def test_a_broken_package_is_listed_with_its_problem_and_costs_nothing_else(
         assert client.post("/v1/jobs", json={**JOB, "recipe": "int8-encoder"}).status_code == 201
 
 
+@pytest.mark.slow
 def test_a_result_of_another_version_of_the_package_answers_no_job(
     tmp_path: Path, sqlite_url: str, bert_tiny: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -40,6 +40,7 @@ def client(api: RunningApi, request: pytest.FixtureRequest) -> Iterator[httpx.Cl
         yield client
 
 
+@pytest.mark.slow
 def test_made_edited_with_its_etag_suspended_resumed_triggered_and_deleted(client: httpx.Client):
     made = client.post("/v1/schedules", json=NIGHTLY)
     assert (made.status_code, made.headers["etag"]) == (201, '"v1"')
@@ -97,6 +98,7 @@ def test_lists_are_pages(client: httpx.Client):
     assert seen == ["s4", "s3", "s2", "s1", "s0"]
 
 
+@pytest.mark.slow
 def test_the_client_and_the_command_do_the_same(api: RunningApi, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     key = api.key(tenant_id="cli")
     monkeypatch.setenv("NIGHTPRESS_API_URL", api.url)

@@ -62,6 +62,7 @@ def running(api: RunningApi, client: httpx.Client) -> Claimed:
     return api.claim()
 
 
+@pytest.mark.slow
 def test_a_stream_has_every_event_once_in_order_and_ends_with_the_job(
     api: RunningApi, client: httpx.Client, running: Claimed
 ):
@@ -98,6 +99,7 @@ def test_a_cut_stream_goes_on_after_the_last_id(api: RunningApi, client: httpx.C
     assert client.get(path, headers={**STREAM, "Last-Event-ID": "eight"}).status_code == 422
 
 
+@pytest.mark.slow
 def test_a_stream_of_logs_follows_the_worker(api: RunningApi, client: httpx.Client, running: Claimed):
     store = api.services.resources.store
     with client.stream("GET", f"/v1/jobs/{running.job.id}/logs", headers=STREAM) as response:

@@ -54,6 +54,7 @@ def send(client: httpx.Client, uploads: list[dict[str, Any]], contents: dict[str
             assert response.status_code in {200, 204}, response.text
 
 
+@pytest.mark.slow
 def test_an_uploaded_model_becomes_ready_and_can_be_pressed(client: httpx.Client, bert_tiny: Path):
     contents = {path.name: path.read_bytes() for path in bert_tiny.iterdir()}
     body = {"name": "tiny", "files": [announcement(name, data) for name, data in contents.items()]}
@@ -80,6 +81,7 @@ def test_an_uploaded_model_becomes_ready_and_can_be_pressed(client: httpx.Client
     assert (needed.status_code, needed.json()["code"]) == (409, "conflict")
 
 
+@pytest.mark.slow
 def test_other_bytes_than_announced_are_refused(client: httpx.Client):
     data = b"one\ntwo\n" * 100
     made = client.post("/v1/datasets", json={"name": "lines", "file": announcement("lines.txt", data)}).json()
@@ -96,6 +98,7 @@ def test_other_bytes_than_announced_are_refused(client: httpx.Client):
     assert client.get("/v1/datasets/lines").json()["state"] != "ready"
 
 
+@pytest.mark.slow
 def test_a_data_set_is_uploaded_listed_and_deleted(client: httpx.Client):
     rows = "".join(json.dumps({"text": f"Sentence {number}.", "label": number % 2}) + "\n" for number in range(20))
     data = rows.encode()
@@ -108,6 +111,7 @@ def test_a_data_set_is_uploaded_listed_and_deleted(client: httpx.Client):
     assert client.get("/v1/datasets/rows").status_code == 404
 
 
+@pytest.mark.slow
 def test_an_empty_data_set_is_refused(client: httpx.Client):
     made = client.post("/v1/datasets", json={"name": "none", "file": announcement("none.txt", b"")})
     if made.status_code == 201:
@@ -115,6 +119,7 @@ def test_an_empty_data_set_is_refused(client: httpx.Client):
     assert (made.status_code, made.json()["code"]) == (422, "invalid_data")
 
 
+@pytest.mark.slow
 def test_an_artifact_comes_from_wherever_it_lies(api: RunningApi, client: httpx.Client, bert_tiny: Path):
     contents = {path.name: path.read_bytes() for path in bert_tiny.iterdir()}
     body = {"name": "tiny", "files": [announcement(name, data) for name, data in contents.items()]}

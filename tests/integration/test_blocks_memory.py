@@ -63,6 +63,7 @@ def test_activations_lie_in_memory_or_in_a_file_and_the_result_is_the_same(
     assert not list((tmp_path / "told").rglob("hidden-states.bin"))
 
 
+@pytest.mark.slow
 def test_a_method_that_settles_layer_by_layer_runs_each_text_through_a_block_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):

@@ -118,6 +118,7 @@ def pressed_for(passes: list[dict[str, Any]], source: Path, folder: Path) -> Pat
 
 
 @pytest.mark.parametrize("form", GGUF_FORMS)
+@pytest.mark.slow
 def test_a_broken_matrix_in_a_gguf_file_is_named(
     form: str, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):

@@ -133,6 +133,7 @@ def shift_zero_points(tensors: Tensors) -> None:
 
 
 @pytest.mark.parametrize("form", FORMS)
+@pytest.mark.slow
 def test_one_broken_layer_is_seen(form: str, source: Path, tmp_path: Path):
     pressed = pressed_llama(source, tmp_path, FORMS[form])
     whole = asked(pressed, pressed)
@@ -173,6 +174,7 @@ def test_rows_of_every_form_are_what_its_writer_meant(form: str, source: Path, t
         np.testing.assert_allclose(weights.rows(name, rows), meant.numpy()[rows], rtol=1e-6, atol=0)
 
 
+@pytest.mark.slow
 def test_a_job_compares_each_layer_and_a_broken_one_fails_it(source: Path, tmp_path: Path):
     recipe = {
         "passes": [FORMS["int4"]],

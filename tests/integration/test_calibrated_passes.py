@@ -61,6 +61,7 @@ def _linears(folder: Path) -> dict[str, Tensor]:
         {"bits": 8, "group_size": None},
     ],
 )
+@pytest.mark.slow
 def test_gptq_loads_in_transformers_and_answers_nearer_than_rounding_does(
     options: dict[str, Any], bert_tiny: Path, tmp_path: Path
 ):
@@ -88,6 +89,7 @@ def _press_plain(source: Path, work: Path, pass_: dict[str, Any]) -> tuple[Path,
 
 
 @pytest.mark.parametrize("name", ["sparsegpt", "wanda"])
+@pytest.mark.slow
 def test_pruning_meets_its_share_or_its_pattern_and_leaves_a_model_that_loads(
     name: str, bert_tiny: Path, tmp_path: Path
 ):
@@ -101,6 +103,7 @@ def test_pruning_meets_its_share_or_its_pattern_and_leaves_a_model_that_loads(
     assert errors[0] < errors[1] < 1
 
 
+@pytest.mark.slow
 def test_sparse_and_quantized_at_once(bert_tiny: Path, tmp_path: Path):
     pass_ = {"pass": "gptq", "bits": 8, "group_size": 64, "order": "natural", "pattern": "2:4"}
     both, record = _press(bert_tiny, tmp_path, pass_, "compressed-tensors")
@@ -108,6 +111,7 @@ def test_sparse_and_quantized_at_once(bert_tiny: Path, tmp_path: Path):
     assert json.loads((both / "config.json").read_text())["quantization_config"]["format"] == "pack-quantized"
 
 
+@pytest.mark.slow
 def test_the_same_job_twice_gives_the_same_bytes(bert_tiny: Path, tmp_path: Path):
     folders = [
         _press(bert_tiny, tmp_path / name, {"pass": "gptq", "group_size": 64}, "compressed-tensors")[0] for name in "ab"

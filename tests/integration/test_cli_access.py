@@ -74,6 +74,7 @@ def test_a_channel_and_a_mailbox_are_webhooks_without_a_secret(face: Face):
     shown(face, "webhooks", "rm", hook)
 
 
+@pytest.mark.slow
 def test_a_keys_whole_life(face: Face):
     made = told(face, "keys", "add", "nightly", "-s", "jobs:read", "-s", "jobs:write", "--days", "30")
     key = made["record"]["id"]
@@ -94,6 +95,7 @@ def test_a_keys_whole_life(face: Face):
     assert run(face, "keys", "add", "x", "-s", "root").returncode == 4
 
 
+@pytest.mark.slow
 def test_tenants_quotas_and_the_audit_log(face: Face):
     told(face, "keys", "add", "theirs", "-s", "jobs:read", "--tenant", "acme")
     assert [row["name"] for row in told(face, "keys", "--tenant", "acme")] == ["theirs"]
@@ -113,6 +115,7 @@ def test_tenants_quotas_and_the_audit_log(face: Face):
     assert "passes" in told(face, "recipes", "schema")["properties"]
 
 
+@pytest.mark.slow
 def test_a_models_name_goes_back(face: Face, bert_tiny: Path, tmp_path: Path):
     with face.client() as client:
         model = client.models.upload(bert_tiny, "walked").id

@@ -93,6 +93,7 @@ def test_a_result_is_submitted_with_a_destination_delivered_pulled_and_verified(
         face.start()
 
 
+@pytest.mark.slow
 def test_schedules_and_models_have_destinations(face: Face, tmp_path: Path) -> None:
     (tmp_path / "own.json").write_text(json.dumps(RECIPE))
     recipe = ["--model", "mine", "--recipe", str(tmp_path / "own.json")]

@@ -102,6 +102,7 @@ def test_a_jobs_end_is_an_exit_status(face: Face, job: JobView, ending: str, sta
     assert (waited.returncode, json.loads(waited.stdout)["id"]) == (status, job.id)
 
 
+@pytest.mark.slow
 def test_submit_with_wait_goes_to_the_end(face: Face, model_id: str):
     process = subprocess.Popen(
         [*COMMAND, "submit", model_id, "-r", "int8-weights", "--wait"],
@@ -118,6 +119,7 @@ def test_submit_with_wait_goes_to_the_end(face: Face, model_id: str):
 
 
 @pytest.mark.parametrize("arguments", [("wait",), ("watch",), ("watch", "--json"), ("logs", "-f")], ids=" ".join)
+@pytest.mark.slow
 def test_ctrl_c_detaches_and_never_cancels(face: Face, job: JobView, arguments: tuple[str, ...]):
     process = subprocess.Popen(
         [*COMMAND, arguments[0], job.id, *arguments[1:]],
@@ -158,6 +160,7 @@ def _link(handle: Path) -> str:
         return ""  # closed since it was listed
 
 
+@pytest.mark.slow
 def test_watch_shows_progress_on_a_terminal(face: Face, job: JobView):
     claimed = face.claim()
     ours, theirs = pty.openpty()
@@ -369,6 +372,7 @@ def test_a_job_that_no_worker_will_take_is_listed_and_waited_for_with_a_notice(f
     face.store.requests.request_cancel("default", job.id)
 
 
+@pytest.mark.slow
 def test_workers_queues_and_plans_show_gpus(face: Face, model_id: str, tmp_path: Path):
     offer = host("host-of-four", 4, cpu_jobs=2)
     face.store.roster.heartbeat_worker(introduce(offer, draining=False))

@@ -52,6 +52,7 @@ def test_doctor_tells_why_torch_finds_no_gpu_and_what_to_do(
     assert bool(check.mend) == (status != "ok")
 
 
+@pytest.mark.slow
 def test_the_command_starts_without_torch_and_fast():
     probe = (
         "import sys, client.cli.main\n"

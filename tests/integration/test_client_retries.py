@@ -58,6 +58,7 @@ def nightly() -> Call[Any]:
     return schedule_calls.create_schedule("nightly", "0 2 * * *", "some-model", "int8-encoder")
 
 
+@pytest.mark.slow
 def test_a_post_whose_answer_is_lost_is_sent_again_and_done_once(proxy: CuttingProxy, sent: Send):
     proxy.cut_answers(0, 5)
     made = sent(nightly())

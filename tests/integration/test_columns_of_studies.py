@@ -194,6 +194,7 @@ def test_studies_trials_and_events(world: StudyWorld) -> None:
     assert world.store.reader.get(TENANT, str(done.winner_job_id)) is not None
 
 
+@pytest.mark.slow
 def test_a_study_that_failed_and_a_figure_with_an_interval(world: StudyWorld) -> None:
     rows = Rows(world.engine)
     study = world.create(target="cpu-encoder", space="auto", parallel=1)

@@ -258,6 +258,7 @@ def test_outputs_of_sources(engine: Engine, rows: Rows, store: JobStore) -> None
 # Schedules -----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_schedules_and_their_runs(world: World, tmp_path: Path) -> None:
     rows = Rows(world.engine)
     source = tmp_path / "roots" / "source"

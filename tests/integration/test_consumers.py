@@ -53,6 +53,7 @@ def test_the_schemes_are_those_of_the_formats_that_we_write() -> None:
 
 
 @pytest.mark.parametrize("scheme", ["int4 weights, groups", "nvfp4 weights and inputs"])
+@pytest.mark.slow
 def test_transformers_does_here_what_the_file_says(scheme: str) -> None:
     file = RESULTS / file_of("transformers", place_of("cpu"))
     if not file.exists():

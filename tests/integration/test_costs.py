@@ -188,6 +188,7 @@ def test_a_study_can_not_be_bounded_in_money_without_prices(tmp_path: Path, sqli
     world.engine.dispose()
 
 
+@pytest.mark.slow
 def test_a_job_a_schedule_and_a_tenant_show_what_they_cost_over_http_and_on_the_command_line(
     tmp_path: Path, bert_tiny: Path
 ):

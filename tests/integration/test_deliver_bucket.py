@@ -67,6 +67,7 @@ def test_what_is_rejected_is_not_delivered(world: World, bucket: str) -> None:
     assert world.deliveries() == []
 
 
+@pytest.mark.slow
 def test_a_large_file_goes_on_at_the_part_where_a_killed_process_stopped(
     world: World, s3_server: S3, bucket: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -101,6 +102,7 @@ def test_the_result_before_is_removed_and_other_files_stay(world: World, s3_serv
     assert statement["predicate"]["nightpress"]["job"] == world.deliveries()[0].job_id
 
 
+@pytest.mark.slow
 def test_a_delivery_is_cancelled_while_it_runs_and_goes_on_when_retried(
     world: World, s3_server: S3, bucket: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -157,6 +159,7 @@ def test_a_store_that_is_away_is_tried_again(world: World, bucket: str, s3_serve
     assert world.run().state == "delivered"
 
 
+@pytest.mark.slow
 def test_only_allowed_prefixes_and_no_storage_of_the_service(world: World, bucket: str) -> None:
     job_id = world.accept()
     for url, code in (

@@ -66,6 +66,7 @@ def with_the_library(program: str, *arguments: str) -> str:
     return run.stdout
 
 
+@pytest.mark.slow
 def test_a_commit_that_the_library_reads_and_that_verifies(world: World, hub: Hub, tmp_path: Path) -> None:
     world.accept(destinations=["hf://acme/{model}-int8@main"])
     done = world.run()
@@ -91,6 +92,7 @@ def test_a_commit_that_the_library_reads_and_that_verifies(world: World, hub: Hu
     assert verified.faults == ()
 
 
+@pytest.mark.slow
 def test_the_library_itself_writes_to_the_imitation(hub: Hub) -> None:
     hub.writes.tokens = set()
     hub.writes.chunk_size = MIB
@@ -127,6 +129,7 @@ def test_a_file_in_parts_goes_on_where_it_broke_off(world: World, hub: Hub) -> N
     assert hub.repositories[REPOSITORY][hub.branches[REPOSITORY, "main"]]["model.onnx"] == files["model.onnx"]
 
 
+@pytest.mark.slow
 def test_an_open_upload_that_expired_begins_anew(world: World, hub: Hub) -> None:
     hub.writes.chunk_size = MIB
     world.accept({"onnx": large_files(3 * MIB)}, destinations=["hf://acme/tiny-int8"])
@@ -140,6 +143,7 @@ def test_an_open_upload_that_expired_begins_anew(world: World, hub: Hub) -> None
     assert world.run().state == "delivered"
 
 
+@pytest.mark.slow
 def test_the_next_result_takes_the_place_and_leaves_other_files(world: World, hub: Hub) -> None:
     hub.push(REPOSITORY, {"notes.txt": b"mine", ".gitattributes": b""})
     world.accept({"onnx": {**FILES, "old.txt": b"old"}}, destinations=["hf://acme/tiny-int8"])

@@ -46,6 +46,7 @@ def manifest_of(registry: Registry, name: str, tag: str) -> tuple[dict, str]:
     return answer.json(), answer.headers["docker-content-digest"]
 
 
+@pytest.mark.slow
 def test_a_model_that_oras_pulls_and_that_verifies(world: World, registry: Registry, tmp_path: Path) -> None:
     from oras.client import OrasClient
 
@@ -162,6 +163,7 @@ def test_a_blob_that_the_registry_forgot_is_sent_again(
     assert world.run().state == "delivered"
 
 
+@pytest.mark.slow
 def test_a_wrong_password_fails_at_once(world: World, registry: Registry) -> None:
     credentials = world.resources.credentials
     credentials.delete(TENANT, credentials.page(TENANT, cursor=None, limit=1)[0][0].id)
@@ -171,6 +173,7 @@ def test_a_wrong_password_fails_at_once(world: World, registry: Registry) -> Non
     assert (failed.state, failed.error and failed.error["code"]) == ("failed", "destination_refused")
 
 
+@pytest.mark.slow
 def test_a_registry_with_a_token_service(tmp_path: Path) -> None:
     with serve_tokens() as tokens, Registry(tmp_path / "registry", tokens) as registry:
         prefix = f"oci://{registry.host}"
@@ -185,6 +188,7 @@ def test_a_registry_with_a_token_service(tmp_path: Path) -> None:
     assert json.dumps(done.result).count(registry.host) == 1
 
 
+@pytest.mark.slow
 def test_names_of_registries_are_in_lower_case_and_whole(world: World, registry: Registry) -> None:
     job_id = world.accept()
     for url in ("oci://Registry.example.com/x", f"oci://{registry.host}/teams/x", f"oci://{registry.host}/team/../x"):

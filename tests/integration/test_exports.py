@@ -118,6 +118,7 @@ def test_an_artifact_that_does_not_load_fails_with_what_its_consumer_said(bench:
     assert "exports" in caught.value.hint
 
 
+@pytest.mark.slow
 def test_an_openvino_graph_of_an_unknown_opset_is_said_so(bench: Bench, tmp_path: Path):
     out = tmp_path / "openvino"
     openvino.save(bench.model, out, bench.traced, [])
@@ -154,6 +155,7 @@ def test_the_same_graph_is_the_same_bytes_again(bench: Bench, tmp_path: Path):
         assert (tmp_path / "one" / file).read_bytes() == (tmp_path / "two" / file).read_bytes(), file
 
 
+@pytest.mark.slow
 def test_an_artifact_that_answers_wrongly_is_found_out(bench: Bench, tmp_path: Path):
     out = tmp_path / "onnx"
     onnx.save(bench.model, out, bench.traced, [])
@@ -171,6 +173,7 @@ def test_an_artifact_that_answers_wrongly_is_found_out(bench: Bench, tmp_path: P
         verify(copied, Export(format="safetensors"), wrong, source=observed, traced=None, task=bench.trial.task)
 
 
+@pytest.mark.slow
 def test_an_artifact_whose_answers_are_no_numbers_is_named(bench: Bench, tmp_path: Path):
     import onnx as library
 

@@ -99,6 +99,7 @@ def test_codes_of_every_family_are_read_back_by_transformers(
 
 
 @pytest.mark.parametrize("name", ["sparsegpt", "wanda"])
+@pytest.mark.slow
 def test_gpt2_is_pruned_along_its_inputs_in_the_layout_that_its_loader_reads(
     name: str, bert_tiny: Path, tmp_path: Path
 ):
@@ -112,6 +113,7 @@ def test_gpt2_is_pruned_along_its_inputs_in_the_layout_that_its_loader_reads(
     assert 0 < float((after - before).norm() / before.norm()) < 1
 
 
+@pytest.mark.slow
 def test_an_expert_that_the_router_starves_is_calibrated_with_every_token_and_named(bert_tiny: Path, tmp_path: Path):
     source = _save("MixtralForCausalLM", tmp_path / "source", bert_tiny)
     recipe = parse_recipe(

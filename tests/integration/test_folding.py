@@ -168,6 +168,7 @@ def test_a_pressed_model_answers_as_its_source_in_every_shape(family: str, varia
     assert not any(name in key for key in changed for name in left_out)
 
 
+@pytest.mark.slow
 def test_a_model_in_which_nothing_folds_is_refused_by_awq_and_smoothed_nowhere(tmp_path: Path):
     says = {"do_layer_norm_before": False, "activation_function": "gelu"}
     source = _save("OPTForCausalLM", says, tmp_path / "source")

@@ -140,6 +140,7 @@ def test_what_llama_cpps_graph_of_a_family_lacks_is_refused_when_planned(kind: s
     assert caught.value.code == ErrorCode.INVALID_RECIPE
 
 
+@pytest.mark.slow
 def test_codes_are_refused_when_planned(tmp_path: Path):
     header = inspect_model(FolderFiles(_save(_SOME, tmp_path / "model")))
     recipe = {"name": "r", "passes": [{"pass": "weight-only", "bits": 8}], "exports": ["gguf"], "evaluate": []}

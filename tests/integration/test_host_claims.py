@@ -221,6 +221,7 @@ def test_a_worker_from_before_recipes_had_gpus_gets_no_such_job(store: JobStore)
 # Many at once --------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_no_gpu_is_given_twice_and_all_are_busy(store: JobStore, engine: Engine):
     """Sixteen threads, with two stores as two processes have them, claim for one host until it is full; then its worker is killed."""
     for number in range(24):

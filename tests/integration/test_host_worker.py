@@ -49,6 +49,7 @@ def share_of(service: Service, job_id: str) -> dict[str, object]:
     return share
 
 
+@pytest.mark.slow
 def test_a_worker_that_drains_gives_all_its_jobs_back(service: Service) -> None:
     usual, supervisor = service.slot("endless")
     offer = host(usual._offer.worker_id, 2)

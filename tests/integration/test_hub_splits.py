@@ -79,6 +79,7 @@ def test_of_parquet_the_needed_columns_are_fetched_and_read_by_a_job(world: Worl
     assert [(row.text, row.label) for row in read_rows("split", file)] == list(zip(TEXTS, LABELS, strict=True))
 
 
+@pytest.mark.slow
 def test_nested_columns_dictionaries_and_nulls_stay_as_they_are(world: World, hub: Hub, tmp_path: Path) -> None:
     turns = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Good day"}]
     columns = {
@@ -219,6 +220,7 @@ def test_a_footer_is_written_as_it_was_read() -> None:
         assert write_struct(read_struct(footer)) == footer
 
 
+@pytest.mark.slow
 def test_damaged_footers_are_refused_and_never_crash() -> None:
     data = parquet({"text": TEXTS, "label": LABELS})
     footer = data[-8 - int.from_bytes(data[-8:-4], "little") : -8]

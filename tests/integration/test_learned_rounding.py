@@ -218,6 +218,7 @@ def test_on_a_gpu_two_runs_leave_the_same_bytes_and_learn(dtype: torch.dtype, tm
         assert path.read_bytes() == (tmp_path / "b" / "out" / path.name).read_bytes(), path.name
 
 
+@pytest.mark.slow
 def test_it_tells_its_progress_within_a_block(bert_tiny: Path, tmp_path: Path):
     told: list[float] = []
     _press(bert_tiny, tmp_path, {"pass": "learned-rounding", "group_size": 64, "steps": 10}, told)

@@ -17,6 +17,7 @@ from tests.jobs import add_model, claim, new_job, submit, succeeded
 from tests.servers import Postgres
 
 
+@pytest.mark.slow
 def test_up_down_and_up_again(sql_url: str, engine: Engine):
     tables = set(inspect(engine).get_table_names())
     assert {"jobs", "models", "api_keys"} <= tables
@@ -72,6 +73,7 @@ def test_the_database_itself_refuses_what_the_store_never_writes(engine: Engine)
             connection.execute(text(f"UPDATE jobs SET {change}"))
 
 
+@pytest.mark.slow
 def test_python_dash_m_migrations(sql_url: str, engine: Engine, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("NIGHTPRESS_DATABASE_URL", sql_url)
     for action in ("check", "downgrade", "upgrade"):
@@ -93,6 +95,7 @@ def test_a_migration_gives_up_on_a_locked_table_instead_of_queueing_everybody_be
     engine.dispose()
 
 
+@pytest.mark.slow
 def test_a_fingerprint_that_cannot_be_trusted_is_forgotten_and_what_came_of_it_is_taken_back(
     sql_url: str, engine: Engine
 ):

@@ -69,6 +69,7 @@ def test_the_same_seed_gives_the_same_texts_and_another_gives_others(model: Path
     assert (_samples(model, tmp_path / "a", seed=1)[3::4] == 1000).all()
 
 
+@pytest.mark.slow
 def test_models_without_a_template_get_no_chats_and_encoders_get_prose(model: Path, bert_tiny: Path, tmp_path: Path):
     plain = language_model(bert_tiny, tmp_path / "plain")
     ids = _samples(plain, tmp_path / "a", samples=6)

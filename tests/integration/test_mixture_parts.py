@@ -32,6 +32,7 @@ def _press(source: Path, work: Path, method: Method) -> dict[str, bytes]:
 
 @pytest.mark.parametrize("name", METHODS)
 @pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.slow
 def test_parts_end_with_the_bytes_of_a_single_part(
     family: str, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):

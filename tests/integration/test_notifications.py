@@ -192,6 +192,7 @@ def test_a_webhook_that_makes_no_sense_is_refused(fields: dict[str, str], why: s
         WebhookCreate.model_validate({"url": "https://example.com/", "events": ["job.failed"], **fields})
 
 
+@pytest.mark.slow
 def test_a_study_and_its_winner_are_told(tmp_path: Path, sqlite_url: str, bert_tiny: Path) -> None:
     studies = StudyWorld(tmp_path, sqlite_url, bert_tiny)
     store = studies.resources.webhooks

@@ -150,6 +150,7 @@ def test_layers_are_called_as_in_the_model(done: Done):
         assert all(0 < layer.relative_error < 0.05 for layer in record.layers)
 
 
+@pytest.mark.slow
 def test_the_load_snippets_run_as_shown(done: Done):
     for artifact in done.report.artifacts:
         ran = subprocess.run(

@@ -69,6 +69,7 @@ def test_a_roofline_is_the_slower_of_operations_and_bytes(tmp_path: Path):
     assert starved.decode_bound_ms == pytest.approx((starved.decode_moved_bytes or 0) / 1e3)
 
 
+@pytest.mark.slow
 def test_the_probe_measures_a_plausible_machine():
     device = probe("cpu", 1)
     assert 1e9 < device.flops_per_s < 1e13

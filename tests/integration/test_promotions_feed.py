@@ -4,6 +4,7 @@ from pathlib import Path
 from xml.etree import ElementTree as ET
 
 import httpx
+import pytest
 
 from nightpress.client import Client
 from nightpress.core.settings import Settings
@@ -13,6 +14,7 @@ from tests.jobs import add_model, claim, submit, succeeded
 ATOM = {"a": "http://www.w3.org/2005/Atom"}
 
 
+@pytest.mark.slow
 def test_the_feed_of_a_models_promotions(tmp_path: Path, sqlite_url: str) -> None:
     settings = Settings(
         _env_file=None,

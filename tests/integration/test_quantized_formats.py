@@ -208,6 +208,7 @@ def test_a_budget_is_met_and_spent_where_the_error_is(llama: Path, tmp_path: Pat
         assert path.read_bytes() == (again / path.name).read_bytes()
 
 
+@pytest.mark.slow
 def test_a_caches_scales_hold_the_keys_and_values_that_transformers_caches(llama: Path, tmp_path: Path):
     exact = _CALIBRATION.model_copy(update={"dtype": "float32"})
     out, _ = press(llama, tmp_path, [{"pass": "kv-cache", "format": "int8"}], calibration=exact)

@@ -63,6 +63,7 @@ def contents_of(folder: Path) -> dict[str, bytes]:
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
+@pytest.mark.slow
 def test_a_model_is_uploaded_inspected_and_ready(models: ModelRegistry, store: ObjectStore, bert_tiny: Path) -> None:
     view = models.create("t", announce(bert_tiny))
     assert (view.state, view.digest, view.parameters) == ("uploading", None, None)
@@ -172,6 +173,7 @@ def test_what_was_given_up_while_it_was_verified_stays_given_up(
     assert stored(store) == []
 
 
+@pytest.mark.slow
 def test_an_empty_file_needs_no_upload(models: ModelRegistry, store: ObjectStore, bert_tiny: Path) -> None:
     request = announce(bert_tiny)
     request = request.model_copy(update={"files": [*request.files, announced("merges.txt", b"")]})
@@ -192,6 +194,7 @@ def test_a_data_set_is_uploaded_and_counted(datasets: DataSetRegistry, store: Ob
     assert stored(store) == []
 
 
+@pytest.mark.slow
 def test_an_upload_is_cleared_of_what_the_model_does_not_need(
     models: ModelRegistry, store: ObjectStore, bert_tiny: Path
 ) -> None:

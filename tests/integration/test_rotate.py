@@ -98,6 +98,7 @@ class _KilledError(Exception):
     pass
 
 
+@pytest.mark.slow
 def test_an_attempt_killed_after_a_file_ends_with_the_same_bytes(tmp_path: Path):
     source = _save("LlamaForCausalLM", tmp_path / "source", shards="20KB")
     whole, record = _rotate(source, tmp_path / "a")

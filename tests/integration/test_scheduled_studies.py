@@ -22,6 +22,7 @@ def world(tmp_path: Path, sqlite_url: str, bert_tiny: Path) -> Iterator[World]:
     world.engine.dispose()
 
 
+@pytest.mark.slow
 def test_each_fire_begins_a_study_that_starts_from_the_front_of_the_last(world: World):
     service = StudyWorld.beside(world.engine, world.settings)
     made = world.schedule("2026-11-23T02:00", study=STUDY)

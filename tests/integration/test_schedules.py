@@ -243,6 +243,7 @@ def test_only_if_changed_runs_for_new_bytes_alone(world: World, tmp_path: Path):
 
 
 @pytest.mark.parametrize("only_if_changed", [False, True])
+@pytest.mark.slow
 def test_a_night_with_new_weights_is_not_given_the_last_nights_result(
     tmp_path: Path, sql_url: str, bert_tiny: Path, only_if_changed: bool
 ):

@@ -243,6 +243,7 @@ def test_a_gpu_too_small_for_a_job_is_refused_where_the_recipe_insists_on_one(wo
     assert error.details["largest"] == GB // 10
 
 
+@pytest.mark.slow
 def test_a_result_is_reused_wherever_it_was_made_unless_the_recipe_names_a_device(world: World):
     announce(world, "gpu", "gpu", gpu_memory=80 * GB)
     first, _ = world.service.submit(TENANT, wanted())

@@ -133,6 +133,7 @@ def test_a_narrowed_graph_computes_what_the_model_without_those_units_does(class
     assert answered.shape == expected.shape
 
 
+@pytest.mark.slow
 def test_the_tables_int8_graphs_have_the_operations_of_a_calibrated_one(folders: Path, tmp_path: Path):
     source, options = folders / "classifier", StaticInt8(min_cosine=None)
     header = inspect_model(FolderFiles(source))
@@ -191,6 +192,7 @@ def test_a_model_that_is_broken_off_anywhere_ends_with_the_same_bytes(folders: P
         assert _bytes(again) == _bytes(out)
 
 
+@pytest.mark.slow
 def test_an_embedder_learns_its_vectors(folders: Path, tmp_path: Path):
     _, record = _shaped(folders, "embedder", tmp_path, _options(speed=">= 2x"))
     assert record.summary["losses"] == ["hidden", "cosine"]
@@ -229,21 +231,26 @@ def test_a_job_makes_models_of_two_speeds_and_says_what_was_estimated_and_measur
     assert slow.parameters is not None
     assert fast.parameters is not None
     assert report.source.parameters is not None
-    assert fast.parameters <= slow.parameters < report.source.parameters
+    shaped = report.passes[0].summary
+    table = shaped["table"]
+    assert fast.parameters <= slow.parameters <= report.source.parameters
+    for artifact, stage in zip((slow, fast), shaped["stages"], strict=True):
+        # Where int8 alone reaches the speed, nothing is removed. Whether it does on so small a model, the machine decides.
+        needed = table["source_ms"] < stage["speed"] * table["whole_ms"]
+        assert needed == (artifact.parameters < report.source.parameters)
     for artifact in (slow, fast):
         assert any(
             "Estimated by the table of shape-to-speed" in note and "measured:" in note for note in artifact.notes
         )
-    shaped = report.passes[0].summary
     assert [stage["speed"] for stage in shaped["stages"]] == [1.2, 1.6]
     for stage in shaped["stages"]:
         assert stage["estimated_speed"] >= stage["speed"] * 0.999
-    assert shaped["table"]["heads_ms"].keys() == {"0", "1", "2", "3", "4"}
-    assert "openvino" in shaped["table"]["conditions"]
+    assert table["heads_ms"].keys() == {"0", "1", "2", "3", "4"}
+    assert "openvino" in table["conditions"]
     assert [record.summary.get("speed") for record in report.passes[1:]] == [1.2, 1.6]
     page = (job / "out" / "report.md").read_text()
     assert "## What shape-to-speed keeps" in page
-    assert f"| feed-forward | 64 channels | {shaped['table']['channels_ms']['64']:.3f} | 100% |" in page
+    assert f"| feed-forward | 64 channels | {table['channels_ms']['64']:.3f} | 100% |" in page
     inputs = {"input_ids": _IDS, "attention_mask": np.ones_like(_IDS), "token_type_ids": np.zeros_like(_IDS)}
     for name in names:
         folder = job / "out" / name

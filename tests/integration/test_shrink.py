@@ -122,6 +122,7 @@ def test_the_smaller_model_computes_what_the_source_does_without_those_units(
 
 @pytest.mark.parametrize("importance", ["l1", "l2", "activation", "taylor"])
 @pytest.mark.parametrize("class_name", ["LlamaForCausalLM", "RobertaForSequenceClassification"])
+@pytest.mark.slow
 def test_making_up_for_what_went_brings_the_answers_nearer(class_name: str, importance: str, tmp_path: Path):
     source = _model(class_name, tmp_path / "source")
     context = PassContext(inspect_model(FolderFiles(source)), tmp_path, calibration=_ENOUGH)
@@ -190,6 +191,7 @@ def test_blocks_go_by_influence_by_gradient_or_by_name(tmp_path: Path):
 @pytest.mark.parametrize(
     "pass_", [{"pass": "channels", "multiple": 8, "across": "global"}, {"pass": "heads", "share": 0.5}]
 )
+@pytest.mark.slow
 def test_a_killed_attempt_ends_with_the_same_bytes(
     pass_: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):

@@ -84,6 +84,7 @@ def sign_in_of(api: RunningApi) -> SignIn:
 # The page ------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_person_signs_in_acts_within_the_groups_and_signs_out(served: Served, visitor: Visitor):
     api, _ = served
     assert status_of(visitor) == 401
@@ -164,6 +165,7 @@ def test_a_session_is_confirmed_and_ends_when_the_group_is_gone(served: Served, 
     assert status_of(visitor) == 401
 
 
+@pytest.mark.slow
 def test_a_refresh_token_that_the_provider_refuses_ends_the_session(served: Served, visitor: Visitor):
     api, provider = served
     visitor.sign_in()
@@ -212,6 +214,7 @@ def test_sessions_are_listed_and_ended_by_whoever_may_write_keys(served: Served,
         assert (mine.live, mine.reason) == (False, "revoked")
 
 
+@pytest.mark.slow
 def test_nothing_changes_for_who_does_not_set_it(tmp_path: Path, face: Face):
     settings = Settings(_env_file=None, data_dir=tmp_path / "np", broker_url="redis://127.0.0.1:1/0")
     migrations.upgrade(settings.sql_url)
@@ -238,6 +241,7 @@ def test_a_program_comes_with_the_providers_access_token(served: Served):
     assert (me["tenant_id"], me["person"]["name"], me["scopes"]) == ("robots", "robot", ["jobs:read"])
 
 
+@pytest.mark.slow
 def test_keys_of_the_provider_are_rotated(served: Served):
     api, provider = served
 
@@ -283,6 +287,7 @@ def log_in(face: Face, api: RunningApi, provider: Provider, monkeypatch: pytest.
     return done
 
 
+@pytest.mark.slow
 def test_the_command_line_signs_in_by_the_device_flow_refreshes_and_signs_out(
     served: Served, face: Face, monkeypatch: pytest.MonkeyPatch
 ):
@@ -308,6 +313,7 @@ def test_the_command_line_signs_in_by_the_device_flow_refreshes_and_signs_out(
     assert command(face, api, "whoami").returncode != 0
 
 
+@pytest.mark.slow
 def test_a_sign_in_that_the_api_refuses_is_not_kept(served: Served, face: Face, monkeypatch: pytest.MonkeyPatch):
     api, provider = served
     provider.put("ada", ["strangers"])

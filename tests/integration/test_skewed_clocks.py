@@ -124,6 +124,7 @@ def test_a_job_submitted_by_a_host_ahead_is_no_newer_for_it(engine: Engine, host
     assert pointers.latest(TENANT, "tiny").job_id == newer
 
 
+@pytest.mark.slow
 def test_of_two_jobs_that_end_at_the_same_moment_the_later_one_holds_the_name(engine: Engine) -> None:
     add_model(engine)
     store, pointers = JobStore(engine), PromotionStore(engine)

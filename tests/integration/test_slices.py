@@ -154,6 +154,7 @@ def test_answers_of_a_chat_are_asked_for_with_the_models_own_template(done: tupl
     assert first[-len(expected) :] == expected
 
 
+@pytest.mark.slow
 def test_built_in_texts_are_slices_for_a_newcomer(model: Path, bert_tiny: Path):
     """Prose, code and, with a template, chats: no text is in two of them, and the report names what was read."""
     for folder, kinds in ((model, {"prose", "code", "chat"}), (bert_tiny, {"prose", "code"})):

@@ -70,6 +70,7 @@ def reused(
     return pressed(folder, bert_tiny, HALF, first[1]), folder
 
 
+@pytest.mark.slow
 def test_a_later_job_has_the_same_figures_to_the_bit(first: tuple[Report, Path], reused: tuple[Report, Path]):
     measured, (again, folder) = first[0], reused
     assert (measured.source.measurements_by, again.source.measurements_by) == (None, "job_earlier")
@@ -233,6 +234,7 @@ def test_what_an_instruction_set_may_not_do_makes_another_processor(monkeypatch:
 # In SQL and storage ---------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_row_is_taken_replaced_and_outdated(engine: Engine):
     sources = SourceFigures(engine)
     assert sources.take("d") is None
@@ -321,6 +323,7 @@ def test_a_second_job_gets_what_the_first_has_stored(tmp_path: Path, sqlite_url:
     service.close()
 
 
+@pytest.mark.slow
 def test_tenants_do_not_share_and_other_weights_are_measured(tmp_path: Path, sqlite_url: str):
     service = Service(tmp_path, sqlite_url)
     ran(service)
@@ -333,6 +336,7 @@ def test_tenants_do_not_share_and_other_weights_are_measured(tmp_path: Path, sql
     service.close()
 
 
+@pytest.mark.slow
 def test_an_installation_may_keep_none(tmp_path: Path, sqlite_url: str):
     service = Service(tmp_path, sqlite_url, keep_source_days=0)
     assert [ran(service).measurements_by for _ in range(2)] == [None, None]
@@ -340,6 +344,7 @@ def test_an_installation_may_keep_none(tmp_path: Path, sqlite_url: str):
     service.close()
 
 
+@pytest.mark.slow
 def test_a_failed_job_leaves_what_it_has_measured(tmp_path: Path, sqlite_url: str):
     service = Service(tmp_path, sqlite_url)
     job_id = service.submit(HALF, max_failures=1)
@@ -351,6 +356,7 @@ def test_a_failed_job_leaves_what_it_has_measured(tmp_path: Path, sqlite_url: st
 
 
 @pytest.mark.parametrize("trick", ["measures_a_link", "measures_a_pipe", "measures_too_much"])
+@pytest.mark.slow
 def test_a_child_can_not_make_the_worker_store_something_else(trick: str, tmp_path: Path, sqlite_url: str):
     service = Service(tmp_path, sqlite_url)
     assert ran(service, trick).measurements_by is None

@@ -63,6 +63,7 @@ def bucket_settings(server: S3, bucket: str) -> dict[str, Any]:
     }
 
 
+@pytest.mark.slow
 def test_a_model_in_a_bucket_is_fetched_whole_and_its_trainers_pickles_are_left(
     tmp_path: Path, sql_url: str, s3_server: S3, bucket: str, bert_tiny: Path
 ):
@@ -89,6 +90,7 @@ def _ready(view: DataSetView) -> DataSetView | None:
     return view if view.state == "ready" else None
 
 
+@pytest.mark.slow
 def test_what_a_bucket_lacks_or_refuses_is_said(tmp_path: Path, sqlite_url: str, s3_server: S3, bucket: str):
     given = bucket_settings(s3_server, bucket)
     world = World(tmp_path, sqlite_url, **given)
@@ -216,6 +218,7 @@ def test_only_what_the_operator_allowed_is_a_source(source: str, code: ErrorCode
 # Which process fetches -------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_one_owner_at_a_time_and_the_next_goes_on_after_the_last_whole_file(
     hub_world: World, hub: Hub, bert_tiny: Path, monkeypatch: pytest.MonkeyPatch
 ):
@@ -272,6 +275,7 @@ def test_a_source_that_is_down_is_tried_again(hub_world: World, hub: Hub, bert_t
     assert refusal(hub_world.settled(made.id))[0] == "source_unavailable"
 
 
+@pytest.mark.slow
 def test_deleted_while_it_is_fetched_it_leaves_nothing(
     hub_world: World, hub: Hub, bert_tiny: Path, monkeypatch: pytest.MonkeyPatch
 ):

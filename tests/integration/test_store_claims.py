@@ -105,6 +105,7 @@ def test_a_job_for_later_waits(store: JobStore):
     assert claim(store).job.id == now
 
 
+@pytest.mark.slow
 def test_eight_workers_share_two_hundred_jobs_and_none_gets_one_twice(store: JobStore, engine: Engine):
     submitted = {submit(store, tenant_id=f"tenant-{index % 3}") for index in range(200)}
     start = threading.Barrier(8)

@@ -69,6 +69,7 @@ def quiet() -> None:
     logging.disable_progress_bar()
 
 
+@pytest.mark.slow
 def test_the_table_of_classes_is_that_of_the_installed_transformers():
     table = json.loads(TABLE.read_bytes())
     if table["transformers"] != transformers.__version__:
@@ -122,6 +123,7 @@ def _is_no_encoder(model_type: str, row: dict[str, Any]) -> bool:
     return beside or model_type in classes_of("encoder-decoders")
 
 
+@pytest.mark.slow
 def test_a_model_without_rows_of_blocks_is_held_whole_and_rounded_as_well(tmp_path: Path):
     """Gemma 4's later blocks may read keys that earlier ones have stored."""
     source = save_tiny("gemma4_text", "Gemma4ForCausalLM", tmp_path / "source")
@@ -148,6 +150,7 @@ def test_a_model_without_rows_of_blocks_is_held_whole_and_rounded_as_well(tmp_pa
         ("qwen3_vl", "Qwen3VLForConditionalGeneration"),
     ],
 )
+@pytest.mark.slow
 def test_the_tower_of_a_model_that_sees_is_left_as_it_is(tmp_path: Path, model_type: str, class_name: str):
     source = save_tiny(model_type, class_name, tmp_path / "source")
     out, changed = pressed(recipe_of("gptq"), source, tmp_path / "work")
@@ -218,6 +221,7 @@ def test_what_can_not_be_pressed_is_refused_with_its_own_reason(
     assert caught.value.hint
 
 
+@pytest.mark.slow
 def test_a_class_that_is_not_built_is_told_from_a_cell_that_fails():
     assert try_class("blt", "BltForCausalLM", [])["built"] == Cell(
         "fails", "ValueError: its smallest form has 192,649,344 weights"

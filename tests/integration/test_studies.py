@@ -39,6 +39,7 @@ def told(world: StudyWorld, study: StudyView) -> list[tuple[int, dict[str, Any]]
     return [(trial.number, trial.choices) for trial in world.trials(study) if trial.role == "search"]
 
 
+@pytest.mark.slow
 def test_a_study_finds_the_smallest_that_keeps_its_gates(world: StudyWorld):
     study = world.create(trials=24)
     ended = world.run(study)
@@ -61,6 +62,7 @@ def test_a_study_finds_the_smallest_that_keeps_its_gates(world: StudyWorld):
     assert sum(report.counts.values()) == 24
 
 
+@pytest.mark.slow
 def test_no_recipe_is_tried_twice_and_each_trial_has_a_job_of_its_own(world: StudyWorld):
     study = world.create(trials=12, parallel=4)
     world.run(study, order=3)
@@ -93,6 +95,7 @@ def test_the_same_seed_and_answers_give_the_same_trials_in_whatever_order_they_e
     assert told(quick, other) != told(quick, first)
 
 
+@pytest.mark.slow
 def test_the_last_measurement_uses_the_other_half_and_decides_who_wins(quick: StudyWorld):
     def flattered(recipe: dict[str, Any]) -> tuple[float, float]:
         """Where a recipe is chosen, 3 bits keep the gate; where it is judged, they don't."""
@@ -131,6 +134,7 @@ def test_a_gate_on_a_slice_is_measured_by_the_metric_of_its_figure(quick: StudyW
     assert [entry["metric"] for entry in parts["evaluate"]][:1] == ["masked-lm"]
 
 
+@pytest.mark.slow
 def test_replicas_that_race_propose_each_trial_once(world: StudyWorld):
     study = world.create(trials=10, parallel=4)
     ended = world.run(study, replicas=4)
@@ -140,6 +144,7 @@ def test_replicas_that_race_propose_each_trial_once(world: StudyWorld):
     assert [event.seq for event in world.studies.store.events(study.id)] == list(range(1, len(kinds) + 1))
 
 
+@pytest.mark.slow
 def test_a_replica_that_dies_before_its_commit_leaves_nothing(world: StudyWorld, monkeypatch: pytest.MonkeyPatch):
     study = world.create(trials=4, parallel=1)
 
@@ -155,6 +160,7 @@ def test_a_replica_that_dies_before_its_commit_leaves_nothing(world: StudyWorld,
     assert world.run(study).state == "succeeded"
 
 
+@pytest.mark.slow
 def test_a_slow_trial_keeps_no_other_from_starting_for_a_round(quick: StudyWorld):
     study = quick.create(trials=20, parallel=3)
     control = quick.replica()
@@ -218,6 +224,7 @@ def test_budgets_and_the_deadline_end_a_search_and_its_running_trials(quick: Stu
         assert quick.run(study).state == "succeeded"
 
 
+@pytest.mark.slow
 def test_a_small_space_is_tried_whole(quick: StudyWorld):
     space = [
         {
@@ -249,6 +256,7 @@ def test_a_study_whose_trials_all_fail_ends_with_their_error(quick: StudyWorld):
     assert ended.proposed <= 8
 
 
+@pytest.mark.slow
 def test_a_trial_that_fails_is_told_and_the_search_goes_on(quick: StudyWorld):
     study = quick.create(trials=8, parallel=1)
     control = quick.replica()
@@ -261,6 +269,7 @@ def test_a_trial_that_fails_is_told_and_the_search_goes_on(quick: StudyWorld):
     assert (first.state, first.reason) == ("failed", "numerical_failure: A weight is not finite.")
 
 
+@pytest.mark.slow
 def test_trials_wait_for_the_quota_and_go_on(tmp_path: Path, sqlite_url: str, bert_tiny: Path):
     world = StudyWorld(tmp_path, sqlite_url, bert_tiny, max_queued_jobs=2)
     study = world.create(trials=6, parallel=4)
@@ -270,6 +279,7 @@ def test_trials_wait_for_the_quota_and_go_on(tmp_path: Path, sqlite_url: str, be
     world.engine.dispose()
 
 
+@pytest.mark.slow
 def test_a_study_can_start_from_the_front_of_another(quick: StudyWorld):
     first = quick.create(trials=12)
     quick.run(first)
@@ -306,6 +316,7 @@ def test_what_can_never_work_is_refused_at_once(quick: StudyWorld, change: dict[
     assert quick.studies.store.page(TENANT, cursor=None, limit=10)[0] == []
 
 
+@pytest.mark.slow
 def test_an_automatic_space_of_an_encoder_proposes_only_what_can_work(quick: StudyWorld):
     study = quick.create(space="auto", trials=12, gates=GATES)
     assert study.automatic
@@ -315,6 +326,7 @@ def test_an_automatic_space_of_an_encoder_proposes_only_what_can_work(quick: Stu
     assert names == {recipe["name"] for recipe in study.space}  # each recipe of the space is tried first, once
 
 
+@pytest.mark.slow
 def test_the_winners_artifacts_outlive_those_of_other_trials_until_the_study_is_forgotten(world: StudyWorld):
     study = world.create(trials=3, parallel=1, promote=False)
     ended = world.run(study, lambda recipe: (recipe["passes"][0]["bits"] / 32, 0.99))
@@ -345,6 +357,7 @@ def test_the_winners_artifacts_outlive_those_of_other_trials_until_the_study_is_
     assert world.store.reader.artifacts(ended.winner_job_id) == []
 
 
+@pytest.mark.slow
 def test_an_accepted_winner_becomes_the_models_latest_and_no_other_trial_does(world: StudyWorld):
     kept = world.create(trials=3, promote=False)
     world.run(kept, lambda _recipe: (0.5, 0.99))
@@ -360,6 +373,7 @@ def test_only_a_process_that_proposes_trials_imports_the_sampler():
     assert subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=False).returncode == 0
 
 
+@pytest.mark.slow
 def test_ranges_are_proposed_within_their_ends_and_by_their_steps(quick: StudyWorld):
     rounding = {
         "pass": "gptq",

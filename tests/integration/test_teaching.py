@@ -74,6 +74,7 @@ def test_a_cut_student_starts_as_its_teacher_and_keeps_its_embeddings(model: Pat
 
 
 @pytest.mark.parametrize("cache", [False, True])
+@pytest.mark.slow
 def test_a_masked_language_model_teaches_words(cache: bool, bert_tiny: Path, data: Path, tmp_path: Path):
     options = {
         "pass": "distill",
@@ -86,6 +87,7 @@ def test_a_masked_language_model_teaches_words(cache: bool, bert_tiny: Path, dat
     assert (record.summary["cached_logits"] is not None) == cache
 
 
+@pytest.mark.slow
 def test_an_embedder_teaches_directions(bert_tiny: Path, data: Path, tmp_path: Path):
     source = embedder(bert_tiny, tmp_path / "source")
     student = {"config": {"num_hidden_layers": 2, "intermediate_size": 32}}

@@ -98,6 +98,7 @@ def test_other_options_or_data_start_anew(model: Path, data: Path, tmp_path: Pat
     assert other.summary["resumed_from"] == 0
 
 
+@pytest.mark.slow
 def test_the_best_step_is_kept_and_training_stops_when_nothing_gets_better(model: Path, data: Path, tmp_path: Path):
     train = _DISTILL["train"] | {
         "patience": 2,

@@ -162,6 +162,7 @@ def test_a_language_model_is_measured_by_its_own_tokens(bert_tiny: Path, tmp_pat
         assert figures["perplexity"].value < 0.5 * _named(report.source.measurements)["perplexity"].value
 
 
+@pytest.mark.slow
 def test_logits_over_kept_tokens_are_the_sources(bert_tiny: Path, tmp_path: Path) -> None:
     """A head of its own, whose rows and bias are cut like the embeddings'."""
     from tokenizers import Tokenizer

@@ -39,6 +39,7 @@ def test_a_beat_before_the_job_begins_does_not_confuse_the_child(tmp_path: Path)
         child.remove()
 
 
+@pytest.mark.slow
 def test_a_spare_child_has_what_loads_models_ready_and_counts_their_libraries_once(tmp_path: Path) -> None:
     """The inner process imports the libraries, and forks a nursery from which runners are forked."""
     child = ChildProcess(tmp_path, threads=1, network=True)
@@ -64,6 +65,7 @@ def test_a_spare_child_has_what_loads_models_ready_and_counts_their_libraries_on
     eventually(lambda: not running([nursery.pid]), within=5)
 
 
+@pytest.mark.slow
 def test_a_child_that_nobody_hears_ends_with_all_it_started(tmp_path: Path) -> None:
     """When a supervisor is killed, all its pipes close at once. It must not matter which of them the child notices first."""
     child = ChildProcess(tmp_path, threads=1, network=True, command=behaving("endless"))
@@ -82,6 +84,7 @@ def test_a_child_that_nobody_hears_ends_with_all_it_started(tmp_path: Path) -> N
         child.remove()
 
 
+@pytest.mark.slow
 def test_a_child_that_is_told_nonsense_ends_instead_of_waiting(tmp_path: Path) -> None:
     read, write = os.pipe()
     command = [sys.executable, "-m", "nightpress.worker.child", "--frames", str(write), "--keep-network", str(tmp_path)]

@@ -38,6 +38,7 @@ def fail_with(service: Service, behaviour: str, **limits: float) -> dict[str, ob
     return job.error
 
 
+@pytest.mark.slow
 def test_a_job_runs_from_claim_to_committed_artifacts(tmp_path: Path, sql_url: str) -> None:
     service = Service(tmp_path, sql_url)
     job_id = service.submit()
@@ -54,6 +55,7 @@ def test_a_job_runs_from_claim_to_committed_artifacts(tmp_path: Path, sql_url: s
     service.close()
 
 
+@pytest.mark.slow
 def test_what_an_attempt_takes_is_counted(service: Service) -> None:
     def counted(name: str, **labels: str) -> float:
         return REGISTRY.get_sample_value(f"nightpress_{name}", labels) or 0.0
@@ -76,6 +78,7 @@ def test_what_an_attempt_takes_is_counted(service: Service) -> None:
     assert all(bytes_moved >= 50_000 for bytes_moved in grown[4:])
 
 
+@pytest.mark.slow
 def test_what_an_earlier_attempt_could_not_remove_goes_with_the_next(service: Service) -> None:
     slot, supervisor = service.slot("press", spare=True)
     supervisor.warm_up()
@@ -101,6 +104,7 @@ def test_a_job_that_does_not_fit_is_left_to_a_larger_worker(service: Service) ->
     assert service.job(job_id).state == "queued"
 
 
+@pytest.mark.slow
 def test_the_spare_child_takes_the_next_job_and_is_replaced(service: Service) -> None:
     slot, supervisor = service.slot("press", spare=True)
     supervisor.warm_up()
@@ -116,6 +120,7 @@ def test_the_spare_child_takes_the_next_job_and_is_replaced(service: Service) ->
     supervisor.close()
 
 
+@pytest.mark.slow
 def test_a_spare_that_died_while_it_waited_costs_no_attempt(service: Service) -> None:
     slot, supervisor = service.slot("press", spare=True)
     supervisor.warm_up()
@@ -139,18 +144,21 @@ def test_a_spare_that_died_while_it_waited_costs_no_attempt(service: Service) ->
         ("tamper", "checksum_mismatch", "other bytes"),
     ],
 )
+@pytest.mark.slow
 def test_what_a_child_does_wrong_becomes_a_code(service: Service, behaviour: str, code: str, said: str) -> None:
     error = fail_with(service, behaviour)
     assert error["code"] == code
     assert said in str(error["message"])
 
 
+@pytest.mark.slow
 def test_the_last_words_of_a_child_that_crashed_are_in_the_log(service: Service) -> None:
     job_id = service.submit(max_failures=1)
     serve(service, "segfault")
     assert "Segmentation fault" in service.log(job_id)
 
 
+@pytest.mark.slow
 def test_memory_of_a_childs_own_children_counts(service: Service) -> None:
     job_id = service.submit(max_failures=1)
     serve(service, "hog", memory=200 * MIB)
@@ -176,6 +184,7 @@ def test_a_run_past_its_limit_is_stopped_and_not_repeated(service: Service) -> N
     assert not running(pids_said(service.await_log(job_id, "consumer")))
 
 
+@pytest.mark.slow
 def test_nonsense_on_the_frame_channel_is_logged_and_harms_nothing(service: Service) -> None:
     job_id = service.submit()
     serve(service, "babble")
@@ -186,6 +195,7 @@ def test_nonsense_on_the_frame_channel_is_logged_and_harms_nothing(service: Serv
     assert log.count("can't be read") == 3
 
 
+@pytest.mark.slow
 def test_a_cancelled_run_ends_with_everything_it_started(service: Service) -> None:
     job_id = service.submit()
     thread = threading.Thread(target=serve, args=(service, "endless"))
@@ -217,6 +227,7 @@ def test_progress_and_phases_reach_the_row_while_it_runs(service: Service) -> No
     assert len([item for item in seen if item[0] == "pressing"]) >= 3
 
 
+@pytest.mark.slow
 def test_a_model_that_lies_on_this_machine_is_used_in_place(service: Service, tmp_path: Path) -> None:
     folder = tmp_path / "weights"
     folder.mkdir()

@@ -35,6 +35,7 @@ def weights(draw: st.DrawFn, columns_of: int = 1) -> torch.Tensor:
 
 @given(weights(columns_of=32), st.sampled_from([4, 8]), st.sampled_from([None, 16, 32]), st.booleans())
 @settings(max_examples=150)
+@pytest.mark.slow
 def test_every_weight_lies_within_half_a_step(source: torch.Tensor, bits: int, group_size: int | None, symmetric: bool):
     rounded = round_to_grid(source, Grid(bits, group_size, symmetric))
     back = dequantize(rounded.codes, rounded.scale, rounded.zero_point).double()

@@ -65,6 +65,7 @@ def test_no_path_leads_out_of_the_folder(path: str):
 
 
 @given(st.dictionaries(PATHS, st.binary(max_size=50), max_size=5))
+@pytest.mark.slow
 def test_a_folders_digest_is_of_what_is_in_it(contents: dict[str, bytes]):
     with tempfile.TemporaryDirectory() as folder:
         for path, data in contents.items():

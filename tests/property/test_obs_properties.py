@@ -1,5 +1,6 @@
 """Properties of the OBS solver that hold for any weight and any inputs."""
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -39,6 +40,7 @@ sizes = {
     search=st.booleans(),
     refine=st.booleans(),
 )
+@pytest.mark.slow
 def test_codes_are_in_range_and_no_row_loses_more_than_by_rounding(
     seed: int,
     rows: int,

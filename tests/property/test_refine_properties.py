@@ -51,6 +51,7 @@ shapes = {
     ranges=st.sampled_from(["extremes", "least-error", "half-quadratic"]),
     refine=st.booleans(),
 )
+@pytest.mark.slow
 def test_no_row_costs_the_outputs_more_than_rounded_to_nearest(
     seed: int,
     rows: int,

@@ -4,6 +4,7 @@ import json
 import struct
 from collections.abc import Mapping
 
+import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from safetensors import deserialize
@@ -78,6 +79,7 @@ def test_every_valid_file_is_read_as_the_library_reads_it(data: bytes) -> None:
 
 @given(files(), st.lists(st.tuples(st.integers(0, 400), st.binary(max_size=3)), min_size=1, max_size=3))
 @settings(max_examples=150)
+@pytest.mark.slow
 def test_what_is_accepted_of_damaged_files_the_library_accepts_too(
     data: bytes, damage: list[tuple[int, bytes]]
 ) -> None:

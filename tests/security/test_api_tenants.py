@@ -107,6 +107,7 @@ def test_without_a_key_every_route_is_closed(api: RunningApi):
             assert response.headers["www-authenticate"].startswith("Bearer"), operation
 
 
+@pytest.mark.slow
 def test_an_expired_revoked_or_invented_key_opens_no_route(api: RunningApi):
     engine = api.services.resources.engine
     over = dt.datetime.now(dt.UTC) - dt.timedelta(seconds=1)
@@ -189,6 +190,7 @@ def test_no_answer_tells_the_key(api: RunningApi, owned: Owned):
             assert key.split("_", 2)[2] not in client.get(path).text
 
 
+@pytest.mark.slow
 def test_figures_are_for_who_may_read_them_where_the_operator_says_so(tmp_path: Path):
     settings = Settings(data_dir=tmp_path, broker_url="redis://127.0.0.1:1/0", metrics_access="key")
     migrations.upgrade(settings.sql_url)
@@ -225,6 +227,7 @@ DONE: dict[str, Any] = {
 }
 
 
+@pytest.mark.slow
 def test_every_post_under_a_key_is_done_once_and_answered_alike(
     api: RunningApi, owner: httpx.Client, owned: Owned, bert_tiny: Path
 ):

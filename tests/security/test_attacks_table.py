@@ -3,12 +3,15 @@
 import ast
 import re
 
+import pytest
+
 from tests.service import ROOT
 
 _ROW = re.compile(r"^\| S(\d+) \|.*\|$", re.M)
 _TEST = re.compile(r"`((?:\w+/)*\w+\.py)::(\w+)`")
 
 
+@pytest.mark.slow
 def test_every_attack_is_tried_by_tests_that_exist():
     page = (ROOT / "docs" / "security.md").read_text()
     rows = {int(row[1]): _TEST.findall(row[0]) for row in _ROW.finditer(page)}

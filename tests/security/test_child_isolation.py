@@ -188,6 +188,7 @@ def alone(tmp_path: Path, sqlite_url: str) -> Iterator[Service]:
     service.close()
 
 
+@pytest.mark.slow
 def test_shared_memory_that_no_process_maps_counts_as_the_jobs(alone: Service, standing: Walls) -> None:
     if walls.FILES in standing.down or walls.SHARED_MEMORY in standing.down:
         pytest.skip(str(standing))
@@ -199,6 +200,7 @@ def test_shared_memory_that_no_process_maps_counts_as_the_jobs(alone: Service, s
     assert job.error["code"] == "out_of_memory", job.error
 
 
+@pytest.mark.slow
 def test_no_file_of_a_job_is_longer_than_the_disk_has_room(alone: Service) -> None:
     job_id = alone.submit(max_failures=1)
     slot, _ = alone.slot("long_file")
@@ -227,6 +229,7 @@ def bare(tmp_path: Path) -> Path:
     return tmp_path / "run"
 
 
+@pytest.mark.slow
 def test_where_there_are_no_namespaces_it_is_said_which_walls_are_missing(bare: Path) -> None:
     command = without_namespaces(sys.executable, "-P", "-m", "nightpress.worker.probe", str(bare))
     probed = subprocess.run(command, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
@@ -240,6 +243,7 @@ def test_where_there_are_no_namespaces_it_is_said_which_walls_are_missing(bare: 
         assert walls.FILES not in down, "Landlock stands in"
 
 
+@pytest.mark.slow
 def test_without_namespaces_no_socket_is_reached_and_no_mode_changed(bare: Path, tmp_path: Path) -> None:
     if view.gpu_devices():
         pytest.skip("CUDA keeps its sockets where there are no namespaces")
@@ -276,6 +280,7 @@ def test_a_childs_folder_is_its_owners_alone(tmp_path: Path) -> None:
     assert {path.stat().st_mode & 0o777 for path in (tmp_path / "run", tmp_path / "run" / "work")} == {0o700}
 
 
+@pytest.mark.slow
 def test_a_spare_ends_with_its_supervisor(tmp_path: Path) -> None:
     """The supervisor is killed and sends no message: the child only sees the end of the stream."""
     script = (

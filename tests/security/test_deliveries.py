@@ -90,6 +90,7 @@ def test_a_token_goes_to_no_other_host(world: World, hub: Hub) -> None:
     assert any(headers.get("authorization") == f"Bearer {SECRET}" for _, headers in hub.asked)
 
 
+@pytest.mark.slow
 def test_no_answer_row_or_log_holds_a_secret(tmp_path: Path, hub: Hub, caplog: pytest.LogCaptureFixture) -> None:
     settings = Settings(
         _env_file=None,

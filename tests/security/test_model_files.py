@@ -227,6 +227,7 @@ JSON_BOMBS: dict[str, Callable[[], bytes]] = {
 
 
 @pytest.mark.parametrize("bomb", JSON_BOMBS)
+@pytest.mark.slow
 def test_json_beside_a_model_costs_little(folder: Path, bomb: str) -> None:
     data = JSON_BOMBS[bomb]()
     for number in range(7):
@@ -237,6 +238,7 @@ def test_json_beside_a_model_costs_little(folder: Path, bomb: str) -> None:
     assert kib_to_refuse(folder) < 64 * 1024
 
 
+@pytest.mark.slow
 def test_as_much_json_as_real_models_have_is_read(folder: Path) -> None:
     """A vocabulary with scores, as sentence-transformers stores it, and a tokenizer config with 20,000 added tokens."""
     (folder / "unigram.json").write_text(json.dumps([["▁word", -1.5]] * 250_000))
@@ -246,6 +248,7 @@ def test_as_much_json_as_real_models_have_is_read(folder: Path) -> None:
     inspect_model(FolderFiles(folder))
 
 
+@pytest.mark.slow
 def test_a_folder_of_endless_files_is_refused(folder: Path) -> None:
     for number in range(2001):
         (folder / f"{number}.txt").touch()

@@ -38,6 +38,7 @@ def _sha(data: bytes) -> str:
     return sha256(data).hexdigest()
 
 
+@pytest.mark.slow
 def test_a_presigned_part_is_for_these_bytes_alone(store: ObjectStore) -> None:
     data = b"the announced bytes"
     upload = store.begin_upload("models/m/w", sha256=_sha(data), signed_parts=True)
@@ -88,6 +89,7 @@ def test_a_presigned_url_lists_nothing(store: ObjectStore, s3_server: S3, bucket
     assert httpx.get(f"{s3_server.endpoint}/{bucket}/k").status_code >= 400
 
 
+@pytest.mark.slow
 def test_parts_without_a_signed_hash_are_still_verified_before_the_object_counts(store: ObjectStore) -> None:
     data = os.urandom(5 * MIB + 10)
     upload = store.begin_upload("models/m/w", sha256=_sha(data), signed_parts=False)

@@ -147,6 +147,7 @@ def test_a_forged_or_foreign_token_opens_nothing(served: Served, name: str):
     assert (refused.status_code, refused.json()["code"]) == (401, "unauthenticated")
 
 
+@pytest.mark.slow
 def test_a_token_gives_no_more_than_its_groups_and_only_in_their_tenants(served: Served):
     api, provider = served
     allowed = ask(api, provider.sign(groups=["watchers"]))
@@ -178,6 +179,7 @@ def test_an_id_token_of_another_sign_in_or_client_signs_nobody_in(served: Served
     assert refused.value.code is ErrorCode.UNAUTHENTICATED
 
 
+@pytest.mark.slow
 def test_tokens_of_unknown_keys_do_not_flood_the_provider(served: Served):
     api, provider = served
     log = []

@@ -20,6 +20,7 @@ from tests.receiver import Receiver, reply
 from tests.webhooks import TENANT, World
 
 
+@pytest.mark.slow
 def test_a_message_is_signed_and_what_is_tampered_old_or_anothers_is_not_believed(world: World, receiver: Receiver):
     hook, secret = world.hook(receiver.url)
     job_id = world.end_a_job()
@@ -86,6 +87,7 @@ def test_410_switches_the_webhook_off(world: World, receiver: Receiver):
     assert world.store.edit(TENANT, hook, WebhookUpdate(enabled=True)).disabled_reason is None
 
 
+@pytest.mark.slow
 def test_a_receiver_that_is_down_for_three_days_is_tried_ten_times_under_one_id(world: World, receiver: Receiver):
     receiver.answer = lambda handler: reply(handler, 503)
     hook, _ = world.hook(receiver.url)
@@ -151,6 +153,7 @@ def test_a_receiver_that_asks_for_nonsense_is_settled_all_the_same(world: World,
     assert [answer.status for answer in world.store.delivery(TENANT, hook, delivery.id).log] == [503]
 
 
+@pytest.mark.slow
 def test_two_couriers_send_each_message_once(world: World, receiver: Receiver):
     world.hook(receiver.url)
     for _ in range(10):

@@ -18,6 +18,7 @@ sys.stdin.read()
 """
 
 
+@pytest.mark.slow
 def test_what_processes_below_have_used_counts_before_and_after_they_end():
     command = [sys.executable, "-c", _OUTER, _BURN]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as outer:

@@ -10,6 +10,7 @@ from bench.trained import ship, unship
 
 
 @pytest.mark.parametrize("rows", [False, True])
+@pytest.mark.slow
 def test_a_model_is_restored_from_what_differs(rows: bool, tmp_path: Path):
     torch.manual_seed(0)
     before = {"table": torch.randn(50, 8), "matrix": torch.randn(6, 8), "bias": torch.randn(6), "same": torch.randn(4)}

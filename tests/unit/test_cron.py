@@ -97,6 +97,7 @@ ZONES = st.sampled_from(
     zone=ZONES,
     moment=st.datetimes(dt.datetime(2020, 1, 1), dt.datetime(2040, 1, 1), timezones=st.just(dt.UTC)),
 )
+@pytest.mark.slow
 def test_every_fire_is_later_and_no_day_fires_twice(minute: int, hour: int, zone: str, moment: dt.datetime):
     fires = list(islice(parsed(f"{minute} {hour} * * *", zone).after(moment), 20))
     assert all(later > sooner for sooner, later in zip([moment, *fires], fires, strict=False))

@@ -14,6 +14,7 @@ def checkout() -> Structure:
     return structure(ROOT)
 
 
+@pytest.mark.slow
 def test_no_files_import_each_other_in_a_circle():
     files = import_graph(ROOT)
     assert "nightpress.core.compress.pipeline" in files
@@ -22,6 +23,7 @@ def test_no_files_import_each_other_in_a_circle():
     assert circles(files) == []
 
 
+@pytest.mark.slow
 def test_no_package_imports_a_package_that_imports_it(checkout: Structure):
     assert checkout.arrows_up == {}
 

@@ -54,6 +54,7 @@ def test_gptq_loses_less_at_the_outputs_than_the_nearest_codes(name: str, by_pow
 
 
 @pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.slow
 def test_weights_in_a_stack_come_out_as_they_do_alone(name: str):
     scheme, (weight, gram) = FORMATS[name], _problem()
     stacked, grams = torch.stack([weight, weight.flip(0)]), torch.stack([gram, 2 * gram])

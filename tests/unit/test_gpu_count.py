@@ -40,6 +40,7 @@ def test_what_is_no_number_of_gpus_is_refused(asked: object):
         recipe(asked)
 
 
+@pytest.mark.slow
 def test_auto_takes_as_many_as_the_largest_host_has_and_the_passes_gain_from():
     plan = planned(recipe(), HOST, replace(HOST, gpus=2))
     assert plan.gpus == 8
@@ -56,6 +57,7 @@ def test_auto_takes_as_many_as_the_largest_host_has_and_the_passes_gain_from():
     assert plan.estimate.memory_bytes > alone.memory_bytes, "each process has its own runtime"
 
 
+@pytest.mark.slow
 def test_auto_comes_to_one_where_more_would_not_help_and_says_why():
     only_streams = recipe(passes=[{"pass": "weight-only"}], device="gpu")
     assert "and it has none" in planned(only_streams, HOST).gpus_reason

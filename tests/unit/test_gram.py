@@ -6,6 +6,7 @@ import torch
 from nightpress.core.compress.solvers.gram import Gram, cholesky_of_stack, damped_cholesky
 
 
+@pytest.mark.slow
 def test_batches_add_up_to_one_symmetric_matrix_whatever_their_shape():
     inputs = torch.randn(3, 7, 2500)  # more columns than one strip of the computation
     gram = Gram(2500, "cpu")

@@ -154,6 +154,7 @@ EVERYTHING = (
 
 
 @pytest.mark.parametrize("values", [(), EVERYTHING], ids=["defaults", "everything"])
+@pytest.mark.slow
 def test_what_the_chart_makes_follows_kubernetes_schemas(values: tuple[str, ...]):
     kinds = []
     for document in rendered(*values):

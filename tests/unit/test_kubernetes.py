@@ -214,6 +214,7 @@ def test_a_pod_may_do_nothing_that_it_needn_t(name: str):
     assert container["resources"]["limits"]["memory"]
 
 
+@pytest.mark.slow
 def test_the_api_is_probed_where_it_answers(tmp_path: Path):
     container = container_of("api")
     routes = set(create_app(Settings(_env_file=None, data_dir=tmp_path)).openapi()["paths"])

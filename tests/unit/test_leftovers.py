@@ -57,6 +57,7 @@ def test_a_run_that_leaves_something_fails_and_names_it(tmp_path: Path, options:
     assert not list(tmp_path.glob("np-*")), "the run's own folder is removed all the same"
 
 
+@pytest.mark.slow
 def test_a_run_that_tidies_up_passes(tmp_path: Path):
     done = _run(tmp_path, "tempfile.TemporaryDirectory().cleanup()")
     assert done.returncode == pytest.ExitCode.OK, done.stdout + done.stderr

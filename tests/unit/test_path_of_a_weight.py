@@ -4,6 +4,7 @@ import sys
 from pathlib import Path
 from types import FrameType
 
+import pytest
 import torch
 
 from nightpress.core.compress.executors.blocks import Inputs
@@ -43,6 +44,7 @@ def _stacks() -> set[tuple[tuple[str, str], ...]]:
     return found
 
 
+@pytest.mark.slow
 def test_a_weight_passes_few_functions_and_enters_no_package_twice():
     stacks = _stacks()
     for last in ("obs_block", "fit_scales", "pack_bits"):

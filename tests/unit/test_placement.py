@@ -124,6 +124,7 @@ def test_where_a_built_in_recipe_runs(recipe: str, model: str, queues: tuple[str
         assert (plan.estimate.gpu_bytes > 0) == (plan.queue == "gpu")
 
 
+@pytest.mark.slow
 def test_the_reason_names_what_decided():
     reasons = {name: planned("int4-lm", LARGE_LM, *fleet).queue_reason for name, fleet in FLEETS.items()}
     assert "s on a GPU" in reasons["both"]

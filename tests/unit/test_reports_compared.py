@@ -102,6 +102,7 @@ def test_versions_that_differ_are_named():
     assert found.environment == {"threads": (2, 4)}
 
 
+@pytest.mark.slow
 def test_a_report_fits_the_published_schema():
     schema = json.loads(SCHEMA.read_text())
     report = json.loads(reports.draw(full_report())["report.json"])
