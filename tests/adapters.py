@@ -3,7 +3,6 @@
 from pathlib import Path
 from typing import Any
 
-import peft
 import torch
 import transformers
 from torch import Tensor
@@ -18,6 +17,8 @@ def train(
     base: Path, folder: Path, options: dict[str, Any] = PLAIN, *, tokens: int | None = None, seed: int = 1
 ) -> dict[str, Tensor]:
     """Save an adapter with random values beside its base. Returns the tensors of the model that peft makes of both."""
+    import peft  # takes seconds, and most processes of the suite need it never
+
     header = inspect_model(FolderFiles(base))
     model = getattr(transformers, header.architecture).from_pretrained(base, dtype=torch.float32)
     if tokens is not None:

@@ -136,6 +136,7 @@ def test_what_a_key_makes_stays_within_its_own_time_and_ends_with_it(api: Runnin
     assert client.get("/v1/me").status_code == 200
 
 
+@pytest.mark.slow
 def test_an_administrator_makes_keys_of_other_tenants_that_stand_by_themselves(api: RunningApi, admin: httpx.Client):
     theirs = {"name": "first", "scopes": ["jobs:read"], "tenant_id": "another"}
     assert admin.post("/v1/keys", json=theirs).json()["record"]["made_by"] is None
@@ -219,6 +220,7 @@ def test_gpu_time_is_counted_when_an_attempt_ends_and_bounds_the_next(sql_url: s
         engine.dispose()
 
 
+@pytest.mark.slow
 def test_too_many_requests_a_minute_are_refused_and_a_dead_broker_lets_all_pass(
     tmp_path: Path, sqlite_url: str, valkey_server: Valkey
 ):
@@ -237,6 +239,7 @@ def test_too_many_requests_a_minute_are_refused_and_a_dead_broker_lets_all_pass(
                 assert another.get("/v1/jobs").status_code == 200
 
 
+@pytest.mark.slow
 def test_keys_that_a_key_makes_for_itself_pass_no_more_requests_than_it_may(
     tmp_path: Path, sqlite_url: str, valkey_server: Valkey
 ):
@@ -298,6 +301,7 @@ def test_a_rejected_result_is_nobodys_latest_also_when_it_is_given_to_another_jo
     assert client.get("/v1/models/tiny/latest").status_code == 404
 
 
+@pytest.mark.slow
 def test_a_job_that_was_submitted_earlier_and_ends_later_does_not_replace_a_newer_one(
     api: RunningApi, client: httpx.Client
 ):

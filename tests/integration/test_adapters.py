@@ -167,6 +167,7 @@ def test_what_can_not_be_merged_exactly_is_refused(
     assert error.value.hint
 
 
+@pytest.mark.slow
 def test_an_adapter_of_another_model_does_not_fit(tmp_path: Path) -> None:
     base = read_model_folder(save_family("llama", tmp_path / "base"))
     for family, modules in (("bert", ["query"]), ("qwen2", ["up_proj"])):

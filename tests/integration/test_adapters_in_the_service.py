@@ -69,6 +69,7 @@ def noting(folders: Path, target: Path, base: str, **more: object) -> Path:
     return target
 
 
+@pytest.mark.slow
 def test_many_adapters_share_the_files_of_their_base(world: World, folders: Path) -> None:
     base = send(world, folders / "llama", "llama")
     before = set(stored(world.objects))
@@ -119,6 +120,7 @@ def settled(world: World, model_id: str) -> ModelView | None:
     return view if view.state in {"ready", "failed"} else None
 
 
+@pytest.mark.slow
 def test_an_adapter_waits_for_a_base_that_is_fetched(world: World, hub: Hub, folders: Path) -> None:
     hub.push("models/acme/other", {path.name: path.read_bytes() for path in (folders / "llama").iterdir()})
     waiting = send(world, folders / "first-adapter", "first", base="hf://acme/other@main")
@@ -153,6 +155,7 @@ def test_a_base_stays_while_an_adapter_needs_it(world: World, folders: Path) -> 
     assert stored(world.objects) == []
 
 
+@pytest.mark.slow
 def test_what_is_no_base_or_no_adapter_is_told(world: World, folders: Path, tmp_path: Path) -> None:
     def refused(folder: Path, base: str | None) -> NightpressError:
         with pytest.raises(NightpressError) as error:
@@ -224,6 +227,7 @@ def face(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Face]:
     face.close()
 
 
+@pytest.mark.slow
 def test_both_clients_bring_adapters(face: Face, folders: Path) -> None:
     async def alike() -> ModelView:
         async with AsyncClient(face.url, face.key) as client:

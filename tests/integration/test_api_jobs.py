@@ -68,6 +68,7 @@ def test_the_same_key_and_body_make_one_job(client: httpx.Client):
     assert len(client.get("/v1/jobs").json()["items"]) == 1
 
 
+@pytest.mark.slow
 def test_who_prefers_to_wait_is_answered_when_the_job_has_ended(api: RunningApi, client: httpx.Client):
     def soon() -> None:
         claimed = api.claim()
@@ -152,6 +153,7 @@ def test_pages_hold_every_job_once_newest_first(client: httpx.Client):
     assert seen == made[::-1]
 
 
+@pytest.mark.slow
 def test_lists_are_filtered_by_state_label_and_model(client: httpx.Client):
     labelled = submit(client, labels={"team": "search", "tier": "1"})
     plain = submit(client)
@@ -168,6 +170,7 @@ def test_lists_are_filtered_by_state_label_and_model(client: httpx.Client):
     assert ids(model="other") == []
 
 
+@pytest.mark.slow
 def test_a_queued_job_is_cancelled_at_once_and_a_running_one_when_its_worker_has_stopped(
     api: RunningApi, client: httpx.Client
 ):
@@ -181,6 +184,7 @@ def test_a_queued_job_is_cancelled_at_once_and_a_running_one_when_its_worker_has
     assert client.get(f"/v1/jobs/{running}").json()["state"] == "cancelled"
 
 
+@pytest.mark.slow
 def test_a_retry_is_a_new_job_and_only_of_one_that_has_ended(client: httpx.Client):
     first = submit(client, labels={"team": "search"})
     assert client.post(f"/v1/jobs/{first}/retry").json()["code"] == "conflict"
@@ -192,6 +196,7 @@ def test_a_retry_is_a_new_job_and_only_of_one_that_has_ended(client: httpx.Clien
     assert client.get(f"/v1/jobs/{first}").json()["state"] == "cancelled"
 
 
+@pytest.mark.slow
 def test_a_full_queue_says_so_and_when_to_come_back(client: httpx.Client):
     for _ in range(8):
         submit(client)
@@ -200,6 +205,7 @@ def test_a_full_queue_says_so_and_when_to_come_back(client: httpx.Client):
     assert int(refused.headers["retry-after"]) > 0
 
 
+@pytest.mark.slow
 def test_a_failed_job_carries_its_error(api: RunningApi, client: httpx.Client):
     job_id = submit(client)
     claimed = api.claim()
@@ -214,6 +220,7 @@ def test_a_failed_job_carries_its_error(api: RunningApi, client: httpx.Client):
     assert 'nightpress_job_failures_total{code="verification_failed"} 1.0' in client.get("/metrics").text
 
 
+@pytest.mark.slow
 def test_results_appear_with_the_commit_and_not_before(api: RunningApi, client: httpx.Client):
     job_id = submit(client)
     claimed = api.claim()
@@ -286,6 +293,7 @@ def test_an_identical_job_is_given_the_result_at_once_and_says_whose_it_is(api: 
     assert client.get(f"/v1/jobs/{again['id']}/report").json()["report"] == report["report"]
 
 
+@pytest.mark.slow
 def test_nothing_is_reused_unasked_by_force_by_strangers_or_for_something_else(
     api: RunningApi, client: httpx.Client, bert_tiny: Path
 ):
@@ -302,6 +310,7 @@ def test_nothing_is_reused_unasked_by_force_by_strangers_or_for_something_else(
         assert (job["state"], job["reused_from"]) == ("queued", None)
 
 
+@pytest.mark.slow
 def test_downloads_resume_where_they_stopped(api: RunningApi, client: httpx.Client):
     job_id = submit(client)
     claimed = api.claim()
@@ -347,6 +356,7 @@ def test_workers_are_listed_with_what_they_do(api: RunningApi, client: httpx.Cli
         assert (seen["state"], seen["job_id"]) == ("busy", None)
 
 
+@pytest.mark.slow
 def test_recipes_are_listed_described_and_checked_against_a_model(client: httpx.Client):
     names = [item["name"] for item in client.get("/v1/recipes").json()["items"]]
     assert "int8-encoder" in names
@@ -367,6 +377,7 @@ def test_a_key_knows_itself(client: httpx.Client):
     assert "jobs:write" in client.get("/v1/me").json()["scopes"]
 
 
+@pytest.mark.slow
 def test_a_job_and_a_plan_say_why_they_go_where_they_go(client: httpx.Client):
     recipe = client.get("/v1/recipes/int8-encoder").json()["recipe"]
     plan = client.post("/v1/recipes/validate", json={"recipe": recipe, "model": "tiny"}).json()["plan"]
@@ -376,6 +387,7 @@ def test_a_job_and_a_plan_say_why_they_go_where_they_go(client: httpx.Client):
     assert job["notice"] is None
 
 
+@pytest.mark.slow
 def test_a_job_without_a_worker_for_an_hour_says_so_wherever_it_is_shown(api: RunningApi, client: httpx.Client):
     job_id = submit(client)
     age(api.services.resources.engine, job_id, 3700, "created_at", "run_after")

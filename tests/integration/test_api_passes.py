@@ -50,6 +50,7 @@ def allowing(
         yield api, client
 
 
+@pytest.mark.slow
 def test_a_recipe_with_a_pass_that_is_not_allowed_is_refused_with_what_to_do(
     tmp_path: Path, sqlite_url: str, bert_tiny: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -97,6 +98,7 @@ def test_an_allowed_pass_is_listed_planned_and_submitted(
         assert known == [None] * len(known)
 
 
+@pytest.mark.slow
 def test_a_broken_package_is_listed_with_its_problem_and_costs_nothing_else(
     tmp_path: Path, sqlite_url: str, bert_tiny: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -84,6 +84,7 @@ def test_a_stream_has_every_event_once_in_order_and_ends_with_the_job(
     assert seen[-1].event == "succeeded"
 
 
+@pytest.mark.slow
 def test_a_cut_stream_goes_on_after_the_last_id(api: RunningApi, client: httpx.Client, running: Claimed):
     path = f"/v1/jobs/{running.job.id}/events"
     for step in range(5):
@@ -111,6 +112,7 @@ def test_a_stream_of_logs_follows_the_worker(api: RunningApi, client: httpx.Clie
         assert [line.data["text"] for line in lines] == ["three"]
 
 
+@pytest.mark.slow
 def test_history_is_also_there_as_pages(api: RunningApi, client: httpx.Client, running: Claimed):
     store = api.services.resources.store
     store.attempts.append_logs(running.lease, [("info", str(number)) for number in range(5)])
@@ -123,6 +125,7 @@ def test_history_is_also_there_as_pages(api: RunningApi, client: httpx.Client, r
     assert [(event["seq"], event["kind"]) for event in events] == [(1, "queued"), (2, "started")]
 
 
+@pytest.mark.slow
 def test_a_silent_stream_has_a_heartbeat_and_an_end(
     client: httpx.Client, running: Claimed, monkeypatch: pytest.MonkeyPatch
 ):
@@ -135,6 +138,7 @@ def test_a_silent_stream_has_a_heartbeat_and_an_end(
     assert time.monotonic() - began < 5 * slowness()
 
 
+@pytest.mark.slow
 def test_streams_end_when_the_server_stops(tmp_path: Path, sqlite_url: str, bert_tiny: Path):
     settings = Settings(
         data_dir=tmp_path, database_url=sqlite_url, broker_url="redis://127.0.0.1:1/0", model_roots=[bert_tiny.parent]
@@ -190,6 +194,7 @@ def test_two_hundred_streams_ask_the_database_no_more_often_than_one(
             stream.close()
 
 
+@pytest.mark.slow
 def test_positions_are_of_the_jobs_asked_for_alone(api: RunningApi, client: httpx.Client, running: Claimed):
     engine = make_engine(api.services.resources.settings.sql_url)
     found = read_positions(engine, [running.job.id, "job_missing"])

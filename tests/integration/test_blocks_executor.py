@@ -179,6 +179,7 @@ def test_awq_leaves_the_function_as_it_is_but_for_rounding(model_type: str, tmp_
 
 
 @pytest.mark.parametrize("family", [name for name in FAMILIES if "Moe" in name or "moe" in name or "Mixtral" in name])
+@pytest.mark.slow
 def test_a_mixture_whose_layers_exchanged_factors_answers_as_before(family: str, tmp_path: Path):
     """Nothing is rounded, so the router chooses the same experts, and each expert gives the same outputs."""
     model = save_model(family, tmp_path / "source")

@@ -30,6 +30,7 @@ class _Memory(NamedTuple):
 
 
 @pytest.mark.parametrize("available", [2**40, 2**10])
+@pytest.mark.slow
 def test_activations_lie_in_memory_or_in_a_file_and_the_result_is_the_same(
     available: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
@@ -161,6 +162,7 @@ def test_a_gpu_with_too_little_memory_for_a_batch_is_tried_with_smaller_ones(
 
 
 @pytest.mark.parametrize("broken", [False, True])
+@pytest.mark.slow
 def test_no_text_waits_inside_a_block_for_good(broken: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """No batch still waits inside a block after the last block, or after an error."""
     source = tmp_path / "source"

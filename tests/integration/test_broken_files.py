@@ -191,6 +191,7 @@ def test_a_broken_layer_in_mlx_is_named(form: str, source: Path, tmp_path: Path,
 
 @pytest.mark.filterwarnings("ignore:overflow:RuntimeWarning")  # of the numbers that happen to be in memory
 @pytest.mark.parametrize("form", FORMS)
+@pytest.mark.slow
 def test_a_missing_shard_is_refused_in_every_form(form: str, source: Path, tmp_path: Path):
     """Also where the index does not name the shard any more: transformers would make up the weights that it lacks."""
     pressed = pressed_llama(source, tmp_path, FORMS[form])

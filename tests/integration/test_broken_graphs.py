@@ -151,6 +151,7 @@ def test_one_broken_product_is_refused(
 
 @pytest.mark.parametrize("fault", ["missing", "half"])
 @pytest.mark.parametrize("runtime", ["compressed-tensors", "onnx", "openvino"])
+@pytest.mark.slow
 def test_a_file_that_is_missing_or_cut_short_is_refused(
     fault: str, runtime: str, pressed: Callable[[str], Pressed], tmp_path: Path
 ):

@@ -162,6 +162,7 @@ def test_some_rows_are_those_of_the_whole_weight(form: str, source: Path, tmp_pa
 
 
 @pytest.mark.parametrize("form", sorted(set(FORMS) - {"int8 asymmetric", "int3"}))
+@pytest.mark.slow
 def test_rows_of_every_form_are_what_its_writer_meant(form: str, source: Path, tmp_path: Path):
     """The reader of rows tells a form by dtypes and shapes; `from_tensors` is told the scheme."""
     folder = pressed_llama(source, tmp_path, FORMS[form])

@@ -58,6 +58,7 @@ def test_a_webhooks_whole_life(face: Face):
     assert told(face, "webhooks") == []
 
 
+@pytest.mark.slow
 def test_a_channel_and_a_mailbox_are_webhooks_without_a_secret(face: Face):
     channel = ("webhooks", "add", "http://127.0.0.1:9/x", "--slack", "-e", "model.promoted", "--template", "$model")
     made = told(face, *channel)

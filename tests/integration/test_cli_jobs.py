@@ -196,6 +196,7 @@ def test_watch_as_json_is_the_jobs_events(face: Face, job: JobView):
     assert (done.returncode, events[-1]["kind"]) == (0, "succeeded")
 
 
+@pytest.mark.slow
 def test_nothing_from_a_server_steers_the_terminal(face: Face, job: JobView):
     claimed = face.claim()
     evil = "start \x1b]0;owned\x07 \x1b[2J \u202eend\r\x9b31m"

@@ -58,6 +58,7 @@ def job(nightpress: Client, model_id: str) -> Iterator[JobView]:
     nightpress.jobs.cancel(job.id)
 
 
+@pytest.mark.slow
 def test_a_folder_is_sent_whole_and_only_once(nightpress: Client, bert_tiny: Path, model_id: str):
     model = nightpress.models.get(model_id)
     assert (model.state, model.name, model.model_type) == ("ready", "bert-tiny", "bert")
@@ -133,6 +134,7 @@ def test_jobs_are_listed_page_by_page_without_gaps(nightpress: Client, model_id:
     assert not list(nightpress.jobs.iterate(labels=labels, states=["queued"]))
 
 
+@pytest.mark.slow
 def test_a_name_means_what_was_sent_last_though_it_was_sent_before(nightpress: Client, bert_tiny: Path, tmp_path: Path):
     folder = tmp_path / "back-and-forth"
     shutil.copytree(bert_tiny, folder)

@@ -68,6 +68,7 @@ def test_a_post_whose_answer_is_lost_is_sent_again_and_done_once(proxy: CuttingP
     assert [item.id for item in sent(schedule_calls.page_schedule_runs(made.id)).items] == [run.id]
 
 
+@pytest.mark.slow
 def test_a_secret_whose_answer_is_lost_is_not_shown_again_and_its_owner_told_what_to_do(
     proxy: CuttingProxy, sent: Send
 ):
@@ -88,6 +89,7 @@ def test_an_edit_of_a_named_version_is_not_sent_again(proxy: CuttingProxy, sent:
     assert sent(schedule_calls.get_schedule(made.id)).version == made.version + 1
 
 
+@pytest.mark.slow
 def test_a_deletion_whose_answer_is_lost_is_done_and_one_of_nothing_is_an_error(proxy: CuttingProxy, sent: Send):
     made = sent(nightly())
     proxy.cut_answers(0)

@@ -27,6 +27,7 @@ def world(tmp_path: Path, sql_url: str, bert_tiny: Path) -> Iterator[StudyWorld]
     world.engine.dispose()
 
 
+@pytest.mark.slow
 def test_studies_trials_and_events(world: StudyWorld) -> None:
     rows = Rows(world.engine)
     model = world.resources.models.get(TENANT, "tiny")

@@ -7,7 +7,6 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import peft
 import pytest
 import torch
 import transformers
@@ -127,6 +126,8 @@ def test_a_pickle_that_runs_a_program_is_refused_and_does_not_run(tmp_path: Path
 
 @pytest.mark.parametrize("form", ["safetensors", pytest.param("pickle", marks=pytest.mark.slow)])
 def test_an_adapter_and_its_base_become_a_model(tmp_path: Path, form: str) -> None:
+    import peft  # takes seconds, and most processes of the suite need it never
+
     base = save_family("llama", tmp_path / "base")
     model = peft.get_peft_model(
         transformers.AutoModelForCausalLM.from_pretrained(base),

@@ -143,6 +143,7 @@ def world(tmp_path: Path, sqlite_url: str, bert_tiny: Path) -> Iterator[StudyWor
     world.engine.dispose()
 
 
+@pytest.mark.slow
 def test_a_study_ends_its_search_when_its_money_is_spent_and_begins_nothing_without_a_budget(world: StudyWorld):
     study = world.create(trials=40, parallel=2, max_cost=2.5)
     control = world.replica()

@@ -95,6 +95,7 @@ def test_bad_rows_are_named(name: str, content: bytes, says: str, tmp_path: Path
     assert says in caught.value.message
 
 
+@pytest.mark.slow
 def test_rows_by_themselves_are_padded_and_masked_and_another_seed_takes_other_texts(bert_tiny: Path, tmp_path: Path):
     header = inspect_model(FolderFiles(bert_tiny))
 
@@ -187,6 +188,7 @@ _TRAINED = """{{- bos_token }}{%- if tools is not none %}{{ tools | tojson(inden
 {%- endfor %}{{- {'b': 1, 'a': ['é']} | tojson(ensure_ascii=False, sort_keys=True, separators=(',', ':')) }}"""
 
 
+@pytest.mark.slow
 def test_marks_of_what_a_model_writes_and_json_are_rendered_as_transformers_renders_them(
     bert_tiny: Path, tmp_path: Path
 ):

@@ -44,6 +44,7 @@ def objects_in(server: S3, bucket: str) -> dict[str, bytes]:
     return {entry["Key"]: client.get_object(Bucket=bucket, Key=entry["Key"])["Body"].read() for entry in listed}
 
 
+@pytest.mark.slow
 def test_an_accepted_artifact_arrives_with_card_report_and_statement(world: World, s3_server: S3, bucket: str) -> None:
     job_id = world.accept(destinations=[f"s3://{bucket}/out/{{model}}/{{job}}"])
     done = world.run()
@@ -90,6 +91,7 @@ def test_a_large_file_goes_on_at_the_part_where_a_killed_process_stopped(
     assert last.sent_bytes < 2 * MIB < world_after.total_bytes  # all parts were there already
 
 
+@pytest.mark.slow
 def test_the_result_before_is_removed_and_other_files_stay(world: World, s3_server: S3, bucket: str) -> None:
     s3_server.client().put_object(Bucket=bucket, Key="out/x/notes.txt", Body=b"mine")
     world.accept({"onnx": {**FILES, "old.bin": b"old"}}, destinations=[f"s3://{bucket}/out/x"])
@@ -142,6 +144,7 @@ def test_a_wrong_key_fails_at_once_and_the_right_one_delivers(world: World, s3_s
     assert world.run().state == "delivered"
 
 
+@pytest.mark.slow
 def test_a_store_that_is_away_is_tried_again(world: World, bucket: str, s3_server: S3) -> None:
     away = World.__new__(World)
     away.__dict__ = {**world.__dict__}

@@ -115,6 +115,7 @@ def test_a_commit_whose_answer_was_lost_is_not_made_twice(world: World, hub: Hub
     assert "model.onnx" not in hub.repositories[REPOSITORY][hub.branches[REPOSITORY, "main"]]
 
 
+@pytest.mark.slow
 def test_a_file_in_parts_goes_on_where_it_broke_off(world: World, hub: Hub) -> None:
     hub.writes.chunk_size = MIB
     files = large_files(6 * MIB)

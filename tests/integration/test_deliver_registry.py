@@ -76,6 +76,7 @@ def test_a_model_that_oras_pulls_and_that_verifies(world: World, registry: Regis
     assert verified.signed.claims["job"] == job_id
 
 
+@pytest.mark.slow
 def test_a_repeated_delivery_sends_nothing_and_gives_the_same_digest(world: World, registry: Registry) -> None:
     url = f"oci://{registry.host}/team/same:latest"
     job_id = world.accept(destinations=[url])
@@ -87,6 +88,7 @@ def test_a_repeated_delivery_sends_nothing_and_gives_the_same_digest(world: Worl
     assert again.log[-1].sent_bytes == 0
 
 
+@pytest.mark.slow
 def test_what_arrived_before_a_kill_is_not_sent_again(
     world: World, registry: Registry, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -115,6 +117,7 @@ def test_what_arrived_before_a_kill_is_not_sent_again(
     assert max(layer["size"] for layer in manifest["layers"]) == 20 * MIB
 
 
+@pytest.mark.slow
 def test_a_control_process_that_stops_ends_its_request_and_the_next_goes_on(
     world: World, registry: Registry, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -142,6 +145,7 @@ def test_a_control_process_that_stops_ends_its_request_and_the_next_goes_on(
     assert done.log[-1].sent_bytes == done.total_bytes - 8 * MIB - len(files["config.json"])
 
 
+@pytest.mark.slow
 def test_a_blob_that_the_registry_forgot_is_sent_again(
     world: World, registry: Registry, monkeypatch: pytest.MonkeyPatch
 ) -> None:

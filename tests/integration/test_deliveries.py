@@ -62,6 +62,7 @@ def test_a_delivery_has_one_owner_whose_claim_expires(world: World) -> None:
     assert world.store.get(TENANT, due.id).result == {"url": "ours"}
 
 
+@pytest.mark.slow
 def test_an_address_has_one_delivery_under_way_and_the_newest_result_wins(world: World) -> None:
     for _ in range(3):
         world.accept(destinations=[HERE])
@@ -74,6 +75,7 @@ def test_an_address_has_one_delivery_under_way_and_the_newest_result_wins(world:
     assert waiting.id == world.deliveries()[0].id
 
 
+@pytest.mark.slow
 def test_an_older_result_never_follows_a_newer_one(world: World) -> None:
     world.accept(destinations=[HERE])
     [older] = world.store.take_due(limit=1, ttl_s=60)
@@ -113,6 +115,7 @@ def test_cancel_and_retry_are_guarded(world: World) -> None:
 # What is delivered ---------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_name_has_standing_destinations_for_each_result_that_becomes_its_latest(world: World) -> None:
     names = world.resources.model_destinations
     assert names.get(TENANT, "tiny").version == 0

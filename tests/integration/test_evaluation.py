@@ -129,6 +129,7 @@ def test_a_stride_scores_each_token_once_with_what_stands_before_it(language: La
     assert measured.value == pytest.approx(float(loss.exp()), rel=1e-4)
 
 
+@pytest.mark.slow
 def test_fidelity_is_the_divergence_and_agreement_of_the_two_models_answers(language: Language):
     examples = language.trial.evaluations[0].scorer.examples
     ids, compared = torch.from_numpy(examples.sequences.ids), torch.from_numpy(examples.compared)
@@ -144,12 +145,14 @@ def test_fidelity_is_the_divergence_and_agreement_of_the_two_models_answers(lang
     assert float(divergence.mean()) > 0.001
 
 
+@pytest.mark.slow
 def test_bits_per_byte_divide_the_loss_by_the_bytes_of_the_scored_text(language: Language):
     perplexity, bits = language.figures["perplexity"], language.figures["bits_per_byte"]
     assert bits.value * bits.n * np.log(2) == pytest.approx(np.log(perplexity.value) * perplexity.n, rel=1e-6)
     assert 2 * perplexity.n < bits.n < 8 * perplexity.n
 
 
+@pytest.mark.slow
 def test_one_forward_pass_finds_where_greedy_texts_part(language: Language):
     def greedy(model: Any, prompt: list[int]) -> list[int]:
         ids = list(prompt)
@@ -171,6 +174,7 @@ def test_one_forward_pass_finds_where_greedy_texts_part(language: Language):
     assert 0 < same < 24  # otherwise the test would prove nothing
 
 
+@pytest.mark.slow
 def test_a_choice_is_the_likeliest_answer_a_byte(language: Language):
     from tokenizers import Tokenizer
 
@@ -328,6 +332,7 @@ def test_timing_that_takes_long_goes_on_telling(bert_tiny: Path, tmp_path: Path)
     assert timing == sorted(set(timing))
 
 
+@pytest.mark.slow
 def test_processes_that_share_out_the_examples_give_the_figures_of_one(language: Language, tmp_path: Path):
     """Each has whole batches, which compute the same in any process. Some have no part of a small set."""
     sets = tuple(replace(examples, alone=True) for examples in language.trial.task.sets)

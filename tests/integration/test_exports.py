@@ -61,6 +61,7 @@ def test_a_float_graph_answers_as_the_model_does(bench: Bench, tmp_path: Path, e
     assert judged.value >= judged.bound == (HALVED if export is openvino else EXACT)
 
 
+@pytest.mark.slow
 def test_onnx_runtime_joins_no_sum_with_a_norm(bench: Bench, tmp_path: Path):
     """Its SkipLayerNormalization takes several times as long as both."""
     import onnx as library
@@ -99,6 +100,7 @@ def test_openvino_computes_in_float32_where_the_processor_is_told_to_do_without_
         np.testing.assert_allclose(answers[1][key], value, atol=0.1 * np.abs(value).max())
 
 
+@pytest.mark.slow
 def test_the_trace_is_kept_for_the_next_attempt(bench: Bench):
     before = bench.traced.path.stat().st_mtime_ns
     again = tracing.trace(bench.model, bench.header, bench.trial.task.sets[0].sequences, bench.context)
@@ -107,6 +109,7 @@ def test_the_trace_is_kept_for_the_next_attempt(bench: Bench):
     assert len(bench.checkpoints) == len(set(bench.checkpoints)), "nothing was made again"
 
 
+@pytest.mark.slow
 def test_an_artifact_that_does_not_load_fails_with_what_its_consumer_said(bench: Bench, tmp_path: Path):
     out = tmp_path / "onnx"
     out.mkdir()
@@ -131,6 +134,7 @@ def test_an_openvino_graph_of_an_unknown_opset_is_said_so(bench: Bench, tmp_path
 
 
 @pytest.mark.parametrize("what", ["IR version", "opset"])
+@pytest.mark.slow
 def test_a_graph_newer_than_its_consumer_is_said_with_both_versions(bench: Bench, tmp_path: Path, what: str):
     import onnx as library
 
@@ -148,6 +152,7 @@ def test_a_graph_newer_than_its_consumer_is_said_with_both_versions(bench: Bench
     assert "constraints.txt" in caught.value.hint
 
 
+@pytest.mark.slow
 def test_the_same_graph_is_the_same_bytes_again(bench: Bench, tmp_path: Path):
     for name in ("one", "two"):
         openvino.save(bench.model, tmp_path / name, bench.traced, [(0, DynamicInt8())])
@@ -292,6 +297,7 @@ def test_a_classifier_is_scored_on_its_labels(classifier: Path, tmp_path: Path):
 
 
 @pytest.mark.parametrize("label", [2, -1, "joy"])
+@pytest.mark.slow
 def test_a_label_that_the_model_does_not_have_is_refused(classifier: Path, tmp_path: Path, label: Any):
     rows = ROWS + json.dumps({"text": "odd", "label": label}) + "\n"
     with pytest.raises(NightpressError) as caught:

@@ -186,6 +186,7 @@ def test_a_large_job_is_not_starved_by_a_stream_of_small_ones_of_another_tenant(
     assert take(store, host(count=4)).job.id == large
 
 
+@pytest.mark.slow
 def test_a_low_priority_small_job_gets_its_turn_behind_large_ones(engine: Engine):
     store = JobStore(engine, oldest_share=1.0)
     first = on_gpus(store, priority=-5)

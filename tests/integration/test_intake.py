@@ -11,6 +11,7 @@ from tests.registry import TENANT, World, refusal
 from tests.service import eventually
 
 
+@pytest.mark.slow
 def test_what_is_too_large_for_a_request_is_verified_beside_it(tmp_path: Path, sql_url: str, bert_tiny: Path):
     world = World(tmp_path, sql_url, verify_inline_bytes=0, model_roots=[bert_tiny.parent])
     made = world.models.create(TENANT, ModelCreate(name="tiny", path=str(bert_tiny)))

@@ -106,6 +106,7 @@ def test_a_pattern_keeps_its_number_of_the_largest(tmp_path: Path, pattern: str)
     assert record.summary["sparsity"] == pytest.approx(1 - kept / group, abs=0.01)
 
 
+@pytest.mark.slow
 def test_the_same_bytes_each_time_and_the_folder_still_loads(tmp_path: Path):
     source = tiny_llama(tmp_path / "source", shards=2)
     folders = []

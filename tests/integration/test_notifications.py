@@ -102,6 +102,7 @@ def test_a_mailbox_gets_a_mail_that_can_be_recognised_when_it_comes_again(world:
     assert f"{PAGE}#/jobs/{job_id}" in text
 
 
+@pytest.mark.slow
 def test_what_a_mail_server_refuses_is_tried_again_or_given_up(world: World) -> None:
     gone = add(world, "mailto:nobody@example.com", kind="email")
     full = add(world, "mailto:full@example.com", kind="email")

@@ -51,6 +51,7 @@ def test_the_manifest_lists_exactly_the_files_that_are_there(done: Done):
     assert Manifest.model_validate_json((done.folder / "out" / "manifest.json").read_bytes()) == done.manifest
 
 
+@pytest.mark.slow
 def test_an_artifact_carries_its_tokenizer_and_config(done: Done):
     for artifact in ("onnx", "openvino"):
         names = {path.name for path in (done.folder / "out" / artifact).iterdir()}
@@ -58,6 +59,7 @@ def test_an_artifact_carries_its_tokenizer_and_config(done: Done):
         assert not any(name.endswith(".safetensors") for name in names)
 
 
+@pytest.mark.slow
 def test_every_artifact_was_verified_by_its_real_consumer(done: Done):
     consumers = {artifact.name: artifact.verification.consumer.split()[0] for artifact in done.report.artifacts}
     assert consumers == {"onnx": "onnxruntime", "openvino": "openvino"}
@@ -66,6 +68,7 @@ def test_every_artifact_was_verified_by_its_real_consumer(done: Done):
         assert artifact.verification.bound <= artifact.verification.value <= 1.000001
 
 
+@pytest.mark.slow
 def test_the_artifacts_are_half_the_size_or_less_although_embeddings_are_tied(done: Done):
     for artifact in done.report.artifacts:
         assert artifact.size_bytes < 0.6 * done.report.source.size_bytes
@@ -74,6 +77,7 @@ def test_the_artifacts_are_half_the_size_or_less_although_embeddings_are_tied(do
 
 
 @pytest.mark.parametrize("export", ["onnx", "openvino"])
+@pytest.mark.slow
 def test_the_plan_says_how_large_a_graph_will_be(done: Done, export: str):
     estimate = make_plan(
         JobSpec.load(done.folder).recipe, inspect_model(FolderFiles(done.folder / SOURCE_DIR))
@@ -82,6 +86,7 @@ def test_the_plan_says_how_large_a_graph_will_be(done: Done, export: str):
     assert graph_bytes(done.folder / "out" / export) == pytest.approx(estimate.output_bytes[export], rel=0.02)
 
 
+@pytest.mark.slow
 def test_fidelity_has_its_interval_and_the_source_none(done: Done):
     assert [measurement.name for measurement in done.report.source.measurements] == ["masked_accuracy"]
     for artifact in done.report.artifacts:
@@ -92,6 +97,7 @@ def test_fidelity_has_its_interval_and_the_source_none(done: Done):
             assert measured.n > 16
 
 
+@pytest.mark.slow
 def test_each_shape_is_timed_for_the_source_and_for_each_artifact(done: Done):
     for subject in (done.report.source, *done.report.artifacts):
         assert [(timing.batch, timing.length, timing.repeats) for timing in subject.timings] == [(1, 32, 5), (4, 32, 5)]
@@ -99,6 +105,7 @@ def test_each_shape_is_timed_for_the_source_and_for_each_artifact(done: Done):
         assert subject.peak_memory_bytes > 50e6
 
 
+@pytest.mark.slow
 def test_speed_over_the_source_and_over_the_uncompressed_model_are_measured_by_turns(done: Done):
     for artifact in done.report.artifacts:
         for timing in artifact.timings:
@@ -111,6 +118,7 @@ def test_speed_over_the_source_and_over_the_uncompressed_model_are_measured_by_t
     assert all(timing.over_uncompressed is None for timing in done.report.source.timings)
 
 
+@pytest.mark.slow
 def test_a_gate_on_the_best_is_decided_by_the_faster_of_both(done: Done):
     found = {result.artifact: result for result in done.report.gates if "best" in result.gate}
     assert set(found) == {"onnx", "openvino"}
@@ -123,6 +131,7 @@ def test_a_gate_on_the_best_is_decided_by_the_faster_of_both(done: Done):
         assert "uncompressed model in the same runtime" in page
 
 
+@pytest.mark.slow
 def test_every_model_says_where_it_was_measured(done: Done):
     for subject in (done.report.source, *done.report.artifacts):
         place = subject.measured_on
@@ -132,6 +141,7 @@ def test_every_model_says_where_it_was_measured(done: Done):
         assert subject.peak_gpu_bytes is None
 
 
+@pytest.mark.slow
 def test_progress_never_falls_and_ends_at_one(done: Done):
     progress = [frame for frame in done.frames if isinstance(frame, Progress)]
     fractions = [report.fraction for report in progress]
@@ -142,6 +152,7 @@ def test_progress_never_falls_and_ends_at_one(done: Done):
     assert any(isinstance(frame, Metric) and frame.name == "dynamic-int8.relative_error" for frame in done.frames)
 
 
+@pytest.mark.slow
 def test_layers_are_called_as_in_the_model(done: Done):
     for record in done.report.passes:
         names = {layer.name for layer in record.layers}
@@ -163,6 +174,7 @@ def test_the_load_snippets_run_as_shown(done: Done):
         assert ran.returncode == 0, ran.stderr
 
 
+@pytest.mark.slow
 def test_the_programs_run_as_shown(done: Done):
     """A masked language model's program prints three words for the mask; both runtimes print the same first one."""
     printed = [run_usage(artifact, done.folder / "out").split() for artifact in done.report.artifacts]
@@ -170,6 +182,7 @@ def test_the_programs_run_as_shown(done: Done):
     assert len({words[0] for words in printed}) == 1
 
 
+@pytest.mark.slow
 def test_the_report_is_written_for_people_too(done: Done):
     assert "KL divergence" in (done.folder / "out" / "report.html").read_text()
     assert (done.folder / "out" / "report.md").read_text().startswith("---\nbase_model: a model\n")

@@ -93,6 +93,7 @@ def test_a_job_reports_both_models(bert_tiny: Path, tmp_path: Path):
     assert "H100" in before.device.name
 
 
+@pytest.mark.slow
 def test_the_command_prints_it_for_people_and_for_machines(bert_tiny: Path):
     runner = CliRunner()
     shown = runner.invoke(app, ["profile", str(bert_tiny), "--device", "none", "--length", "32"])

@@ -82,6 +82,7 @@ def test_a_model_is_uploaded_inspected_and_ready(models: ModelRegistry, store: O
     assert sorted(stored(store)) == sorted(f"models/{view.id}/{path}" for path in contents_of(bert_tiny))
 
 
+@pytest.mark.slow
 def test_an_upload_goes_on_where_it_stopped(models: ModelRegistry, bert_tiny: Path) -> None:
     view = models.create("t", announce(bert_tiny))
     first, *rest = view.uploads
@@ -110,6 +111,7 @@ def test_other_bytes_than_announced_fail_the_model_and_leave_nothing(
     assert stored(store) == []
 
 
+@pytest.mark.slow
 def test_a_model_that_is_not_one_fails_with_the_file_named_and_leaves_nothing(
     models: ModelRegistry, store: ObjectStore, bert_tiny: Path, tmp_path: Path
 ) -> None:
@@ -153,6 +155,7 @@ def test_abandoned_uploads_are_swept(models: ModelRegistry, store: ObjectStore, 
     assert store.sweep_uploads(older_than_s=-5) == 0
 
 
+@pytest.mark.slow
 def test_what_was_given_up_while_it_was_verified_stays_given_up(
     models: ModelRegistry, store: ObjectStore, bert_tiny: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

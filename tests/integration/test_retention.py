@@ -70,6 +70,7 @@ def world(tmp_path: Path, sql_url: str) -> Iterator[World]:
     world.engine.dispose()
 
 
+@pytest.mark.slow
 def test_old_artifacts_go_with_their_files_and_reports_stay(world: World):
     old = world.done(days=40)
     older_name = world.done(days=40, model_name="other")
@@ -135,6 +136,7 @@ def test_a_job_goes_whole_and_one_that_is_not_over_never(world: World):
             assert set(connection.scalars(select(table.c.job_id))) == {running}
 
 
+@pytest.mark.slow
 def test_a_process_killed_half_way_leaves_nothing_that_is_not_found_again(
     world: World, monkeypatch: pytest.MonkeyPatch
 ):

@@ -59,6 +59,7 @@ def _logits(folder: Path) -> Tensor:
         ("Qwen3ForCausalLM", {}),
     ],
 )
+@pytest.mark.slow
 def test_the_rotated_model_answers_the_same(class_name: str, more: dict[str, Any], tmp_path: Path):
     source = _save(class_name, tmp_path / "source", **more)
     out, record = _rotate(source, tmp_path)

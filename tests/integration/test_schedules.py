@@ -182,6 +182,7 @@ def test_none_catches_up_nothing_and_latest_one_when_all_are_late(world: World):
     assert world.store.reader.page(TENANT)[0] == []
 
 
+@pytest.mark.slow
 def test_years_of_downtime_are_bounded(world: World):
     world.schedule("2016-11-23T02:00", cron="*/5 * * * *", catch_up="all", overlap="queue")
     world.firing.fire(utc("2026-11-23T05:00"))
@@ -352,6 +353,7 @@ def test_a_schedule_fetches_what_is_new_at_its_source_and_presses_nothing_twice(
         world.engine.dispose()
 
 
+@pytest.mark.slow
 def test_a_server_folder_is_a_source_too(world: World, tmp_path: Path):
     folder = tmp_path / "roots" / "nightly"
     shutil.copytree(world.model, folder)

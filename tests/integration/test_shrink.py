@@ -136,6 +136,7 @@ def test_making_up_for_what_went_brings_the_answers_nearer(class_name: str, impo
 
 
 @pytest.mark.parametrize("which", ["channels", "heads"])
+@pytest.mark.slow
 def test_a_global_share_leaves_layers_of_differing_widths_that_sum_up(which: str, tmp_path: Path):
     source = _model("BertForMaskedLM", tmp_path / "source")
     pass_ = {"pass": which, "across": "global", "share": 0.4} | ({"multiple": 2} if which == "channels" else {})
@@ -165,6 +166,7 @@ def test_a_model_that_sees_is_judged_by_what_images_show(kind: str, importance: 
         assert torch.isfinite(loaded(pixel_values=torch.rand(2, 3, 32, 32)).logits).all()
 
 
+@pytest.mark.slow
 def test_blocks_go_by_influence_by_gradient_or_by_name(tmp_path: Path):
     source = _model("Gemma2ForCausalLM", tmp_path / "source")
     tensors = _tensors(source)

@@ -153,6 +153,7 @@ def test_a_file_of_a_data_sets_repository(hub_world: World, hub: Hub):
     assert b"".join(hub_world.objects.read(f"datasets/{made.id}/prose.txt")) == PROSE
 
 
+@pytest.mark.slow
 def test_what_the_hub_lacks_or_refuses_is_said(hub_world: World, hub: Hub, bert_tiny: Path):
     hub.push("models/acme/tiny", files_in(bert_tiny))
     hub.push("models/acme/gated", files_in(bert_tiny))
@@ -166,6 +167,7 @@ def test_what_the_hub_lacks_or_refuses_is_said(hub_world: World, hub: Hub, bert_
     assert refusal(hub_world.fetch("hf://acme/pickled"))[0] == "unsupported_format"
 
 
+@pytest.mark.slow
 def test_a_download_is_not_led_elsewhere(hub_world: World, hub: Hub, bert_tiny: Path):
     hub.push("models/acme/tiny", files_in(bert_tiny))
     for elsewhere in ("http://169.254.169.254/latest", "https://huggingface.co.evil.example/x", "http://hf.co/x"):
@@ -255,6 +257,7 @@ def test_one_owner_at_a_time_and_the_next_goes_on_after_the_last_whole_file(
     }
 
 
+@pytest.mark.slow
 def test_a_source_that_is_down_is_tried_again(hub_world: World, hub: Hub, bert_tiny: Path):
     hub.push("models/acme/tiny", files_in(bert_tiny))
     hub_world.models._settings = hub_world.settings.model_copy(update={"hub_endpoint": "http://127.0.0.1:1"})

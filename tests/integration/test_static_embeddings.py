@@ -110,6 +110,7 @@ def test_both_libraries_load_the_table_and_agree(source: Path, pressed: tuple[Pa
     np.testing.assert_allclose(ours.astype(float) @ ours.T.astype(float), cosines, atol=5e-3)
 
 
+@pytest.mark.slow
 def test_the_report_says_what_the_table_loses_and_gains(pressed: tuple[Path, Report]) -> None:
     folder, report = pressed
     artifact = report.artifacts[0]
@@ -127,6 +128,7 @@ def test_the_report_says_what_the_table_loses_and_gains(pressed: tuple[Path, Rep
     assert "StaticModel" in artifact.usage
 
 
+@pytest.mark.slow
 def test_truncated_vectors_are_measured_and_the_folder_says_how_many_are_kept(source: Path, tmp_path: Path) -> None:
     from sentence_transformers import SentenceTransformer
 
@@ -192,6 +194,7 @@ def test_a_frequent_token_weighs_less() -> None:
         ({"pass": "static-embeddings"}, "for embedders of texts"),
     ],
 )
+@pytest.mark.slow
 def test_models_that_have_no_such_form_are_refused(
     options: dict[str, Any], said: str, source: Path, bert_tiny: Path
 ) -> None:

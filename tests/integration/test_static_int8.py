@@ -383,6 +383,7 @@ def test_what_cannot_work_is_refused_with_a_reason(change: dict[str, object], re
     assert caught.value.code == ErrorCode.INVALID_RECIPE
 
 
+@pytest.mark.slow
 def test_a_decoder_is_refused(bench: Bench):
     recipe = parse_recipe({"name": "t", **RECIPE})
     decoder = bench.context.header.model_copy(update={"model_type": "llama", "architecture": "LlamaForCausalLM"})

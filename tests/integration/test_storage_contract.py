@@ -95,6 +95,7 @@ def test_an_empty_file_is_a_file(store: ObjectStore, tmp_path: Path) -> None:
     assert list(store.read("jobs/j/empty")) == []
 
 
+@pytest.mark.slow
 def test_ranges_are_half_open(store: ObjectStore, big: Path) -> None:
     data = big.read_bytes()
     store.put_file("k", big)
@@ -174,6 +175,7 @@ def test_an_object_is_not_changed_through_the_file_it_came_from(store: ObjectSto
     assert b"".join(store.read("k")) == b"first"
 
 
+@pytest.mark.slow
 def test_a_client_uploads_in_parts_and_resumes(store: ObjectStore) -> None:
     data = os.urandom(2 * PART + 100)
     upload = store.begin_upload("models/m/w", sha256=sha256(data), signed_parts=True)
@@ -287,6 +289,7 @@ def test_wrong_keys_are_storage_unavailable(s3_server: S3) -> None:
     assert error.value.code is ErrorCode.STORAGE_UNAVAILABLE
 
 
+@pytest.mark.slow
 def test_a_failed_upload_leaves_no_parts_behind(s3_server: S3, big: Path) -> None:
     bucket = s3_server.create_bucket()
     store = open_store(s3_settings(s3_server, bucket))

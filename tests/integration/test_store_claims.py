@@ -59,6 +59,7 @@ def test_a_claim_for_the_oldest_keeps_to_quotas(engine: Engine):
     assert store.claims.claim(offer(), ttl_s=60) is None
 
 
+@pytest.mark.slow
 def test_a_low_priority_is_served_however_much_of_a_higher_one_keeps_coming(engine: Engine):
     store = JobStore(engine, oldest_share=1 / 8)
     waiting = submit(store, priority=-100)
@@ -89,6 +90,7 @@ def test_a_job_that_does_not_fit_holds_up_no_other(store: JobStore):
     assert large_offer.job.id == large
 
 
+@pytest.mark.slow
 def test_a_worker_takes_from_its_own_queue_alone(store: JobStore):
     submit(store, queue="gpu")
     assert store.claims.claim(offer(), ttl_s=60) is None
@@ -137,6 +139,7 @@ def test_a_worker_that_comes_while_others_claim_is_not_sent_away(store: JobStore
         assert all(pool.map(once, range(8)))
 
 
+@pytest.mark.slow
 def test_two_racing_ends_of_one_attempt_have_one_winner(store: JobStore):
     for _ in range(10):
         job_id = submit(store)

@@ -129,6 +129,7 @@ def test_log_lines_are_numbered_over_attempts_and_cut(store: JobStore):
     assert [line.seq for line in store.reader.logs(job_id, after=1, limit=1)] == [2]
 
 
+@pytest.mark.slow
 def test_a_job_that_talks_without_end_fills_no_database(store: JobStore):
     job_id = submit(store)
     lease = claim(store).lease

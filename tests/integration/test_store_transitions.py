@@ -107,6 +107,7 @@ def test_every_trigger_of_the_table_is_pulled_here():
 @pytest.mark.parametrize(
     ("trigger", "way", "pull"), PULLS, ids=[f"{trigger}-{way}".strip("-") for trigger, way, _ in PULLS]
 )
+@pytest.mark.slow
 def test_all_pairs_of_states_and_triggers(
     store: JobStore, engine: Engine, trigger: Trigger, way: str, pull: Callable[[JobStore, Engine, str, Lease], object]
 ):

@@ -116,6 +116,7 @@ def test_the_last_measurement_uses_the_other_half_and_decides_who_wins(quick: St
     assert {trial.judges for trial in judges} == {entry.trial for entry in report.front}
 
 
+@pytest.mark.slow
 def test_a_study_in_which_nothing_keeps_the_gates_is_rejected_and_says_what_came_nearest(quick: StudyWorld):
     study = quick.create(trials=6, gates={"cosine": ">= 0.9999"})
     ended = quick.run(study)
@@ -179,6 +180,7 @@ def test_a_slow_trial_keeps_no_other_from_starting_for_a_round(quick: StudyWorld
     assert [trial.known for trial in quick.trials(study)[7:]] == [1, 2, 3]
 
 
+@pytest.mark.slow
 def test_cancelling_a_study_ends_its_trials(world: StudyWorld):
     study = world.create(parallel=3)
     control = world.replica()
@@ -200,6 +202,7 @@ def test_cancelling_a_study_ends_its_trials(world: StudyWorld):
     assert world.get(study) == ended
 
 
+@pytest.mark.slow
 def test_budgets_and_the_deadline_end_a_search_and_its_running_trials(quick: StudyWorld):
     spent = quick.create(trials=40, parallel=2, cpu_hours=1.0)
     late = quick.create(trials=40, parallel=2, space=[{**SPACE[0], "seed": 5}])
@@ -241,6 +244,7 @@ def test_a_small_space_is_tried_whole(quick: StudyWorld):
     assert report.winner.recipe["passes"][0]["bits"] == 4
 
 
+@pytest.mark.slow
 def test_a_study_whose_trials_all_fail_ends_with_their_error(quick: StudyWorld):
     study = quick.create(trials=40, parallel=2)
     control = quick.replica()

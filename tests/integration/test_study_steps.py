@@ -57,6 +57,7 @@ def test_a_proposal_that_found_no_room_is_made_again(tmp_path: Path, world: Stud
     assert proposed(narrow, waiting) == proposed(world, free)
 
 
+@pytest.mark.slow
 def test_a_step_reads_no_trial_again_that_has_ended(world: StudyWorld):
     study = world.create(trials=12, parallel=1)
     control = world.replica()

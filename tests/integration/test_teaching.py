@@ -60,6 +60,7 @@ def test_a_student_learns_from_labels_and_every_kind_of_answer(model: Path, data
     assert set(record.summary["losses"]) == {"logits", "hidden", "relations"}
 
 
+@pytest.mark.slow
 def test_a_cut_student_starts_as_its_teacher_and_keeps_its_embeddings(model: Path, data: Path, tmp_path: Path):
     options = {"pass": "distill", "student": {"layers": [1, 3]}, "train": {**_TRAIN, "learning_rate": 1e-12}}
     out, record = run_pass(model, tmp_path, options, data_files={"mine": data})
@@ -99,6 +100,7 @@ def test_an_embedder_teaches_directions(bert_tiny: Path, data: Path, tmp_path: P
     assert curve.y[-1] < curve.y[0]
 
 
+@pytest.mark.slow
 def test_a_reranker_teaches_scores_in_full_precision(bert_tiny: Path, tmp_path: Path):
     source = classifier(bert_tiny, tmp_path / "source", outputs=1)
     pairs = tmp_path / "pairs.jsonl"
@@ -117,6 +119,7 @@ def test_rows_of_an_embedder_stay_whole_without_labels(bert_tiny: Path, tmp_path
     assert len(read_examples(source, header, "mine", texts, length=64, labelled=False)) == 9
 
 
+@pytest.mark.slow
 def test_only_the_tokens_that_occur_change_in_trained_embeddings(model: Path, tmp_path: Path):
     texts = tmp_path / "texts.jsonl"
     texts.write_text("".join(json.dumps({"text": "the lamp", "label": at % 2}) + "\n" for at in range(32)))
@@ -186,6 +189,7 @@ def test_an_embedder_of_another_width_is_refused(bert_tiny: Path, tmp_path: Path
         make_plan(parse_recipe(recipe), inspect_model(FolderFiles(source)))
 
 
+@pytest.mark.slow
 def test_missing_labels_are_found_in_the_data_and_named(model: Path, tmp_path: Path):
     file = tmp_path / "rows.jsonl"
     file.write_text("".join(json.dumps({"text": f"row {at}"}) + "\n" for at in range(50)))
@@ -314,6 +318,7 @@ def _quiet() -> onnxruntime.SessionOptions:
     return options
 
 
+@pytest.mark.slow
 def test_frozen_blocks_stay_as_they_are(model: Path, data: Path, tmp_path: Path):
     options = {
         "pass": "early-exit",

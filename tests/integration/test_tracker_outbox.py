@@ -2,6 +2,7 @@
 
 import time
 
+import pytest
 from sqlalchemy import Engine, insert
 
 from nightpress.core.database import db_now, transaction
@@ -48,6 +49,7 @@ def test_a_change_while_a_row_is_told_is_told_next(engine: Engine, store: JobSto
     assert outbox.pending() == {"mlflow": 0}
 
 
+@pytest.mark.slow
 def test_ten_thousand_rows_cost_a_tick_no_more_than_ten(engine: Engine) -> None:
     outbox = TrackerStore(engine)
     outbox.use({"mlflow": "http://mlflow:5000"})

@@ -114,6 +114,7 @@ def test_the_best_step_is_kept_and_training_stops_when_nothing_gets_better(model
     assert record.summary["validation"]["loss"] == min(curve.y)
 
 
+@pytest.mark.slow
 def test_a_loss_that_overflows_ends_the_job_with_advice(model: Path, data: Path, tmp_path: Path):
     tensors = load_file(model / "model.safetensors")
     broken = shutil.copytree(model, tmp_path / "model")

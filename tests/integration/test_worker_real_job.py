@@ -68,6 +68,7 @@ def test_a_real_model_in_a_folder_with_links_goes_through_the_confined_child(
     ("exchanged_for", "code"),
     [("other bytes", "checksum_mismatch"), ("a file outside", "path_not_allowed"), ("nothing", "not_found")],
 )
+@pytest.mark.slow
 def test_a_link_that_was_exchanged_since_is_refused_at_the_first_try(
     tmp_path: Path, sqlite_url: str, bert_tiny: Path, exchanged_for: str, code: str
 ) -> None:

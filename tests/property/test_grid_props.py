@@ -65,6 +65,7 @@ def test_packing_is_the_librarys(rows: int, columns: int, bits: int, seed: int):
 
 @given(weights(), st.data())
 @settings(max_examples=150)
+@pytest.mark.slow
 def test_radix_selection_finds_the_key_of_any_rank(source: torch.Tensor, data: st.DataObject):
     keys = magnitude_keys(source)
     rank = data.draw(st.integers(0, keys.numel() - 1))

@@ -73,6 +73,7 @@ def test_codes_are_in_range_and_no_row_loses_more_than_by_rounding(
 
 @settings(max_examples=40)
 @given(**sizes, pattern=st.sampled_from([(2, 4), (1, 4), (3, 4), (4, 8), (1, 2)]), quantized=st.booleans())
+@pytest.mark.slow
 def test_a_pattern_leaves_exactly_so_many_of_every_group(
     seed: int, rows: int, groups: int, group_size: int, tokens: int, pattern: tuple[int, int], quantized: bool
 ):
@@ -87,6 +88,7 @@ def test_a_pattern_leaves_exactly_so_many_of_every_group(
 
 @settings(max_examples=30)
 @given(**sizes, sparsity=st.floats(0.05, 0.95))
+@pytest.mark.slow
 def test_unstructured_pruning_meets_its_share_in_every_block(
     seed: int, rows: int, groups: int, group_size: int, tokens: int, sparsity: float
 ):
@@ -98,6 +100,7 @@ def test_unstructured_pruning_meets_its_share_in_every_block(
 
 @settings(max_examples=30)
 @given(seed=st.integers(0, 2**31), bits=st.sampled_from([2, 3, 4, 8]), symmetric=st.booleans())
+@pytest.mark.slow
 def test_a_searched_range_is_never_worse_than_the_extremes(seed: int, bits: int, symmetric: bool):
     generator = torch.Generator().manual_seed(seed)
     weight, importance = torch.randn(6, 64, generator=generator), torch.rand(64, generator=generator)

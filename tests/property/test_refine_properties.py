@@ -77,6 +77,7 @@ def test_no_row_costs_the_outputs_more_than_rounded_to_nearest(
 
 @settings(max_examples=40)
 @given(**shapes, symmetric=st.booleans())
+@pytest.mark.slow
 def test_fitted_scales_never_cost_more(seed: int, rows: int, groups: int, tokens: int, symmetric: bool):
     weight, gram = (tensor.double() for tensor in _draw(seed, rows, 32 * groups, tokens))
     factor = factorize(gram)
@@ -110,6 +111,7 @@ def test_one_fitted_scale_is_the_least_squares_one():
 
 @settings(max_examples=40)
 @given(seed=st.integers(0, 2**31), bits=st.sampled_from([2, 3, 4]), symmetric=st.booleans())
+@pytest.mark.slow
 def test_half_quadratic_ranges_are_never_worse_than_the_extremes_in_their_norm(seed: int, bits: int, symmetric: bool):
     weight = torch.randn(6, 64, generator=torch.Generator().manual_seed(seed)) ** 3
     grid = Grid(bits, 32, symmetric)
@@ -157,6 +159,7 @@ def test_the_largest_weight_of_nvfp4_never_takes_its_groups_scale_past_the_large
 
 
 @given(st.lists(st.floats(-500, 500), min_size=1, max_size=20), st.sampled_from([4, 8]))
+@pytest.mark.slow
 def test_no_float_of_the_grid_is_nearer(values: list[float], bits: int):
     given_values = torch.tensor(values)
     if bits == 4:
@@ -171,6 +174,7 @@ def test_no_float_of_the_grid_is_nearer(values: list[float], bits: int):
 
 @settings(max_examples=60)
 @given(st.data())
+@pytest.mark.slow
 def test_the_choice_is_the_best_that_fits(data: st.DataObject):
     items = data.draw(st.integers(1, 6))
     sizes = data.draw(st.lists(st.lists(st.integers(1, 40), min_size=3, max_size=3), min_size=items, max_size=items))

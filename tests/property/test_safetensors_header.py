@@ -73,6 +73,7 @@ def theirs(data: bytes) -> dict[str, tuple[int, ...]]:
 @given(files())
 @example(PICKLE_LIKE)
 @settings(max_examples=60)
+@pytest.mark.slow
 def test_every_valid_file_is_read_as_the_library_reads_it(data: bytes) -> None:
     assert ours(data) == theirs(data)
 

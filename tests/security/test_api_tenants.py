@@ -96,6 +96,7 @@ def test_lists_hold_ones_own_alone(stranger: httpx.Client, owned: Owned):
         assert not any(identifier in listed for identifier in owned), path
 
 
+@pytest.mark.slow
 def test_without_a_key_every_route_is_closed(api: RunningApi):
     with httpx.Client(base_url=api.url, trust_env=False) as nobody:
         for operation in operations(api):

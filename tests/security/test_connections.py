@@ -150,6 +150,7 @@ def test_a_client_that_takes_no_answer_is_let_go(api: RunningApi):
 
 
 @pytest.mark.parametrize("sent", [b"G", b"POST /v1/jobs HTTP/1.1\r\nHost: x\r\nContent-Length: 1000\r\n\r\n"])
+@pytest.mark.slow
 def test_unfinished_requests_keep_nobody_out(sent: bytes, api: RunningApi):
     with contextlib.ExitStack() as open_ones:
         connections = [open_ones.enter_context(connect(api)) for _ in range(2 * CONNECTIONS)]
@@ -177,6 +178,7 @@ def test_one_address_takes_no_more_than_its_share(tmp_path: Path, sqlite_url: st
                 connection.recv(1)
 
 
+@pytest.mark.slow
 def test_a_stream_that_is_followed_is_no_idle_connection(api: RunningApi, bert_tiny: Path):
     """A stream outlasts every deadline, and a flood of idle connections displaces no connection with an unfinished answer."""
     with api.client() as client:

@@ -37,6 +37,7 @@ def world(tmp_path: Path, hub: Hub) -> Iterator[World]:
     world.close()
 
 
+@pytest.mark.slow
 def test_a_client_reaches_only_addresses_that_were_checked(hub: Hub) -> None:
     port = httpx.URL(hub.url).port
     asked: list[str] = []
@@ -70,6 +71,7 @@ def test_a_client_reaches_only_addresses_that_were_checked(hub: Hub) -> None:
     assert hub.asked[-1][1]["host"] == f"inside.example.com:{port}"
 
 
+@pytest.mark.slow
 def test_a_hub_that_sends_uploads_inside_is_refused(world: World, hub: Hub) -> None:
     hub.writes.uploads_at = "http://169.254.169.254"
     world.accept(destinations=["hf://acme/x"])

@@ -6,6 +6,8 @@ import random
 from collections.abc import Sequence
 from typing import Any
 
+import pytest
+
 from nightpress.core.errors import NightpressError
 from nightpress.core.recipes.adapters import read_adapter
 from nightpress.core.recipes.header import TensorInfo
@@ -66,6 +68,7 @@ def _tensors(chance: random.Random, prefix: str, leaves: Sequence[str]) -> list[
     return found
 
 
+@pytest.mark.slow
 def test_nonsense_about_codes_is_refused_or_read() -> None:
     chance, read = random.Random(1), 0
     for _ in range(6000):
@@ -80,6 +83,7 @@ def test_nonsense_about_codes_is_refused_or_read() -> None:
     assert read > 100
 
 
+@pytest.mark.slow
 def test_nonsense_about_adapters_is_refused_or_read() -> None:
     chance = random.Random(2)
     base = [TensorInfo(name="m.weight", dtype="F32", shape=(4, 4), size=64)]

@@ -74,6 +74,7 @@ def test_silent_uploads_hold_up_neither_other_tenants_nor_other_requests_and_end
         assert mine.put(begun["uploads"][0]["parts"][0]["url"], content=PIECE).status_code == 204
 
 
+@pytest.mark.slow
 def test_whoever_waits_too_long_for_a_place_is_told_when_to_come_again(api: RunningApi):
     key = api.key()
     api.services.admission._patience_s = 0.5

@@ -102,6 +102,7 @@ def leaves(tree: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
     return [path]
 
 
+@pytest.mark.slow
 def test_every_value_of_the_statement_is_signed(tmp_path: Path) -> None:
     statement = deliver(tmp_path)
     bundle = json.loads((tmp_path / ATTESTATION_FILE).read_text())
@@ -157,6 +158,7 @@ def test_what_is_no_key_is_refused(pem: bytes) -> None:
     assert refused.value.code is ErrorCode.INVALID_REQUEST
 
 
+@pytest.mark.slow
 def test_the_tool_of_model_signing_checks_the_same_file(tmp_path: Path) -> None:
     from model_signing.verifying import Config
 

@@ -27,6 +27,7 @@ def test_a_width_without_a_known_hadamard_matrix_is_turned_too():
     assert turned.abs().max() < 0.8
 
 
+@pytest.mark.slow
 def test_the_seed_decides_and_all_leading_dimensions_are_turned_alike():
     x = torch.randn(3, 5, 24, generator=torch.Generator().manual_seed(0))
     rotation = Rotation(24, seed=1)

@@ -105,6 +105,7 @@ def by_name(documents: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
     ("folder", "values"),
     [("base", ()), ("keda", ("keda.enabled=true",)), ("models", ("models.enabled=true", "keda.enabled=true"))],
 )
+@pytest.mark.slow
 def test_the_chart_makes_what_the_plain_manifests_have(folder: str, values: tuple[str, ...], tmp_path: Path):
     place = MANIFESTS / folder
     if folder == "models":
@@ -165,6 +166,7 @@ def test_what_the_chart_makes_follows_kubernetes_schemas(values: tuple[str, ...]
     assert kinds.count("Ingress") == kinds.count("PersistentVolumeClaim") == bool(values)
 
 
+@pytest.mark.slow
 def test_helm_finds_nothing_to_complain_about():
     for values in ((), EVERYTHING):
         done = helm("lint", str(CHART), "--strict", *(part for value in values for part in ("--set-json", value)))

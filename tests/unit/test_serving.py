@@ -165,6 +165,7 @@ def test_a_report_shows_what_vllm_said():
         assert "<b>and then" not in page
 
 
+@pytest.mark.slow
 def test_without_an_environment_the_report_says_that_vllm_was_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.delenv(vllm.VARIABLE, raising=False)
     recipe = {

@@ -66,6 +66,7 @@ def test_a_slice_that_is_no_short_name_is_refused_with_its_line(tmp_path: Path, 
 
 
 @given(st.lists(st.integers(0, 50), min_size=1, max_size=9), st.integers(0, 200))
+@pytest.mark.slow
 def test_slices_get_equal_shares_as_far_as_they_go(available: list[int], wanted: int):
     found = shares(available, wanted)
     assert sum(found) == min(wanted, sum(available))

@@ -40,6 +40,7 @@ def _error(values: np.ndarray, found: tuple[float, float]) -> float:
     return float((((codes - zero) * scale - values) ** 2).mean())
 
 
+@pytest.mark.slow
 def test_outliers_are_clipped_where_that_costs_least():
     values = np.random.default_rng(0).standard_t(3, 200_000)
     seen = _seen(values)

@@ -23,6 +23,7 @@ def test_the_interval_of_a_mean_is_the_known_one():
     assert interval.high == pytest.approx(values.mean() + 1.96 * error, abs=0.05)
 
 
+@pytest.mark.slow
 def test_intervals_cover_the_truth_about_as_often_as_they_say():
     rng = np.random.default_rng(5)
     held = 0

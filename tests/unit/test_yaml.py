@@ -126,6 +126,7 @@ def test_the_built_in_recipes_are_read():
 
 
 @given(st.text(alphabet=st.sampled_from("ab{}[]:,-?&*!|>'\"%@`#\n\t \\ux0129.~<e\ufeff\u2028\ud800é"), max_size=60))
+@pytest.mark.slow
 def test_any_text_is_read_or_refused(text: str):
     with contextlib.suppress(NightpressError):
         read_yaml(text)
