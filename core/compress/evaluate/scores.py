@@ -13,6 +13,7 @@ from nightpress.core.compress.evaluate.statistics import Array, Statistic, of_su
 
 Classes = NDArray[np.int64]
 CUT = 10  #: nDCG and recall count the first 10 ranks
+_ROUNDING = 1e-12  #: relative rounding of a sum
 
 # Classification ------------------------------------------------------------------------------------------------------
 
@@ -75,9 +76,15 @@ def pearson(x: Array, y: Array) -> Statistic:
 
 def _correlation(sums: Array) -> Array:
     n, a, b, aa, bb, ab = sums.T
-    spread = np.maximum(n * aa - a * a, 0) * np.maximum(n * bb - b * b, 0)
+    spread = _spread(n * aa, a * a) * _spread(n * bb, b * b)
     result: Array = np.where(spread > 0, (n * ab - a * b) / np.sqrt(np.maximum(spread, 1e-300)), 0.0)
     return np.clip(result, -1, 1)
+
+
+def _spread(whole: Array, part: Array) -> Array:
+    """The difference, or 0 if it is only the rounding of both: a draw may hold one value alone."""
+    difference = whole - part
+    return np.where(difference > _ROUNDING * whole, difference, 0.0)
 
 
 def spearman(x: Array, y: Array) -> Statistic:
