@@ -11,7 +11,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from bench.pressing import Form, form_figures, press, save_float_graphs, time_by_turns
+from bench.pressing import Form, form_figures, press, save_float_graphs, time_by_turns, where
 from bench.record import Figure, finish, make_parser
 from nightpress.core.compress.export import onnx, openvino, safetensors
 from nightpress.core.recipes.builtins import get_recipe
@@ -46,9 +46,9 @@ def measure(folder: Path, threads: int, rounds: int) -> list[Figure]:
     }
     timed = time_by_turns(forms, trial, rounds, folder / "scratch")
     return [
-        Figure("job/seconds", round(seconds, 1), "s"),
-        Figure("job/exporting", round(report.phases["exporting"], 1), "s"),
-        *form_figures("forms", forms, timed, FLOATS),
+        Figure(f"job{where()}/seconds", round(seconds, 1), "s"),
+        Figure(f"job{where()}/exporting", round(report.phases["exporting"], 1), "s"),
+        *form_figures("forms" + where(), forms, timed, FLOATS),
     ]
 
 

@@ -15,6 +15,7 @@ from nightpress.core.compress.graph import tracing
 from nightpress.core.compress.passes import PassContext
 from nightpress.core.handoff.report import REPORT_FILE, Report, read_report
 from nightpress.core.handoff.spec import DATA_DIR, OUT_DIR, SOURCE_DIR, JobSpec
+from nightpress.core.processor import cpu_features
 from nightpress.core.recipes.inspect import FolderFiles, inspect_model
 from nightpress.core.recipes.models import Recipe
 
@@ -108,6 +109,11 @@ def time_by_turns(forms: Mapping[str, Form], trial: quality.Trial, rounds: int, 
 def folder_mb(folder: Path) -> float:
     """The size of all files of a folder, in MB."""
     return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()) / 1e6
+
+
+def where() -> str:
+    """The end of a group's name. Without a processor's instructions for int8, figures of int8 forms stand apart: they say another thing."""
+    return "" if {"avx_vnni", "avx512_vnni", "amx_int8", "i8mm"} & set(cpu_features()) else " without VNNI"
 
 
 def form_figures(group: str, forms: Mapping[str, Form], timed: Timed, floats: tuple[str, ...]) -> list[Figure]:

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from bench.pressing import Form, form_figures, press, save_float_graphs, time_by_turns
+from bench.pressing import Form, form_figures, press, save_float_graphs, time_by_turns, where
 from bench.record import Figure, finish, make_parser
 from nightpress.core.compress.calibration.samples import calibration_samples
 from nightpress.core.compress.export import onnx, openvino, safetensors
@@ -73,12 +73,12 @@ def measure(model: Path, folder: Path, threads: int, rounds: int) -> list[Figure
     summary = report.passes[0].summary
     floats = tuple(name for name in forms if name.endswith("fp32"))
     return [
-        Figure("job/seconds", round(seconds, 1), "s"),
-        Figure("pass/seconds", round(report.passes[0].seconds, 1), "s"),
-        Figure("pass/matrices", summary["matrices"], "matrices in int8"),
-        Figure("pass/left_in_float", len(summary["left_in_float"]), "matrices"),
-        Figure("pass/weight_bits", summary["weight_bits"], "bits"),
-        *form_figures("forms", forms, timed, floats),
+        Figure(f"job{where()}/seconds", round(seconds, 1), "s"),
+        Figure(f"pass{where()}/seconds", round(report.passes[0].seconds, 1), "s"),
+        Figure(f"pass{where()}/matrices", summary["matrices"], "matrices in int8"),
+        Figure(f"pass{where()}/left_in_float", len(summary["left_in_float"]), "matrices"),
+        Figure(f"pass{where()}/weight_bits", summary["weight_bits"], "bits"),
+        *form_figures("forms" + where(), forms, timed, floats),
     ]
 
 

@@ -17,7 +17,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from bench.pressing import Form, Timed, folder_mb, form_figures, press, save_float_graphs, time_by_turns
+from bench.pressing import Form, Timed, folder_mb, form_figures, press, save_float_graphs, time_by_turns, where
 from bench.processes import run_python
 from bench.record import Figure, finish, make_parser
 from nightpress.core.compress.export import onnx, openvino, safetensors
@@ -73,13 +73,14 @@ def main() -> int:
 
 def measure(part: str, folder: Path, threads: int, rounds: int) -> list[Figure]:
     source = minilm_dir(folder) if part == "encoder" else random_bert_base(folder)
+    group = part + where()
     forms, timed, faster = compare(folder, source, threads, rounds)
     ours = max(
         (name for name in forms if name.startswith("ours")), key=lambda name: timed.speedup(name, FLOATS[:1], SHAPE)
     )
     bars = [
         _bar(
-            part,
+            group,
             "times as fast as eager torch in fp32",
             timed.speedup(ours, FLOATS[:1], SHAPE),
             ">= 2.5" if part == "encoder" else ">= 4",
@@ -87,20 +88,20 @@ def measure(part: str, folder: Path, threads: int, rounds: int) -> list[Figure]:
     ]
     if part == "encoder":
         share = folder_mb(forms[ours].folder) / folder_mb(source)
-        bars.append(_bar(part, "cosine of its embeddings", timed.cosines[ours], ">= 0.997"))
-        bars.append(_bar(part, "share of the source's size", share, "<= 0.27"))
+        bars.append(_bar(group, "cosine of its embeddings", timed.cosines[ours], ">= 0.997"))
+        bars.append(_bar(group, "share of the source's size", share, "<= 0.27"))
     # Forms by hand whose cosine is more than 2% lower are not comparable.
     for name in forms:
         if name.startswith("by hand") and timed.cosines[name] >= 0.98 * timed.cosines[ours]:
             speed = faster.get((ours, name)) or timed.speedup(ours, (name,), SHAPE)
-            bars.append(_bar(part, f"speed, {ours} beside {name}", speed, ">= 0.98"))
+            bars.append(_bar(group, f"speed, {ours} beside {name}", speed, ">= 0.98"))
             cosine = timed.cosines[ours] / timed.cosines[name]
-            bars.append(_bar(part, f"cosine, {ours} beside {name}", cosine, ">= 0.98"))
-    return [*form_figures(part, forms, timed, FLOATS), *bars]
+            bars.append(_bar(group, f"cosine, {ours} beside {name}", cosine, ">= 0.98"))
+    return [*form_figures(group, forms, timed, FLOATS), *bars]
 
 
-def _bar(part: str, what: str, value: float, bar: str) -> Figure:
-    return Figure(f"{part} bars/{what}/value", round(value, 4), bar=bar)
+def _bar(group: str, what: str, value: float, bar: str) -> Figure:
+    return Figure(f"{group} bars/{what}/value", round(value, 4), bar=bar)
 
 
 def random_bert_base(folder: Path) -> Path:
