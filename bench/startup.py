@@ -27,6 +27,7 @@ import psutil
 
 from bench.processes import run_python
 from bench.record import Figure, finish, make_parser
+from nightpress.core.settings import Settings
 from tests.models import bert_tiny_dir
 from tests.servers import free_port
 
@@ -128,7 +129,7 @@ class Stack:
 
     def bare_ready(self) -> float:
         started = time.perf_counter()
-        command = [sys.executable, "-c", BARE_CELERY, f"redis+socket://{self.folder / 'valkey.sock'}"]
+        command = [sys.executable, "-c", BARE_CELERY, Settings(data_dir=self.folder).celery_url]
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
         return _seconds_until(process, process.stdout, "ready", started)
 
