@@ -85,13 +85,11 @@ class Stack:
                 raise RuntimeError("the stack did not come up")
             time.sleep(0.1)
 
-    def processes(self) -> dict[str, psutil.Process]:
-        """The processes `api`, `worker` and `control`, and the worker's `spare` child if it has one."""
+    def processes(self) -> dict[str, list[psutil.Process]]:
+        """The processes of `api`, `worker` and `control`, and those of the worker's `spare` child: it imports in processes of its own."""
         pids = json.loads((self.folder / "devstack.json").read_text())["pids"]
-        found = {name: psutil.Process(pids[name]) for name in ("api", "worker", "control")}
-        for child in found["worker"].children():
-            found["spare"] = child
-        return found
+        found = {name: [psutil.Process(pids[name])] for name in ("api", "worker", "control")}
+        return found | {"spare": found["worker"][0].children(recursive=True)}
 
     def settle(self) -> None:
         """Wait until all processes are idle, so that all imports are done; at most 60 s, because on a busy machine they never are."""
@@ -102,7 +100,8 @@ class Stack:
                 return
 
     def _cpu(self) -> float:
-        return sum(sum(process.cpu_times()[:2]) for process in self.processes().values())
+        found = [process for some in self.processes().values() for process in some]
+        return sum(sum(process.cpu_times()[:2]) for process in found)
 
     def submit_and_watch(self) -> float:
         """Seconds from before the POST until the child has reported a phase. The job is then cancelled."""
@@ -158,16 +157,17 @@ def running(models: Path, *, spare: bool) -> Iterator[Stack]:
         shutil.rmtree(folder)
 
 
-def memory_of(processes: dict[str, psutil.Process]) -> dict[str, dict[str, float]]:
-    """Process → kind of memory → MB."""
+def memory_of(processes: dict[str, list[psutil.Process]]) -> dict[str, dict[str, float]]:
+    """Name → kind of memory → MB, summed over the processes of that name."""
     found = {}
-    for name, process in processes.items():
-        full = process.memory_full_info()
-        anonymous = sum(row.anonymous for row in process.memory_maps())
-        found[name] = {
-            kind: round(size / 1e6, 1)
-            for kind, size in (("pss", full.pss), ("rss", full.rss), ("anonymous", anonymous))
+    for name, some in processes.items():
+        full = [process.memory_full_info() for process in some]
+        sizes = {
+            "pss": sum(info.pss for info in full),
+            "rss": sum(info.rss for info in full),
+            "anonymous": sum(row.anonymous for process in some for row in process.memory_maps()),
         }
+        found[name] = {kind: round(size / 1e6, 1) for kind, size in sizes.items()}
     return found
 
 
