@@ -4,12 +4,13 @@ import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property
 from io import BufferedReader
 from pathlib import Path
 from typing import Any, ClassVar, Generic, TypeVar
 
 from pydantic import ValidationError
-from sqlalchemy import Engine, Row, Select, Table, func, insert, or_, select, update
+from sqlalchemy import Engine, Row, Select, String, Table, bindparam, func, insert, or_, select, update
 from sqlalchemy.engine import Connection
 
 from nightpress.core.artifacts.files import storage_errors
@@ -236,25 +237,30 @@ class Registry(ABC, Generic[View]):
         connection.execute(insert(self.table).values({**named, **columns}))
 
     def _find(self, tenant_id: str, reference: str) -> Row[Any]:
-        table = self.table
-        query = (
-            self._select()
-            .where(table.c.tenant_id == tenant_id, or_(table.c.id == reference, table.c.name == reference))
-            .order_by(
-                (table.c.id == reference).desc(),
-                (table.c.state == "ready").desc(),
-                table.c.created_at.desc(),
-                table.c.id.desc(),
-            )
-            .limit(1)
-        )
         if not reference.isprintable():
             raise self._missing(reference)
         with transaction(self._engine, read_only=True) as connection:
-            row = connection.execute(query).one_or_none()
+            row = connection.execute(self._named, {"tenant": tenant_id, "reference": reference}).one_or_none()
         if row is None:
             raise self._missing(reference)
         return row
+
+    @cached_property
+    def _named(self) -> Select[Any]:
+        """The row that a reference names. Built once: every submission asks it, and building takes as long as asking."""
+        columns = self.table.c
+        tenant, reference = bindparam("tenant", type_=String), bindparam("reference", type_=String)
+        return (
+            self._select()
+            .where(columns.tenant_id == tenant, or_(columns.id == reference, columns.name == reference))
+            .order_by(
+                (columns.id == reference).desc(),
+                (columns.state == "ready").desc(),
+                columns.created_at.desc(),
+                columns.id.desc(),
+            )
+            .limit(1)
+        )
 
     def _missing(self, reference: str) -> NightpressError:
         return NightpressError(
