@@ -13,11 +13,12 @@ from nightpress.core.compress.export import onnx, openvino
 from nightpress.core.compress.export.consumer import run_consumer
 from nightpress.core.compress.graph import tracing
 from nightpress.core.compress.passes import PassContext
+from nightpress.core.compress.passes.static_int8 import weight_bits
 from nightpress.core.handoff.report import REPORT_FILE, Report, read_report
 from nightpress.core.handoff.spec import DATA_DIR, OUT_DIR, SOURCE_DIR, JobSpec
-from nightpress.core.processor import cpu_features
 from nightpress.core.recipes.inspect import FolderFiles, inspect_model
 from nightpress.core.recipes.models import Recipe
+from nightpress.core.recipes.passes import StaticInt8
 
 #: shape (batch × tokens, e.g. `1x128`) → milliseconds
 Times = dict[str, float]
@@ -113,7 +114,7 @@ def folder_mb(folder: Path) -> float:
 
 def where() -> str:
     """The end of a group's name. Without a processor's instructions for int8, figures of int8 forms stand apart: they say another thing."""
-    return "" if {"avx_vnni", "avx512_vnni", "amx_int8", "i8mm"} & set(cpu_features()) else " without VNNI"
+    return " without VNNI" if weight_bits(StaticInt8()) < 8 else ""
 
 
 def form_figures(group: str, forms: Mapping[str, Form], timed: Timed, floats: tuple[str, ...]) -> list[Figure]:

@@ -125,6 +125,7 @@ def test_the_report_says_what_the_table_loses_and_gains(pressed: tuple[Path, Rep
     assert ("rank_correlation", "") in figures
     assert ("cosine", "") not in figures, "vectors of different widths have no cosine"
     assert artifact.timings[0].speedup is not None
+    assert artifact.timings[0].speedup.value > 2
     assert "StaticModel" in artifact.usage
 
 
