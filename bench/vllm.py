@@ -1,8 +1,9 @@
-"""What vLLM's processor path, transformers and llama.cpp make of each scheme that we write, and how fast vLLM serves int4.
+"""What vLLM's processor path, transformers and llama.cpp make of each scheme that we write, and how fast vLLM serves int4 there and on a GPU.
 
     NIGHTPRESS_VLLM_PYTHON=… python -m bench.vllm [--forms NAME …] [--isa amx|avx512|avx2] [--no-speed]
+    NIGHTPRESS_VLLM_PYTHON=… python -m bench.vllm --device cuda --shape 8b --layers 32
 
-The model is SmolLM2-135M in bf16. Each consumer reads the same texts, and its log-probabilities are compared with those of the dequantized
+The second form takes speeds alone, on a GPU, of a Llama of that shape with random weights. Else the model is SmolLM2-135M in bf16. Each consumer reads the same texts, and its log-probabilities are compared with those of the dequantized
 weights in transformers, in float32: ‖a − b‖ / ‖b − mean b‖. A form without a figure was refused. vLLM has other kernels for processors with AMX, with AVX-512 alone
 and with neither; `--isa` lets it choose those of a lesser one than there is. Speeds are of whole rounds of requests; source and artifact
 take turns.
@@ -19,10 +20,13 @@ from typing import Any
 
 import numpy as np
 
+from bench.estimates import random_llama
 from bench.record import Figure, finish, make_parser
+from nightpress.core.compress.environment import give_back_gpu_memory
 from nightpress.core.compress.evaluate import quality, served
 from nightpress.core.compress.export import compressed_tensors, gguf, safetensors, vllm
 from nightpress.core.compress.export.consumer import Consumer, Observed, run_consumer, timed_rounds
+from nightpress.core.compress.export.consumer_environment import Device
 from nightpress.core.compress.export.task import Task
 from nightpress.core.compress.grids.dequantized import write_dequantized
 from nightpress.core.compress.passes import MODEL_PASSES, PassContext
@@ -74,6 +78,11 @@ def main() -> int:
     parser.add_argument("--isa", choices=list(ISA), default="amx", help="what vLLM may use of the processor")
     parser.add_argument("--no-speed", action="store_true")
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument(
+        "--device", choices=("cpu", "cuda"), default="cpu", help="cuda: the speeds of --shape, no forms"
+    )
+    parser.add_argument("--shape", default="8b", help="of bench.blocks_gpu")
+    parser.add_argument("--layers", type=int, default=32)
     options = parser.parse_args()
     python = vllm.interpreter()
     if python is None:
@@ -82,10 +91,17 @@ def main() -> int:
     if options.isa != "amx":
         os.environ["ONEDNN_MAX_CPU_ISA"] = ISA[options.isa]
     with tempfile.TemporaryDirectory(prefix="nightpress-bench-") as folder:
-        figures = list(measure(Path(folder), python, options.forms, options.isa, options.threads))
-        if not options.no_speed:
-            figures += speeds(Path(folder), python, options.threads)
-    return finish("vllm", figures, parser, options, choices=("forms", "isa", "no_speed"))
+        work = Path(folder)
+        if options.device == "cuda":
+            source = random_llama(work / "model", f"{options.shape} {options.layers}")
+            give_back_gpu_memory()  # of the random numbers
+            row = f"gpu/{options.shape}, {options.layers} layers"
+            figures = list(speeds(source, work, python, options.threads, "cuda", row))
+        else:
+            figures = list(measure(work, python, options.forms, options.isa, options.threads))
+            if not options.no_speed:
+                figures += speeds(smollm_dir("bfloat16"), work, python, options.threads, "cpu", "speed")
+    return finish("vllm", figures, parser, options, choices=("forms", "isa", "no_speed", "device", "shape", "layers"))
 
 
 def measure(folder: Path, python: Path, forms: list[str], isa: str, threads: int) -> Iterator[Figure]:
@@ -134,14 +150,13 @@ def _as_gguf(form: str, artifact: Path, folder: Path, header: ModelHeader) -> Pa
     return folder
 
 
-def speeds(folder: Path, python: Path, threads: int) -> Iterator[Figure]:
-    """Tokens per second of int4 beside the source in vLLM, by turns, and of both in transformers."""
-    source = smollm_dir("bfloat16")
+def speeds(source: Path, folder: Path, python: Path, threads: int, device: Device, row: str) -> Iterator[Figure]:
+    """Tokens per second of int4 beside the source in vLLM, by turns, and of both in transformers. row: before the figures' names."""
     task = make_task(source, threads, timed=True)
     models = {"source": source, "int4": make(source, folder / "timed", FORMS[TIMED])}
     with (
-        vllm.start(models["source"], task, python, name="source", scratch=folder / "a") as ours,
-        vllm.start(models["int4"], task, python, name="int4", scratch=folder / "b") as theirs,
+        vllm.start(models["source"], task, python, name="source", scratch=folder / "a", device=device) as ours,
+        vllm.start(models["int4"], task, python, name="int4", scratch=folder / "b", device=device) as theirs,
     ):
         running: dict[str, Consumer] = {"source": ours, "int4": theirs}
         for consumer in running.values():
@@ -150,7 +165,7 @@ def speeds(folder: Path, python: Path, threads: int) -> Iterator[Figure]:
             rounds = dict(zip(running, timed_rounds(request, list(running.values()), lambda _share: None), strict=True))
             for name, runs in rounds.items():
                 found = served.served_timing(request, runs, rounds["source"], by_turns=True)
-                at = f"speed/{name} in vLLM, {request.requests} at a time"
+                at = f"{row}/{name} in vLLM, {request.requests} at a time"
                 ends = round(found.slowest, 1), round(found.fastest, 1)
                 yield Figure(f"{at}/tokens_per_s", round(found.tokens_per_s, 1), "tokens/s", ends)
                 yield Figure(f"{at}/first", round(found.first_p50_ms, 1), "ms")
@@ -159,21 +174,24 @@ def speeds(folder: Path, python: Path, threads: int) -> Iterator[Figure]:
                 yield Figure(f"{at}/prefill", round(prefill, 1), "tokens/s")
                 assert found.speedup is not None
                 yield Figure(f"{at}/ratio", round(found.speedup.value, 2), "× the source in vLLM")
-    yield from in_transformers(models, folder / "c", threads)
+    yield from in_transformers(models, folder / "c", threads, device, row)
 
 
-def in_transformers(models: Mapping[str, Path], scratch: Path, threads: int) -> Iterator[Figure]:
-    """Decoding and prefill of one request in transformers, in float32 as transformers runs on a processor here."""
+def in_transformers(
+    models: Mapping[str, Path], scratch: Path, threads: int, device: Device, row: str
+) -> Iterator[Figure]:
+    """Decoding and prefill of one request in transformers: in float32 on a processor, in the model's own type on a GPU."""
     speed = {"metric": "generation-speed", "prompt": 64, "tokens": 32, "repeats": 3}
     recipe = parse_recipe({"name": "b", "passes": [], "exports": ["safetensors"], "evaluate": [speed]})
     header = inspect_model(FolderFiles(models["source"]))
     task = quality.prepare(recipe, header, models["source"], {}, threads=threads).task
     for name, folder in models.items():
-        [writing] = run_consumer(safetensors.CONSUMER, folder, task, name=name, scratch=scratch).writings
+        seen = run_consumer(safetensors.CONSUMER, folder, task, name=name, scratch=scratch, device=device)
+        [writing] = seen.writings
         runs = [(64_000 / run[0], 1000 * (len(run) - 1) / sum(run[1:])) for run in writing["milliseconds"]]
         prefill, decode = (statistics.median(values) for values in zip(*runs, strict=True))
-        yield Figure(f"speed/{name} in transformers, 1 at a time/tokens_per_s", round(decode, 1), "tokens/s")
-        yield Figure(f"speed/{name} in transformers, 1 at a time/prefill", round(prefill, 1), "tokens/s")
+        yield Figure(f"{row}/{name} in transformers, 1 at a time/tokens_per_s", round(decode, 1), "tokens/s")
+        yield Figure(f"{row}/{name} in transformers, 1 at a time/prefill", round(prefill, 1), "tokens/s")
 
 
 def make_task(source: Path, threads: int, *, timed: bool) -> Task:
