@@ -72,7 +72,7 @@ _WHY_NOT: Mapping[str, Mapping[str, str]] = {
         "openai-gpt": "its blocks return other things than hidden states, and can't be compared",
     },
     "graph": {
-        **dict.fromkeys(("led", "longformer"), _BY_NUMBER),
+        "led": _BY_NUMBER,
         **dict.fromkeys(("fsmt", "prophetnet"), _WHOLE_MASK),
         **dict.fromkeys(("rwkv", "xlnet", "xlstm"), OTHER_STATES),
         "openai-gpt": _NO_CACHE,
@@ -83,8 +83,6 @@ _WHY_NOT: Mapping[str, Mapping[str, str]] = {
         "mpt": "it cuts its table of distances to the text's length, which a traced graph can't decide",
         "imagegpt": _COLOURS,
         "pp_lcnet": "its classifier gives its answers no name",
-        "funnel": "it makes its positions from the length of the text, which a traced graph would fix",
-        "mvp": "its attention compares the size of its mask with that of all keys, which a graph with a cache can't decide",
         **dict.fromkeys(("nllb-moe", "switch_transformers"), _ROUTED),
         "t5gemma2": "its decoder reads what is cached and what the encoder answered as one text, which a traced graph can't divide",
         "pegasus_x": "its encoder cuts the text into blocks whose number a traced graph would fix",

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from nightpress.core.compress.context import PassContext
 from nightpress.core.compress.data.tokenized import Sequences
 from nightpress.core.compress.graph.modules import encoder_signature, example_ids, takes_types
+from nightpress.core.compress.graph.restated import restate
 from nightpress.core.compress.graph.telling import telling
 from nightpress.core.compress.graph.tracing import Traced, content_digest, export_graph, without_notes
 from nightpress.core.compress.model.checkpoint import disk_errors
@@ -34,6 +35,7 @@ def trace_exits(model_dir: Path, header: ModelHeader, check: Sequences, context:
     model, plan = load_exits(model_dir, header, attention="eager")
     with torch.inference_mode():
         expected, _ = model.answer(torch.from_numpy(check.ids), torch.from_numpy(check.mask), plan)
+    restate(model.model)
     key = hashlib.sha256(f"{content_digest(model_dir)}\n{header.model_dump_json()}\n{plan.model_dump_json()}".encode())
     folder = context.work_dir / "graph" / f"exits-{key.hexdigest()[:16]}"
     folder.mkdir(parents=True, exist_ok=True)

@@ -34,6 +34,7 @@ from nightpress.core.compress.graph.modules import (
     WithCache,
     takes_types,
 )
+from nightpress.core.compress.graph.restated import restate
 from nightpress.core.compress.graph.telling import telling
 from nightpress.core.compress.graph.unread import without_unread_positions
 from nightpress.core.compress.grids.pressed_weights import PressedWeights
@@ -89,6 +90,7 @@ def trace(model_dir: Path, header: ModelHeader, check: Sequences, context: PassC
         if spread_experts(model):
             with torch.inference_mode(), _watch_inputs(model) as (rounding, largest):
                 model.answer(check)
+        restate(model.model)
         with telling(context, 0.2, "tracing the model into a graph"), disk_errors():
             # Protobuf's limit is 2 GiB. Weights up to this limit are stored inside the file, larger ones in a second file.
             partial = folder / "partial"
