@@ -68,6 +68,7 @@ _WHY_NOT: Mapping[str, Mapping[str, str]] = {
     "smoothquant": {"swiftformer": _NOT_ALONE},
     "openvino": {"fnet": "OpenVINO computes its Fourier transforms otherwise, and the answers differ"},
     "layers": {
+        "esm": "its head for contacts has weights for the attention of each block",
         "neomme": "transformers wants a layer that sees the whole text in its config, and that may be the one that goes",
         "openai-gpt": "its blocks return other things than hidden states, and can't be compared",
     },
