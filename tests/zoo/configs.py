@@ -62,6 +62,7 @@ _OWN: Mapping[str, Mapping[str, Any]] = {
     **{kind: {"hidden_sizes": [8, 16, 32, 64], "depths": [1, 1, 2, 1]} for kind in ("convnext", "convnextv2")},
     "deepseek_v2": {"num_experts_per_tok": 2, "first_k_dense_replace": 1},
     "dots1": {"n_routed_experts": 4, "moe_intermediate_size": 64, "num_experts_per_tok": 2, "first_k_dense_replace": 1},
+    "esm": {"vocab_size": WORDS, "pad_token_id": 0, "mask_token_id": 4, "position_embedding_type": "rotary"},
     "falcon_h1": _MAMBA,
     "granitemoehybrid": _MAMBA
     | {"layer_types": ["mamba", "attention"], "num_local_experts": 4, "num_experts_per_tok": 2},
@@ -70,6 +71,7 @@ _OWN: Mapping[str, Mapping[str, Any]] = {
     "lfm2_moe": {"layer_types": ["conv", "full_attention"], "num_dense_layers": 1},
     "longcat_flash": {"zero_expert_num": 2, "expert_ffn_hidden_size": 64, "ffn_hidden_size": 128},
     "mamba2": {"num_heads": 8, "head_dim": 16, "expand": 2, "n_groups": 1},
+    "mobilebert": {"intra_bottleneck_size": 64, "true_hidden_size": 64},
     "nemotron": {"num_key_value_heads": 2, "head_dim": 16},
     "nemotron_h": {"mamba_num_heads": 8, "mamba_head_dim": 16, "n_groups": 1, "expand": 2},
     **{
