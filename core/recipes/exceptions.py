@@ -100,6 +100,7 @@ _NOT_BY_BLOCKS: Mapping[str, str] = {
     ),
     "ibert": "its linear layers are of its own kind, and hold more than weights",
     "imagegpt": _COLOURS,
+    "perceiver": "its body takes its input by a name of its own, `inputs`",
     "squeezebert": "its blocks are convolutions, without linear layers",
     "t5gemma2": "layers of its decoder read two things in turn, the text and what the encoder answered",
 }

@@ -86,6 +86,15 @@ _OWN: Mapping[str, Mapping[str, Any]] = {
             "mrope_section": [1, 1, 2],
         }
     },
+    "perceiver": {
+        "d_latents": 64,
+        "d_model": 64,
+        "num_latents": 16,
+        "num_self_attends_per_block": 2,
+        "num_self_attention_heads": 4,
+        "num_cross_attention_heads": 4,
+        "max_position_embeddings": 128,
+    },
     "poolformer": {"hidden_sizes": [8, 16, 40, 64], "depths": [1, 1, 1, 1]},
     "pvt": {"hidden_sizes": [8, 16, 40, 64], "depths": [1, 1, 1, 1], "num_attention_heads": [1, 2, 5, 8]},
     "pvt_v2": {
