@@ -25,10 +25,11 @@ _ROUNDING, _PRUNING = 7 * _FLOAT + 2, 5 * _FLOAT
 _SQUARES = 2 * _FLOAT  #: bytes per input whose squares are summed: the input and its square in float32
 #: Bytes that groups of equal shape may take while they are settled side by side on a GPU.
 _STACK_BYTES = 2 * 1024**3
-#: Bytes per weight that learns its rounding: itself and its offset in float32, four sets of codes (two starts, the best, the present), and
-#: whether a code is clamped. The weight as stored, its rounded value and its gradient come on top.
-_LEARNED = 2 * _FLOAT + 5
-_LEARNED_COPIES = 6 * _FLOAT  #: bytes per weight of the layer that takes a step
+#: Bytes per weight that learns its rounding: itself and its offset in float32, and three sets of codes (two starts and the best). The weight
+#: as stored, its rounded value and its gradient come on top.
+_LEARNED = 2 * _FLOAT + 3
+#: Queue → bytes per weight of the layer that takes a step. A GPU's kernel takes it in one reading.
+_LEARNED_COPIES: dict[Queue, int] = {"cpu": 6 * _FLOAT, "gpu": _FLOAT}
 #: Tokens that travel to experts in other processes in one round, if more than one expert of each process takes part in it.
 EXCHANGED_TOKENS = 16384
 _KEPT_WIDTHS = 8  #: intermediate results as wide as the hidden states that a batch keeps for its gradients, in float32
@@ -173,7 +174,7 @@ def learning_peak(header: ModelHeader, tokens: int, width: int, *, batch: int, q
     hidden = 2 * itemsize * tokens * width  # in the source model, and in the settled one
     grams = sum(_FLOAT * group.columns**2 for group in groups)
     block = itemsize * parameters
-    learned = linear * (_LEARNED + 3 * itemsize) + _LEARNED_COPIES * largest
+    learned = linear * (_LEARNED + 3 * itemsize) + _LEARNED_COPIES[queue] * largest
     kept = batch * sum(int(group.columns * group.share) for group in groups) * (2 * itemsize + _FLOAT)
     kept += batch * width * _KEPT_WIDTHS * _FLOAT
     return hidden + grams + block + learned + kept + _WORKSPACE

@@ -7,6 +7,7 @@ from nightpress.core.compress.grids.grid import Grid
 from nightpress.core.compress.grids.ranges import find_ranges, search
 from nightpress.core.compress.kernels.column_rules import BlockGrid, BlockMask
 from nightpress.core.compress.kernels.obs_block import obs_block, reference
+from nightpress.core.compress.solvers.learned_rounding import descend, rounded
 from nightpress.core.compress.solvers.obs import Prune, Quantize, factorize, solve
 
 pytestmark = [
@@ -85,3 +86,33 @@ def test_a_whole_weight_comes_out_on_the_gpu_as_on_the_cpu(prune: Prune | None):
     here = solve(weight, factorize(gram), how, prune)
     there = solve(weight.cuda(), factorize(gram.cuda()), how, prune)
     torch.testing.assert_close(there.loss.sum().cpu(), here.loss.sum(), rtol=1e-2, atol=0)
+
+
+@pytest.mark.parametrize(
+    "grid",
+    [
+        Grid(2, 64),
+        Grid(3, 96, symmetric=False),
+        Grid(8, None),
+        Grid(4, None, symmetric=False),
+        Grid(4, 32, kind="float"),
+    ],
+    ids=lambda grid: f"{grid.kind}{grid.bits} {grid.group_size}",
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_step_of_learned_rounding_is_that_of_the_cpu(grid: Grid, dtype: torch.dtype):
+    torch.manual_seed(0)
+    rows, columns = 24, 6912  # a row is wider than a program's tile
+    groups = grid.groups(columns)
+    weight = torch.randn(rows, groups, columns // groups)
+    offset = torch.rand_like(weight) - 0.5
+    scale = (torch.rand(rows, groups) + 0.5) / grid.top * torch.randn(rows, groups).sign()
+    zero_point = None if grid.symmetric else torch.randint(-grid.top, grid.top, (rows, groups)).float()
+    gradient = torch.randn_like(weight).to(dtype)
+    there = [None if part is None else part.cuda() for part in (weight, offset, scale, zero_point)]
+    assert torch.equal(rounded(*there, grid).cpu(), rounded(weight, offset, scale, zero_point, grid))
+    sums = descend(gradient.cuda(), *there, grid, 0.05)
+    expected = descend(gradient, weight, offset, scale, zero_point, grid, 0.05)
+    assert torch.equal(there[1].cpu(), offset)
+    for ours, theirs in zip(sums, expected, strict=True):
+        torch.testing.assert_close(ours.cpu(), theirs, rtol=1e-4, atol=1e-3)

@@ -5,7 +5,8 @@ group's range are learned. They move by the sign of their gradient times a rate 
 rounding as if it were the identity. The scales of fp4 weights don't move.
 
 No graph of gradients is kept for this: given the gradient g of ŵ = s·(q − z), with i = 1 where q is not clamped and 0 elsewhere,
-∂/∂v = g·s·i, ∂/∂s = Σ g·(q − z) − Σ g·i·w / s and ∂/∂z = −s·Σ g·(1 − i), summed over the group.
+∂/∂v = g·s·i, ∂/∂s = Σ g·(q − z) − Σ g·i·w / s and ∂/∂z = −s·Σ g·(1 − i), summed over the group. On a GPU, the kernels of
+`learned_rounding_triton` do the same in one reading.
 
 Cheng et al., SignRound (arXiv 2309.05516), eq. 3–6.
 """
@@ -13,7 +14,7 @@ Cheng et al., SignRound (arXiv 2309.05516), eq. 3–6.
 import torch
 from torch import Tensor
 
-from nightpress.core.compress.grids.grid import E2M1, SMALLEST_SCALE
+from nightpress.core.compress.grids.grid import E2M1, SMALLEST_SCALE, Grid
 from nightpress.core.compress.grids.rounding import dequantize, nearest_floats
 from nightpress.core.compress.grids.stored import Coded, grid_of
 from nightpress.core.recipes.schemes import Scheme
@@ -39,47 +40,39 @@ class LearnedWeight:
             self.factors = torch.ones_like(self._scale).repeat(2, 1, 1)  # [2, out, groups]: of the lowest and highest
         self._weight = self._with_the_codes(weight)  # [out, groups, width]
         self.offset = torch.zeros_like(self._weight)
-        self._codes, self._inside = self._round(*self._range())
 
     def weight(self) -> Tensor:
-        """The rounded weight ŵ [out, in] in float32, exactly as a loader dequantizes `coded`. The next `step` starts from it."""
-        scale, zero_point = self._range()
-        self._codes, self._inside = self._round(scale, zero_point)
-        return dequantize(self._codes, scale, zero_point).view(self._shape)
+        """The rounded weight ŵ [out, in] in float32, exactly as a loader dequantizes `coded`."""
+        return rounded(self._weight, self.offset, *self._range(), self._grid).view(self._shape)
 
     def coded(self) -> Coded:
         """The present codes, scales and zero points, in the form of the start."""
         scale, zero_point = self._range()
-        codes, _ = self._round(scale, zero_point)
+        codes, _ = _round(self._weight, self.offset, scale, zero_point, self._grid)
         return Coded(
-            codes.view(self._shape),
+            codes.to(self._start.codes.dtype).view(self._shape),
             self._stored(),
             None if zero_point is None else zero_point.to(torch.int8),
             self._start.global_scale,
         )
 
     def step(self, gradient: Tensor, rate: float) -> None:
-        """Move against a gradient [out, in] of the loss in the last `weight()`, of any float dtype."""
+        """Move against a gradient [out, in] of the loss in the present `weight()`, of any float dtype."""
         scale, zero_point = self._range()
-        gradient = gradient.float().view(self._weight.shape)
-        inside = gradient * self._inside
-        slope = (gradient * self._codes).sum(2) - (inside * self._weight).sum(
-            2
-        ) / scale  # ∂/∂s [out, groups], but for z
+        given = gradient.reshape(self._weight.shape), self._weight, self.offset, scale, zero_point
+        by_codes, by_weights, total, inside = descend(*given, self._grid, rate)
+        slope = by_codes - by_weights / scale  # ∂/∂s [out, groups], but for z
         if zero_point is None:
             self._move(0, slope * scale, rate)
         else:
-            total = gradient.sum(2)
             slope -= total * zero_point
-            shift = (inside.sum(2) - total) * scale  # ∂/∂z
+            shift = (inside - total) * scale  # ∂/∂z
             # s = (high − low) / (n − 1) and z = −top − low / s, for n codes
             low, high = self._ends()
             by_scale = slope + shift * low / scale.square()
             width = 2 * self._grid.top - 1
             self._move(0, (-by_scale / width - shift / scale) * low, rate)
             self._move(1, by_scale / width * high, rate)
-        inside *= scale[..., None]  # which may be negative
-        self.offset.sub_(inside.sign_(), alpha=rate).clamp_(-0.5, 0.5)
 
     def _move(self, number: int, slope: Tensor, rate: float) -> None:
         if self._grid.is_fp4:
@@ -140,17 +133,54 @@ class LearnedWeight:
         low, _ = self._ends()
         return scale, torch.round(-top - low * self.factors[0] / scale).clamp_(-top, top - 1)
 
-    def _round(self, scale: Tensor, zero_point: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Return the codes in their stored dtype, and whether each is not clamped; both [out, groups, width]."""
-        steps = self._weight / scale[..., None]
-        if self._grid.kind == "float":
-            moved = _local_step(steps).mul_(self.offset).add_(steps)
-            return nearest_floats(moved, self._grid.bits).to(self._start.codes.dtype), moved.abs() <= self._grid.reach
-        wanted = steps.add_(self.offset).round_()
-        if zero_point is not None:
-            wanted += zero_point[..., None]
-        codes = wanted.clamp(-self._grid.top, self._grid.top - 1)
-        return codes.to(torch.int8), codes == wanted
+
+def rounded(weight: Tensor, offset: Tensor, scale: Tensor, zero_point: Tensor | None, grid: Grid) -> Tensor:
+    """Return ŵ. weight, offset and result are float32 [out, groups, width]; scale and zero_point float32 [out, groups]."""
+    if _has_kernel(weight, grid):
+        from nightpress.core.compress.solvers import learned_rounding_triton  # triton is installed only with CUDA
+
+        return learned_rounding_triton.rounded(weight, offset, scale, zero_point, grid)
+    codes, _ = _round(weight, offset, scale, zero_point, grid)
+    return dequantize(codes, scale, zero_point)
+
+
+def descend(
+    gradient: Tensor, weight: Tensor, offset: Tensor, scale: Tensor, zero_point: Tensor | None, grid: Grid, rate: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Move the offsets against a gradient [out, groups, width] of ŵ, of any float dtype. The other tensors are those of `rounded`.
+
+    Returns the sums over each group of g·q, g·i·w, g and g·i, float32 [out, groups]. The last two are for zero points.
+    """
+    if _has_kernel(weight, grid):
+        from nightpress.core.compress.solvers import learned_rounding_triton
+
+        return learned_rounding_triton.descend(gradient, weight, offset, scale, zero_point, grid, rate)
+    codes, free = _round(weight, offset, scale, zero_point, grid)
+    gradient = gradient.float()
+    inside = gradient * free
+    sums = (gradient * codes).sum(2), (inside * weight).sum(2), gradient.sum(2), inside.sum(2)
+    inside *= scale[..., None]  # which may be negative
+    offset.sub_(inside.sign_(), alpha=rate).clamp_(-0.5, 0.5)
+    return sums
+
+
+def _has_kernel(weight: Tensor, grid: Grid) -> bool:
+    return weight.is_cuda and (grid.kind == "int" or grid.is_fp4)
+
+
+def _round(
+    weight: Tensor, offset: Tensor, scale: Tensor, zero_point: Tensor | None, grid: Grid
+) -> tuple[Tensor, Tensor]:
+    """Return the codes as floats, and whether each is not clamped; both [out, groups, width]."""
+    steps = weight / scale[..., None]
+    if grid.kind == "float":
+        moved = _local_step(steps).mul_(offset).add_(steps)
+        return nearest_floats(moved, grid.bits), moved.abs() <= grid.reach
+    wanted = steps.add_(offset).round_()
+    if zero_point is not None:
+        wanted += zero_point[..., None]
+    codes = wanted.clamp(-grid.top, grid.top - 1)
+    return codes, codes == wanted
 
 
 def _local_step(steps: Tensor) -> Tensor:
