@@ -22,6 +22,8 @@ _AT_ONCE = 6  #: processes beside that of the first graph, at most
 _FEWEST = 2  #: processes in a group
 _GROUP_BYTES = 1_000_000_000  #: no further graph joins a group whose graphs take more
 _ROUNDS = 25
+_ALIKE = 1.08  #: how many times as long as in the fastest group a graph may take in another
+_AGAIN = 3  #: how often a group is timed again
 _FIRST_TOKEN, _TOKENS = 5, 1000  #: the timed texts consist of these tokens: no padding, and in every cut token table
 
 
@@ -42,22 +44,31 @@ class GraphStopwatch:
         """The time of each graph when nothing disturbs it. The first graph runs in every group of graphs: times are its time multiplied by ratios.
 
         The fastest run of a graph counts: what else the machine does only adds time. The graphs of a group run by turns, so a change of the
-        processor's speed affects all alike. Graphs of a group alone lie on the disk and in memory. Raises
-        NightpressError(verification_failed) if a graph does not run.
+        processor's speed affects all alike. Groups that other work has disturbed are timed again. Graphs of a group alone lie on the disk and in
+        memory. Raises NightpressError(verification_failed) if a graph does not run.
         """
         first, *others = graphs
-        firsts: list[float] = []
-        ratios: list[float] = []
-        while len(ratios) < len(others):
-            with self._opened([first, *others[len(ratios) : len(ratios) + _AT_ONCE]], place) as consumers:
-                shape = TimedShape(place.batch, place.length, _ROUNDS)
-                runs = [[run["milliseconds"] for run in found] for found in timed_rounds(shape, consumers, _untold)]
-            fast, *rest = map(min, runs)
-            firsts.append(fast)
-            ratios += [time / fast for time in rest]
-            tell(len(ratios) / len(others))
-        base = statistics.median(firsts)
-        return [base, *(base * ratio for ratio in ratios)]
+        taken: list[list[float]] = []  #: of each group: the time of the first graph, and of the others
+        while (done := _others(taken)) < len(others):
+            taken.append(self._timed([first, *others[done : done + _AT_ONCE]], place))
+            tell(_others(taken) / len(others))
+
+        def time_again(group: int) -> list[float]:
+            start = _others(taken[:group])
+            tell(1.0)
+            return self._timed([first, *others[start : start + len(taken[group]) - 1]], place)
+
+        quiet = undisturbed(taken, time_again)
+        base = statistics.median(times[0] for times in quiet)
+        return [base, *(base * time / times[0] for times in quiet for time in times[1:])]
+
+    def _timed(self, graphs: Sequence[Callable[[Path], None]], place: TimedIn) -> list[float]:
+        """The fastest run of each graph, by turns; of fewer graphs if they are large."""
+        with self._opened(graphs, place) as consumers:
+            shape = TimedShape(place.batch, place.length, _ROUNDS)
+            return [
+                min(run["milliseconds"] for run in runs) for runs in timed_rounds(shape, consumers, lambda _share: None)
+            ]
 
     @contextlib.contextmanager
     def _opened(self, graphs: Sequence[Callable[[Path], None]], place: TimedIn) -> Iterator[list[Consumer]]:
@@ -95,5 +106,21 @@ class GraphStopwatch:
             yield consumers
 
 
-def _untold(_share: float) -> None:
-    """A group of graphs is timed in seconds."""
+def undisturbed(taken: Sequence[list[float]], time_again: Callable[[int], list[float]]) -> list[list[float]]:
+    """Time groups again in which the first graph took longer than in others.
+
+    taken: of each group, the time of the graph that all groups have, and of the others. Other work on the machine slows a graph that takes
+    long more than one that ends between two interruptions: all ratios of such a group are too small. time_again: takes the number of a group.
+    """
+    found = list(taken)
+    for _ in range(_AGAIN):
+        limit = _ALIKE * min(times[0] for times in found)
+        for group, times in enumerate(found):
+            if times[0] > limit:
+                found[group] = min(times, time_again(group), key=lambda times: times[0])
+    return found
+
+
+def _others(taken: Sequence[list[float]]) -> int:
+    """The number of graphs in these groups, but for the first of each."""
+    return sum(len(times) - 1 for times in taken)
