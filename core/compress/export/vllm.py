@@ -54,6 +54,7 @@ def variables(scratch: Path, device: Device) -> dict[str, str]:
     found = caches | {
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
         "VLLM_NO_USAGE_STATS": "1",
+        "VLLM_USE_FLASHINFER_SAMPLER": "0",  # texts are continued greedily; its kernels would be compiled first
         "DO_NOT_TRACK": "1",
         "VLLM_LOGGING_LEVEL": "ERROR",
         "PYTHONSAFEPATH": "1",  # vLLM starts Python once more to look at a model's class: not from the job's folder
