@@ -304,8 +304,10 @@ def _tried(name: str, run: dict[str, Any] | None) -> str:
     day = date.fromisoformat(run["date"])
     versions = ", ".join(f"{package} {number}" for package, number in run["versions"].items())
     left = sum(not state for state, _ in run["outcomes"].values())
-    unrun = f"; {left} schemes were not run yet" if left else ""
-    return f"{day.day} {day:%B %Y}, {run['processor']} ({', '.join(run['features'])}): {versions}{unrun}"
+    parts = [f"{day.day} {day:%B %Y}, {run['processor']} ({', '.join(run['features'])}): {versions}"]
+    parts += [f"{left} schemes were not run yet"] if left else []
+    parts += [run["note"]] if "note" in run else []
+    return "; ".join(parts)
 
 
 def chart_page() -> str:
