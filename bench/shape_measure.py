@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from bench.pressing import where
 from bench.record import Figure
 from bench.shape_kinds import KINDS, Answer, Array, Qualities
 from bench.shape_press import Times, base_of, changes, options_of, unpacked
@@ -58,7 +59,7 @@ def measure(given: Namespace) -> list[Figure]:
         rounds = timed(given, folders, work / "times")
     return [
         *(figure for name in folders for figure in _of_model(given, name, found, rounds, estimates.get(name), form)),
-        Figure("table/whole", round(table.source / table.whole, 3), "× in int8, nothing removed"),
+        Figure(f"table{where()}/whole", round(table.source / table.whole, 3), "× in int8, nothing removed"),
     ]
 
 
@@ -159,7 +160,7 @@ def _of_model(
     shaped, _, text = name.partition("-")
     speed = float(text.removesuffix("x")) if text else 0.0
     measure_of, least = KINDS[given.kind].bars.get(speed, ("", {})) if shaped == "shape" else ("", {})
-    row, figures = f"{given.kind}/{name}", []
+    row, figures = f"{given.kind}{where()}/{name}", []
     for quality, (mean, low, high) in changes(found[name], found["source"]).items():
         value, before = (float(found[side][quality].mean()) for side in (name, "source"))
         bar = f">= {least[quality]}" if quality in least else ""
