@@ -14,8 +14,8 @@ novels) and out of domain (the reference of the Python language, which every Pyt
 chooses the calibration text and the order of the steps. Of zero points or none, each method's better mean counts. `seconds` are those of the
 quantization alone: our pass, and the peer's `quantize`. Both models of bench.offgrid are measured: SmolLM2-135M's own weights were 4-bit.
 
-W4A4 and W4A8: the layers' inputs are rounded while the loss is taken, ours by compressed-tensors in transformers, the peer's by our code
-with the same rules. `gptq+recover` and `learned+recover`: `recover-scales` behind the pass, trained on the novels; the share of the loss
+W4A4: the layers' inputs are rounded while the loss is taken, ours by compressed-tensors in transformers, the peer's by our code with the
+same rules. W4A8 rounds inputs in groups of 128, and SmolLM2's layers have 576. `gptq+recover` and `learned+recover`: `recover-scales` behind the pass, trained on the novels; the share of the loss
 that it recovers is taken on the same held-out texts. `--calibrations` compares calibration texts: the novels, and what is built in. The
 built-in texts hold about 65,000 tokens of each kind: `--samples 64 --length 1024` gives all calibrations as many. `learned extremes` and
 `learned better` are `learned-rounding` with another start. NIGHTPRESS_BENCH_DATA names the folder of the novels.
@@ -59,15 +59,14 @@ _EXTENDED = {"enable_alg_ext": True}  # the peer's own advice at 2 bits
 @dataclass(frozen=True)
 class Setting:
     ours: dict[str, Any]  #: options of our passes
-    peer: dict[str, Any] | None  #: arguments of the peer; None: it has no such scheme
+    peer: dict[str, Any]  #: arguments of the peer
 
     @property
     def rounded_inputs(self) -> Scheme | None:
         """The scheme by which inputs are rounded; None: they stay in float."""
         if "activations" not in self.ours:
             return None
-        inputs = Activations(bits=4 if self.ours["activations"] == "fp4" else 8)
-        return Scheme(4, "float", "group", _FORMATS[self.ours["format"]], activations=inputs)
+        return Scheme(4, "float", "group", _FORMATS[self.ours["format"]], activations=Activations(bits=4))
 
 
 def _integers(bits: int, group: int) -> list[Setting]:
@@ -89,7 +88,6 @@ SETTINGS = {
     "mxfp4": [Setting({"format": "mxfp4"}, {"scheme": "MXFP4", **_FP4})],
     "nvfp4": [Setting({"format": "nvfp4"}, {"scheme": "NVFP4", **_FP4})],
     "mxfp4 W4A4": [Setting({"format": "mxfp4", "activations": "fp4"}, {"scheme": "MXFP4"})],
-    "mxfp4 W4A8": [Setting({"format": "mxfp4", "activations": "fp8"}, None)],
     "nvfp4 W4A4": [Setting({"format": "nvfp4", "activations": "fp4"}, {"scheme": "NVFP4"})],
 }
 _NEAREST = {"pass": "weight-only", "ranges": "least-error"}
@@ -190,7 +188,7 @@ def measure(source: Path, name: str, ref: str, what: str, texts: Texts, options:
                         continue
                     out, rounds = work / f"{method}-{variant}", None
                     if method == "auto-round":
-                        chosen = {**(setting.peer or {}), "iters": options.steps, "seed": seed + 1}
+                        chosen = {**setting.peer, "iters": options.steps, "seed": seed + 1}
                         seconds = auto_round(options.peer, source, chosen, tokens, out)["seconds"]
                         rounds = setting.rounded_inputs
                     else:
@@ -214,7 +212,7 @@ def _possible(method: str, setting: Setting, options: Any) -> bool:
     if setting.ours.get("symmetric", True) not in [GRIDS[name] for name in options.grids]:
         return False
     if method == "auto-round":
-        return options.peer is not None and setting.peer is not None
+        return options.peer is not None
     if method == "awq" and "format" in setting.ours:
         return False
     # Rounding to nearest reads no calibration text, so it can't find the scale of nvfp4's inputs.
