@@ -11,6 +11,7 @@ OTHER_STATES = "its cache holds other states than keys and values"
 _NOT_FOUND = "no loader finds the scales in its attention"
 _NOT_ALONE = "its blocks can't be run by themselves, so that no exchange of factors can be proved"
 _NO_FOLD = "no layer before its linear layers can take factors: the block would answer otherwise"
+_ONE_GRID = "transformers reads one grid alone for all its layers, and the inputs of a mixture's experts stay in float"
 _WHOLE_MASK = "its decoder takes no mask but that of a whole text, and a graph caches a part of it"
 _ROUTED = "its decoder asks for what its encoder's routers chose, which no graph of an encoder returns"
 _COLOURS = "it reads the numbers of colours, and no images"
@@ -65,7 +66,13 @@ _WHY_NOT: Mapping[str, Mapping[str, str]] = {
             ("convbert", "deberta", "fnet", "jetmoe", "mra", "neomme", "swiftformer", "xlnet", "yoso"), _NO_FOLD
         ),
     },
-    "smoothquant": {"swiftformer": _NOT_ALONE},
+    "smoothquant": {
+        "swiftformer": _NOT_ALONE,
+        **dict.fromkeys(("Glm4vMoeForConditionalGeneration", "Kimi_K25ForConditionalGeneration"), _ONE_GRID),
+        **dict.fromkeys(
+            ("Qwen3_5MoeForConditionalGeneration", "Qwen3OmniMoeThinkerForConditionalGeneration"), _ONE_GRID
+        ),
+    },
     "openvino": {"fnet": "OpenVINO computes its Fourier transforms otherwise, and the answers differ"},
     "layers": {
         "esm": "its head for contacts has weights for the attention of each block",
@@ -98,6 +105,8 @@ _NOT_BY_BLOCKS: Mapping[str, str] = {
     **dict.fromkeys(
         ("gte", "jina_embeddings_v3", "nomic_bert"), "transformers takes tensors of its files apart as it loads them"
     ),
+    "minimax_m3_vl": "transformers joins tensors of its files as it loads them",
+    "mistral_large4": "transformers turns tensors of its files as it loads them",
     "ibert": "its linear layers are of its own kind, and hold more than weights",
     "imagegpt": _COLOURS,
     "perceiver": "its body takes its input by a name of its own, `inputs`",
