@@ -30,7 +30,8 @@ SAME = 1e-5
 METHODS: dict[str, Callable[[ModelHeader], tuple[Method, Any]]] = {
     "gptq": lambda _: _of(Quantized, Gptq(group_size=16)),
     "gptq with unstructured zeros": lambda _: _of(Quantized, Gptq(group_size=16, sparsity=0.5, order="natural")),
-    "awq": lambda header: _of(ActivationAware, Awq(group_size=16), header),
+    # A search of ranges may end otherwise where two are equally good: the order of sums then decides, and all later blocks differ.
+    "awq": lambda header: _of(ActivationAware, Awq(group_size=16, ranges="extremes"), header),
     "sparsegpt 2:4": lambda _: (Sparse(SparseGpt(pattern="2:4")), None),
     "sparsegpt": lambda _: (Sparse(SparseGpt()), None),
     "wanda": lambda _: (WeightAndActivation(Wanda()), None),
