@@ -74,7 +74,8 @@ def measure(clients: int) -> list[Figure]:
             jobs = [service.submit() for _ in range(JOBS)]
             claimed = [job for _ in jobs if (job := service.store.claims.claim(offer(), ttl_s=3600.0)) is not None]
             key = create_key(service.engine, tenant_id="default", name="bench", scopes=["jobs:read"])[1]
-            process = psutil.Process(service.start("-m", "nightpress.api").pid)
+            more = {"NIGHTPRESS_API_CONNECTIONS_PER_ADDRESS": str(2 * clients)}  # all readers are on this machine
+            process = psutil.Process(service.start("-m", "nightpress.api", **more).pid)
             base = f"http://127.0.0.1:{port}"
             eventually(lambda: is_healthy(base), within=60)
             idle, peak, over = process.memory_info().rss, [0], threading.Event()
