@@ -15,9 +15,9 @@ chooses the calibration text and the order of the steps. Of zero points or none,
 quantization alone: our pass, and the peer's `quantize`. Both models of bench.offgrid are measured: SmolLM2-135M's own weights were 4-bit.
 
 W4A4: the layers' inputs are rounded while the loss is taken, ours by compressed-tensors in transformers, the peer's by our code with the
-same rules. W4A8 rounds inputs in groups of 128, and SmolLM2's layers have 576. `gptq+recover` and `learned+recover`: `recover-scales` behind the pass, trained on the novels; the share of the loss
-that it recovers is taken on the same held-out texts. `--calibrations` compares calibration texts: the novels, and what is built in. The
-built-in texts hold about 65,000 tokens of each kind: `--samples 64 --length 1024` gives all calibrations as many. `learned extremes` and
+same rules. W4A8 rounds inputs in groups of 128, and SmolLM2's layers have 576. `gptq+recover` and `learned+recover`: `recover-scales`
+behind the pass, trained on the novels; the share of the loss that it recovers is taken on the same held-out texts. `--calibrations` compares
+calibration texts: the novels, and what is built in. The built-in texts hold about 65,000 tokens of each kind: `--samples 64 --length 1024` gives all calibrations as many. `learned extremes` and
 `learned better` are `learned-rounding` with another start. NIGHTPRESS_BENCH_DATA names the folder of the novels.
 """
 

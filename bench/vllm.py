@@ -3,8 +3,8 @@
     NIGHTPRESS_VLLM_PYTHON=… python -m bench.vllm [--forms NAME …] [--isa amx|avx512|avx2] [--no-speed]
     NIGHTPRESS_VLLM_PYTHON=… python -m bench.vllm --device cuda --shape 8b --layers 32
 
-The second form takes speeds alone, on a GPU, of a Llama of that shape with random weights. Else the model is SmolLM2-135M in bf16. Each consumer reads the same texts, and its log-probabilities are compared with those of the dequantized
-weights in transformers, in float32: ‖a − b‖ / ‖b − mean b‖. A form without a figure was refused. vLLM has other kernels for processors with AMX, with AVX-512 alone
+The second form takes speeds alone, on a GPU, of a Llama of that shape with random weights. Else the model is SmolLM2-135M in bf16.
+Each consumer reads the same texts, and its log-probabilities are compared with those of the dequantized weights in transformers, in float32: ‖a − b‖ / ‖b − mean b‖. A form without a figure was refused. vLLM has other kernels for processors with AMX, with AVX-512 alone
 and with neither; `--isa` lets it choose those of a lesser one than there is. Speeds are of whole rounds of requests; source and artifact
 take turns.
 """

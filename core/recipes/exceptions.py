@@ -99,13 +99,12 @@ _WHY_NOT: Mapping[str, Mapping[str, str]] = {
 #: `model_type` → why the model can't be run block by block.
 _NOT_BY_BLOCKS: Mapping[str, str] = {
     **dict.fromkeys(
-        ("inkling2", "inkling2_text", "inkling_mm_model", "kimi_linear", "olmo_hybrid"),
+        ("inkling2", "inkling2_text", "inkling_mm_model", "kimi_linear", "minimax_m3_vl", "olmo_hybrid"),
         "transformers joins tensors of its files as it loads them",
     ),
     **dict.fromkeys(
         ("gte", "jina_embeddings_v3", "nomic_bert"), "transformers takes tensors of its files apart as it loads them"
     ),
-    "minimax_m3_vl": "transformers joins tensors of its files as it loads them",
     "mistral_large4": "transformers turns tensors of its files as it loads them",
     "ibert": "its linear layers are of its own kind, and hold more than weights",
     "imagegpt": _COLOURS,

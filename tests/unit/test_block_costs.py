@@ -109,6 +109,7 @@ def test_learning_holds_both_models_hidden_states_and_works_for_each_step():
     assert many.memory_bytes == few.memory_bytes
     plain = blocks_cost(header, _TEXT, bits=4, by_group=False)
     assert few.memory_bytes > plain.memory_bytes
+    assert few.gpu_bytes >= plain.gpu_bytes
     longer = learning_cost(header, Calibration(samples=800, length=64), bits=4, steps=100, batch=4)
     tokens = (800 - 8) * 64
     assert longer.memory_bytes - few.memory_bytes == pytest.approx(2 * 4 * tokens * _WIDTH, rel=0.05)
